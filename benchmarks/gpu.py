@@ -58,17 +58,14 @@ from gradsift.evaluation.generation import generate_answers
 from gradsift.gradients.callback import GradientNormCallback
 from gradsift.proxy.collection import collect_norms
 from gradsift.training import lora
-from gradsift.training.checkpointing import checkpoint_blocks
-from gradsift.training.device import TokenBudget
-from gradsift.training.divided import in_parts, is_divided
+from gradsift.training.backbones import load_model
+from gradsift.training.device import TokenBudget, adapted_names, checkpoint_blocks, token_bytes
 from gradsift.training.finetuning import fit
 from gradsift.training.head import ResponseLosses
-from gradsift.training.loading import load_model
-from gradsift.training.memory import adapted_names, token_bytes
 from gradsift.training.modules import Optimization, ProxyMember
-from gradsift.training.nano import nano_model, nano_tokenizer, pretrain
+from gradsift.training.nano import bytes_tokenizer, nano_model, nano_tokenizer, pretrain
 from gradsift.training.numerics import prepare
-from gradsift.training.tiny_bytes import bytes_tokenizer
+from gradsift.training.parallel import in_parts, is_divided
 
 ROOT = Path(__file__).parents[1]
 SPEARMAN, TOP = 0.98, 0.9  # bars of experiments/2026-11-22-gradient-engine
@@ -218,7 +215,7 @@ def ranking(setting: Setting) -> Iterator[Row]:
             for precision, model in adapted.items():
                 norms[precision][epoch].append(np.hypot(*our_norms(setting, model, encoded).T))
         for model in adapted.values():
-            lora.remove_adapter(model)
+            model.unload()
     exact, rounded = (gsnr(*norms[precision]) for precision in ("float32", "bfloat16"))
     agreement = float(spearmanr(exact, rounded).statistic)
     tenth = max(1, len(exact) // 10)

@@ -41,8 +41,7 @@ from gradsift.cost import peak_resident_gb
 from gradsift.data.load import EXAMPLES_FILE
 from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.ensemble_checks import drop_sign, drop_size, loss_between_snapshots, norm_spread
-from gradsift.gradients.norms_table import NORMS_FILE, by_example
-from gradsift.gradients.statistics import Statistics, mean_loss, read_statistics, statistics
+from gradsift.gradients.statistics import NORMS_FILE, Statistics, by_example, mean_loss, read_statistics, statistics
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.stage import score

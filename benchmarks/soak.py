@@ -267,7 +267,7 @@ def _plain(path: Path) -> str:
 
 def _points(store: Path) -> dict[str, int]:
     """Return how much each unfinished artifact has saved (steps or journal lines), and the number of judge replies."""
-    from gradsift.training.save_point import steps_saved
+    from gradsift.training.finetuning import steps_saved
 
     found = {}
     for part in store.glob("*/*.part"):

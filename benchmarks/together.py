@@ -29,7 +29,7 @@ from benchmarks.workload import alpaca_rows, gpt2, interleaved, spread
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, ProxyConfig
 from gradsift.data.tokens import Encoded
-from gradsift.proxy.ensemble import member_settings, train_member_epoch, train_members_epoch
+from gradsift.proxy.ensemble import member_settings, train_members_epoch
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime
 from gradsift.training.backbones import Backbone
@@ -80,12 +80,9 @@ class Members:
             folder.mkdir()
         clock = time.perf_counter if self._compute.device == "cuda" else time.process_time
         started = clock()
-        if together:
-            units = [(each, None, folder) for each, folder in zip(settings, folders, strict=True)]
-            train_members_epoch(run, config, inputs, units, lambda done: None)
-        else:
-            for each, folder in zip(settings, folders, strict=True):
-                train_member_epoch(run, config, inputs, each, None, folder, lambda done: None)
+        units = [(each, None, folder) for each, folder in zip(settings, folders, strict=True)]
+        for group in [units] if together else [[unit] for unit in units]:
+            train_members_epoch(run, config, inputs, group, lambda done: None)
         if self._compute.device == "cuda":
             torch.cuda.synchronize()
         return clock() - started, folders, owner

@@ -24,11 +24,9 @@ as `__`. The defaults are those of `src/gradsift/config/`; a choice (a file in `
 def options_page() -> str:
     """Return a page with a table for each choice of each group: option, type, default, meaning, values."""
     lines = [_HEAD, "## The run itself", "", *_table("", Config)]
-    for group, variants in SCHEMAS.items():
-        if group == "model":  # a part of proxy, target and judge
-            continue
+    for group in (field.name for field in dataclasses.fields(Config) if field.name in SCHEMAS):
         lines += [f"## {group}", ""]
-        for name, schema in variants.items():
+        for name, schema in SCHEMAS[group].items():
             if choices := _choices(group, name):
                 about = (schema.__doc__ or "").split("\n\n")[0].replace("\n", " ")
                 lines += [f"### {', '.join(f'{group}={choice}' for choice in choices)}", "", about, ""]

@@ -25,7 +25,7 @@ from experiments.heldout_variance import left_out_rows, over_members
 from gradsift.data.examples import Example
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
-from gradsift.proxy.answer_losses import AnswerLosses, read_answer_losses
+from gradsift.proxy.member_tables import AnswerLosses, read_answer_losses
 from gradsift.scoring.contrast import contrast_with, gain_term, nearest_prompts, relative_losses, saturated
 from gradsift.scoring.scores import SCORED
 from gradsift.scoring.stage import score, scores_of

@@ -25,9 +25,9 @@ from experiments.composed import line_of
 from experiments.norm_tables import norms_at
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.data.verifiable import DEFINING, DELAYED
-from gradsift.gradients.norms_table import by_example
+from gradsift.gradients.statistics import by_example
 from gradsift.line import Line
-from gradsift.proxy.answer_losses import read_answer_losses
+from gradsift.proxy.member_tables import read_answer_losses
 from gradsift.scoring.contrast import contrast
 from gradsift.scoring.gsnr import ratio
 from gradsift.selection.audit import CLEAN, auroc

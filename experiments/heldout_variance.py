@@ -18,8 +18,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from experiments.composed import line_of
-from gradsift.gradients.norms_table import by_example
-from gradsift.gradients.statistics import norm_of
+from gradsift.gradients.statistics import by_example, norm_of
 from gradsift.line import Line
 from gradsift.proxy.ensemble import resample
 

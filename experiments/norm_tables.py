@@ -23,10 +23,9 @@ import numpy as np
 
 from experiments.composed import line_of
 from gradsift.data.load import SPOILT, labels_of
-from gradsift.gradients.norms_table import by_example
-from gradsift.gradients.statistics import norm_of
+from gradsift.gradients.statistics import by_example, norm_of
 from gradsift.line import Line
-from gradsift.proxy.answer_losses import read_answer_losses
+from gradsift.proxy.member_tables import read_answer_losses
 from gradsift.scoring.contrast import gain_term, member_contrasts, saturated
 from gradsift.scoring.gsnr import ratio
 from gradsift.selection.audit import CLEAN, auroc

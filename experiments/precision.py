@@ -25,8 +25,7 @@ from scipy.stats import spearmanr
 from experiments.agreement import top
 from experiments.composed import line_of
 from gradsift.artifacts import Artifact
-from gradsift.gradients.norms_table import by_example
-from gradsift.gradients.statistics import norm_of
+from gradsift.gradients.statistics import by_example, norm_of
 from gradsift.line import Line
 from gradsift.proxy.collection import collect_rows
 from gradsift.training.backbones import backbone, load_backbone
@@ -52,7 +51,7 @@ def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
     norms = []
     for member, weights in enumerate(line.adapters):
         with TemporaryDirectory() as folder:
-            info = collect_rows(runtime, Path(folder), proxy, inputs, member, epoch, weights[epoch - 1], 0)
+            info = collect_rows(runtime, Path(folder), proxy, inputs, (member, epoch, weights[epoch - 1]), 0)
             norms.append(norms_of(line, [Artifact("norms", Path(folder), "", {"info": info})]))
     return np.stack(norms)
 

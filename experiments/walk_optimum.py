@@ -24,8 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from experiments.composed import line_of
-from gradsift.features.products import products, squared_lengths
-from gradsift.features.vectors import Features, read_features
+from gradsift.features.vectors import Features, products, read_features, squared_lengths
 from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
 from gradsift.selection.gradient_walk import Walk
 

@@ -42,29 +42,27 @@ from gradsift.data.tokens import Encoded
 from gradsift.evaluation.generation import generate_answers
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.stages import losses as heldout
-from gradsift.features.gradients import gradient_block
-from gradsift.features.hidden_states import HiddenStates
-from gradsift.gradients.adam import AdamState
-from gradsift.gradients.directions import cosines, mean_gradient
+from gradsift.features.embeddings import HiddenStates
+from gradsift.features.gradients import AdamState, gradient_block
+from gradsift.gradients.callback import NormRecords
 from gradsift.gradients.embedding_head import collect_statistics
-from gradsift.gradients.norms import PerSampleNorms
-from gradsift.gradients.per_sample import gradient_pass
+from gradsift.gradients.per_sample import attached, gradient_pass
+from gradsift.gradients.probes import NormProbe
 from gradsift.gradients.projection import Projection
-from gradsift.gradients.records import NormRecords
 from gradsift.journal import Journal
-from gradsift.proxy.answer_losses import collect_losses
 from gradsift.proxy.epochs import ProxyInputs
+from gradsift.proxy.member_tables import collect_losses, cosines
 from gradsift.proxy.together import Members
 from gradsift.runtime import unseen
 from gradsift.scoring.perplexity import response_losses
-from gradsift.scoring.spans import span_losses
+from gradsift.scoring.superfilter import span_losses
 from gradsift.training import head, lora, numerics
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget
 from gradsift.training.head import ResponseLosses
-from gradsift.training.lanes import Lanes
+from gradsift.training.lora import Lanes
 from gradsift.training.modules import Optimization, ProxyMember, Step
-from gradsift.training.tiny_bytes import bytes_tokenizer
+from gradsift.training.nano import bytes_tokenizer
 
 CUDA = torch.device("cuda")
 GENERATE = generation.utils.__file__
@@ -133,7 +131,7 @@ def kit_of_members(kind: str, precision: str) -> Kit:
     """Return a kit whose model has two adapters, which drop some of their inputs."""
     made = kit(kind, precision)
     targets = TARGETS["gpt2" if kind == "gpt2" else "others"]
-    lanes = Lanes(lora.remove_adapter(made.adapted), LoraConfig(rank=2, dropout=0.1, targets=targets), [0, 1])
+    lanes = Lanes(made.adapted.unload(), LoraConfig(rank=2, dropout=0.1, targets=targets), [0, 1])
     return made._replace(adapted=lanes.adapted, lanes=lanes)
 
 
@@ -159,7 +157,7 @@ def training_step(kit: Kit) -> None:
     """Forward and backward of a step's batches, its norms, and the optimiser's step."""
     module = module_of(kit)
     for index in range(2):
-        with PerSampleNorms(kit.adapted) as module.gradient_norms:
+        with attached(kit.adapted, NormProbe()) as module.gradient_norms:
             module.training_step(Step(kit.encoded), index)
 
 
@@ -178,13 +176,13 @@ def norms_under_masks(kit: Kit) -> None:
     """A member of mc_dropout: norms with dropout on."""
     module = module_of(kit)
     module.masks = 7
-    with PerSampleNorms(kit.adapted) as module.gradient_norms:
+    with attached(kit.adapted, NormProbe()) as module.gradient_norms:
         module.validation_step(Step(kit.encoded), 0)
 
 
 def norms_pass(kit: Kit) -> NormRecords:
     module, records = module_of(kit), NormRecords()
-    with PerSampleNorms(kit.adapted) as module.gradient_norms:
+    with attached(kit.adapted, NormProbe()) as module.gradient_norms:
         outputs = module.validation_step(Step(kit.encoded), 0)
     records.add(outputs["rows"], 1, outputs["norm_A"], outputs["norm_B"], outputs["losses"])
     return records
@@ -214,7 +212,7 @@ def hidden_states(kit: Kit) -> None:
 
 
 def embedding_and_head(kit: Kit) -> None:
-    collect_statistics(kit.adapted, kit.encoded, kit.budget, 0, kit.device)
+    collect_statistics(kit.adapted, kit.encoded, kit.budget, 0)
 
 
 def gradient_features(kit: Kit) -> None:
@@ -234,7 +232,7 @@ def full_gradients(kit: Kit) -> None:
 
 def directions(kit: Kit) -> None:
     """The mean gradient, and the cosine of each example's gradient with it."""
-    cosines(kit.adapted, kit.inputs, mean_gradient(kit.adapted, kit.inputs))
+    cosines(kit.adapted, kit.inputs, lambda done: None, Journal())
 
 
 def heldout_losses(kit: Kit) -> None:
@@ -256,7 +254,7 @@ def decode(kit: Kit) -> None:
 
 
 def local_judge(kit: Kit) -> None:
-    judge = LocalJudge(kit.adapted, bytes_tokenizer(), name="tiny", max_length=64, batch_size=2, template="plain")
+    judge = LocalJudge(kit.adapted, bytes_tokenizer(), name="tiny", max_length=64, batch_size=2)
     asked: Any = [(None, example.input_ids.tolist()) for example in kit.encoded]
     list(judge._log_probabilities(asked, [[65], [66, 67]]))
 

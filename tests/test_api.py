@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 import gradsift as api
-from gradsift.function_code import code_hash
+from gradsift.sources import code_hash
 
 ROWS: list[dict[str, Any]] = [
     {"instruction": f"Add 1 to {n}.", "output": "" if n == 7 else str(n + 1), "source": {"page": n}} for n in range(24)
@@ -133,7 +133,7 @@ def test_the_hash_of_a_function_follows_what_it_reads() -> None:
 
 def test_the_hash_of_a_function_is_that_of_every_process() -> None:
     code = (
-        "from gradsift.function_code import code_hash\n"
+        "from gradsift.sources import code_hash\n"
         "def f(examples, *, words=frozenset({'x', 'y', 'z'})):\n    return [e in {'a', 'b', 'c'} for e in examples]\n"
         "print(code_hash(f))"
     )
@@ -186,8 +186,7 @@ def test_a_program_with_its_own_hydra_and_threads_keeps_them(store: Path) -> Non
 
 
 def test_texts_reach_the_config_as_they_are() -> None:
-    from gradsift.api import _overrides
-    from gradsift.composition import compose_config
+    from gradsift.api import _config
 
     texts = {
         "instruction": "plain",
@@ -199,8 +198,8 @@ def test_texts_reach_the_config_as_they_are() -> None:
         "completion": "x=1,y",
         "system": "[a]",
     }
-    overrides = _overrides({f"data__fields__{name}": text for name, text in texts.items()})
-    config = compose_config(["data=json", "data.path=x", "stop_after=load", *overrides])
+    fields_given = {f"data__fields__{name}": text for name, text in texts.items()}
+    config = _config(Path("x"), [], {"proxy": "tiny_bytes", **fields_given})
     fields = config.data.fields  # type: ignore[attr-defined]
     assert {name: getattr(fields, name) for name in texts} == texts
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gradsift.config import LoraConfig
 from gradsift.errors import ConfigError
 from gradsift.training import lora
-from gradsift.training.checkpointing import checkpoint_blocks
+from gradsift.training.device import checkpoint_blocks
 from gradsift.training.probing import require_adaptable
 
 pytestmark = [

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from gradsift.data.batching import Batch, collate, epoch_batches, length_batches, spread_out
 from gradsift.data.tokens import Encoded
-from gradsift.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80)
 
@@ -64,13 +63,6 @@ def test_batch_types_and_device() -> None:
     assert batch.to("meta").input_ids.device.type == "meta"
 
 
-def test_collate_refuses_what_it_cannot_pad() -> None:
-    with pytest.raises(ConfigError, match="padding_side"):
-        collate([encoded(0, [1, 2], 1)], 0, "middle")
-    with pytest.raises(ConfigError, match="at least one"):
-        collate([], 0)
-
-
 @given(LENGTHS, st.integers(1, 100))
 def test_length_batches_hold_every_position_once_within_the_bound(lengths: list[int], bound: int) -> None:
     batches = length_batches(lengths, bound)
@@ -121,10 +113,3 @@ def test_bucketed_batches_hold_little_padding() -> None:
         return sum(lengths) / padded
 
     assert real_share("bucketed") > 0.9 > 0.7 > real_share("random")
-
-
-def test_unusable_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="batching='packed'"):
-        epoch_batches([1], 1, "packed", 0)
-    with pytest.raises(ConfigError, match="batch_size=0"):
-        epoch_batches([1], 0, "random", 0)

@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gradsift.config import BenchmarkSetConfig, load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import BenchmarkSetConfig, load_config
 from gradsift.data import download
 from gradsift.data.download import fetch_url
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item, load_benchmark
 from gradsift.evaluation.matching import MATCHERS
-from gradsift.user_conf import conf_folder
+
+
+def load(name: str, spec: BenchmarkSetConfig, **options: Any) -> list[Item]:
+    return load_benchmark(name, spec, **{"downloads": Path("never-made"), **options})
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
@@ -33,7 +37,7 @@ def test_dotted_fields_reach_into_lists_and_objects(tmp_path: Path) -> None:
     row = {"id": "t0", "instruction": "Add.", "instances": [{"input": "2 and 3", "output": "5"}]}
     file = write_jsonl(tmp_path / "set.jsonl", row)
     spec = BenchmarkSetConfig(path=str(file), id="id", input="instances.0.input", reference="instances.0.output")
-    assert load_benchmark("mine", spec) == [Item("mine", "t0", "Add.", "2 and 3", "5")]
+    assert load("mine", spec) == [Item("mine", "t0", "Add.", "2 and 3", "5")]
 
 
 def test_a_key_may_hold_dots_blanks_and_other_scripts(tmp_path: Path) -> None:
@@ -47,7 +51,7 @@ def test_a_key_may_hold_dots_blanks_and_other_scripts(tmp_path: Path) -> None:
     spec = BenchmarkSetConfig(
         path=str(file), instruction="task.question", input="the input", reference="\u05ea\u05e9\u05d5\u05d1\u05d4"
     )
-    assert load_benchmark("mine", spec) == [Item("mine", "1", "Add.", "2 and 3", "5")]
+    assert load("mine", spec) == [Item("mine", "1", "Add.", "2 and 3", "5")]
 
 
 def test_json_list_and_jsonl_give_the_same_items(tmp_path: Path) -> None:
@@ -57,19 +61,19 @@ def test_json_list_and_jsonl_give_the_same_items(tmp_path: Path) -> None:
     specs = [
         BenchmarkSetConfig(path=str(p), id="question_id", instruction="text") for p in (lines, tmp_path / "set.json")
     ]
-    first, second = (load_benchmark("s", spec) for spec in specs)
+    first, second = (load("s", spec) for spec in specs)
     assert first == second == [Item("s", "1", "a", "", None), Item("s", "2", "b", "", None)]
 
 
 def test_row_number_is_the_id_where_none_is_named_and_limit_takes_the_first(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "set.jsonl", *({"instruction": f"q{n}"} for n in range(5)))
-    items = load_benchmark("s", BenchmarkSetConfig(path=str(file)), limit=2)
+    items = load("s", BenchmarkSetConfig(path=str(file)), limit=2)
     assert [(i.item_id, i.instruction) for i in items] == [("1", "q0"), ("2", "q1")]
 
 
 def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "set.jsonl", {"instruction": "one\u2028two \U0001f600 \u05d0"})
-    assert load_benchmark("s", BenchmarkSetConfig(path=str(file)))[0].instruction == "one\u2028two \U0001f600 \u05d0"
+    assert load("s", BenchmarkSetConfig(path=str(file)))[0].instruction == "one\u2028two \U0001f600 \u05d0"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_a_bad_file_names_place_and_remedy(
     file = tmp_path / "set.jsonl"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(DataError) as error:
-        load_benchmark("s", BenchmarkSetConfig(path=str(file), **options))  # type: ignore[arg-type]
+        load("s", BenchmarkSetConfig(path=str(file), **options))  # type: ignore[arg-type]
     for word in [str(file), *words]:
         assert word in str(error.value)
 
@@ -108,48 +112,46 @@ def test_rows_may_stand_under_a_key(tmp_path: Path) -> None:
     file = tmp_path / "set.json"
     file.write_text(json.dumps({"canary": "x", "examples": [{"input": "2 + 2", "target": "4"}]}, indent=2))
     spec = BenchmarkSetConfig(path=str(file), rows="examples", instruction="input", reference="target")
-    assert load_benchmark("s", spec) == [Item("s", "1", "2 + 2", "", "4")]
+    assert load("s", spec) == [Item("s", "1", "2 + 2", "", "4")]
     spec.rows = "rows"
     with pytest.raises(
         DataError, match=r"under 'rows' \(it has: canary, examples\); check benchmark\.catalog\.s\.rows"
     ):
-        load_benchmark("s", spec)
+        load("s", spec)
 
 
 def test_the_reference_stands_behind_the_last_mark(tmp_path: Path) -> None:
     spec = BenchmarkSetConfig(instruction="q", reference="a", reference_after="####", match="number")
     spec.path = str(write_jsonl(tmp_path / "good.jsonl", {"q": "?", "a": "1 #### 2\n#### 1,080"}))
-    assert load_benchmark("s", spec)[0].reference == "1,080"
+    assert load("s", spec)[0].reference == "1,080"
     for answer, words in (("1080", "nothing behind '####'"), ("x ####", "nothing behind"), ("#### ten", "no number")):
         spec.path = str(write_jsonl(tmp_path / "bad.jsonl", {"q": "?", "a": answer}))
         with pytest.raises(DataError, match=f"row 1: field 'a'.*{words}"):
-            load_benchmark("s", spec)
+            load("s", spec)
 
 
 def test_a_folder_stands_in_for_the_addresses(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set.jsonl", {"instruction": "by its address"})
     write_jsonl(tmp_path / "other.jsonl", {"instruction": "by its name"})
     spec = BenchmarkSetConfig(url="https://example.invalid/data/set.jsonl")
-    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its address"
+    assert load("s", spec, folder=tmp_path)[0].instruction == "by its address"
     spec.file = "other.jsonl"
-    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its name"
+    assert load("s", spec, folder=tmp_path)[0].instruction == "by its name"
     spec.file = "sub/set.jsonl"
     with pytest.raises(DataError, match=r"sub/set\.jsonl is not there; put https://example\.invalid/data/set\.jsonl"):
-        load_benchmark("s", spec, folder=tmp_path)
+        load("s", spec, folder=tmp_path)
     spec.path = str(tmp_path / "other.jsonl")  # one set's own path wins
-    assert load_benchmark("s", spec, folder=tmp_path)[0].instruction == "by its name"
+    assert load("s", spec, folder=tmp_path)[0].instruction == "by its name"
 
 
 def test_missing_files_and_places_name_the_option(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"benchmark\.catalog\.s\.path=FILE"):
-        load_benchmark("s", BenchmarkSetConfig(path=str(tmp_path / "nothing.json")))
+        load("s", BenchmarkSetConfig(path=str(tmp_path / "nothing.json")))
     with pytest.raises(ConfigError, match=r"neither path nor url.*benchmark\.catalog\.s\.path=FILE"):
-        load_benchmark("s", BenchmarkSetConfig())
-    with pytest.raises(DataError, match=r"downloads are off.*benchmark\.catalog\.s\.path=FILE"):
-        load_benchmark("s", BenchmarkSetConfig(url="https://example.invalid/x.json"))
+        load("s", BenchmarkSetConfig())
     (tmp_path / "latin.json").write_bytes(b'[{"instruction": "caf\xe9"}]')
     with pytest.raises(DataError, match="not UTF-8"):
-        load_benchmark("s", BenchmarkSetConfig(path=str(tmp_path / "latin.json")))
+        load("s", BenchmarkSetConfig(path=str(tmp_path / "latin.json")))
 
 
 # ------------------------------------------------------------------------------------------ download
@@ -191,7 +193,7 @@ def test_a_url_is_fetched_once(tmp_path: Path, server: tuple[str, list[str]]) ->
     address, asked = server
     spec = BenchmarkSetConfig(url=f"{address}/set.json?raw=true")
     for _ in range(2):
-        items = load_benchmark("s", spec, fetch=lambda url: fetch_url(url, tmp_path / "cache"))
+        items = load("s", spec, downloads=tmp_path / "cache")
         assert items[0].instruction == "fetched"
     assert len(asked) == 1
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".json"]
@@ -203,7 +205,7 @@ def test_a_failed_download_leaves_nothing_and_says_where_the_file_goes(
 ) -> None:
     spec = BenchmarkSetConfig(url=f"{server[0]}/{page}")
     with pytest.raises(DataError) as error:
-        load_benchmark("s", spec, fetch=lambda url: fetch_url(url, tmp_path))
+        load("s", spec, downloads=tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "benchmark.catalog.s.path=FILE" in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -256,27 +258,27 @@ def catalog() -> dict[str, BenchmarkSetConfig]:
 @real
 @pytest.mark.parametrize("name", SIZES)
 def test_the_catalogues_sets_load_from_a_folder_without_an_override_each(name: str, catalog: Any) -> None:
-    items = load_benchmark(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
+    items = load(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
     assert len(items) == len({item.item_id for item in items}) == SIZES[name]
 
 
 @real
 def test_alpaca_evals_own_file_has_805_instructions(catalog: Any) -> None:
     spec = replace(catalog["alpaca_eval"], path=f"{os.environ['GRADSIFT_DATA']}/alpaca_eval/text_davinci_003.json")
-    assert len(load_benchmark("alpaca_eval", spec)) == 805
+    assert len(load("alpaca_eval", spec)) == 805
 
 
 def test_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> None:
     row = {"question_id": "96d2", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Go."}]}
     file = write_jsonl(tmp_path / "question.jsonl", row)
-    assert load_benchmark("arena_hard", replace(catalog["arena_hard"], path=str(file))) == [
+    assert load("arena_hard", replace(catalog["arena_hard"], path=str(file))) == [
         Item("arena_hard", "96d2", "Go.", "", None)
     ]
 
 
 def test_mt_bench_has_its_second_turns_behind_the_first(catalog: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Go.", "On."]})
-    assert load_benchmark("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [
+    assert load("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [
         Item("mt_bench", "81", "Go.", "", None),
         Item("mt_bench_turn_2", "81", "On.", "", None, after="mt_bench"),
     ]
@@ -285,7 +287,7 @@ def test_mt_bench_has_its_second_turns_behind_the_first(catalog: Any, tmp_path: 
 @real
 @pytest.mark.parametrize("name", ["gsm8k", *(f"bbh_{task}" for task in TASKS)])
 def test_every_real_reference_matches_itself_and_few_others(name: str, catalog: Any) -> None:
-    items = load_benchmark(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
+    items = load(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
     matches = MATCHERS[catalog[name].match]
     texts = [str(item.reference) for item in items]
     assert all(matches(f"Let us see.\nSo the answer is {text}.", text) for text in texts)

@@ -21,8 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradsift import GradientNormCallback, GradientNormTrainerCallback, per_sample_gradients, per_sample_norms
 from gradsift.errors import ConfigError, DataError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms
-from gradsift.gradients.records import NormRecords
+from gradsift.gradients.callback import NormRecords
+from gradsift.gradients.per_sample import attached
+from gradsift.gradients.probes import NormProbe
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
@@ -222,7 +223,7 @@ def test_a_batch_without_ids_and_an_unknown_reduction_are_refused() -> None:
 
 def test_two_forward_passes_before_a_backward_pass_are_refused() -> None:
     model, batch = their_model(), padded(dataset()[:2])
-    with PerSampleNorms(model), pytest.raises(GradsiftError, match="passed twice before a backward pass"):
+    with attached(model, NormProbe()), pytest.raises(GradsiftError, match="passed twice before a backward pass"):
         model(**batch)
         model(**batch)
 

@@ -28,7 +28,7 @@ from gradsift.config import OpenaiJudgeConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.evaluation import chat as chat_module
 from gradsift.evaluation.chat import ChatClient, estimated_tokens
-from gradsift.evaluation.chat_protocol import retry_after
+from gradsift.evaluation.endpoint import retry_after
 from gradsift.evaluation.judges import DryRun, JudgeError
 from gradsift.evaluation.replies import CapReached, Completion, Replies, Terms, Usage
 

@@ -327,7 +327,7 @@ def test_a_row_that_the_template_refuses_is_left_out_with_its_reason(byte_tokeni
     assert {place: row.row for place, row in report.refused.items()} == {1: 1, 2: 2}
     assert "not this" in report.refused[1].reason and "refuses the conversation" in report.refused[2].reason
     assert report.rows_without_response == []
-    prompts, _ = encode_prompts(examples, byte_tokenizer, "chat", 1000)
+    prompts, _, _ = encode_prompts(examples, byte_tokenizer, "chat", 1000)
     assert [len(prompt) > 0 for prompt in prompts] == [True, False, False, True]
 
 
@@ -391,6 +391,6 @@ def test_a_conversation_is_shown_whole_or_not_at_all(family: str, talk: Any, tok
     whole = "".join(segment.text for segment in chat_segments(turns, tokenizer, tokenizer.chat_template))
     assert all("".join(turn.content.split()) in "".join(whole.split()) for turn in turns)
     (encoded,), _ = encode([example(turns)], tokenizer, "chat", 10_000)
-    (prompt,), _ = encode_prompts([example(turns)], tokenizer, "chat", 10_000)
+    (prompt,), _, _ = encode_prompts([example(turns)], tokenizer, "chat", 10_000)
     assert encoded.input_ids[: len(prompt)].tolist() == prompt.tolist()
     assert encoded.is_response[len(prompt) :].all()

@@ -15,7 +15,7 @@ from gradsift.data.examples import Example, Turn
 from gradsift.journal import Journal
 from gradsift.scoring.cherry import cherry, loss_ratios
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.scoring.spans import span_losses
+from gradsift.scoring.superfilter import span_losses
 from gradsift.training.backbones import Backbone
 from tests.test_superfilter import assert_apart, assert_scores_close, exact_model, model_of, no_bar, span
 

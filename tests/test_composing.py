@@ -13,9 +13,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from gradsift.config import register_schemas
-from gradsift.config.machine import TrackerConfig
-from gradsift.user_conf import conf_folder
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import TrackerConfig
 
 
 @pytest.fixture

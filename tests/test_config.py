@@ -19,9 +19,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.config import Config, dump_config, load_config, register_schemas, restore_config
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import Config, dump_config, load_config, restore_config
 from gradsift.errors import ConfigError
-from gradsift.user_conf import conf_folder
 
 REPOSITORY = Path(__file__).parents[1]
 CHOICES = sorted(
@@ -187,12 +187,12 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["stop_after=lunch"], "choose one of: load, statistics"),
         (["data=json"], "data.path is not set"),
         (["data=json", "data.path=x"], "proxy=nano (choose proxy=smollm2"),
-        (["benchmark.sets=[nowhere]"], "'nowhere', which"),
+        (["benchmark.sets=[nowhere]"], "'nowhere', not in the catalog"),
         (["benchmark=vicuna", "target=smollm2"], "judge=verifier needs reference answers"),
         (["benchmark=vicuna", "judge=openai"], "target=nano knows the embedded world's words alone"),
-        (["benchmark.sets=[verifiable,verifiable]"], "names a set twice"),
-        (["benchmark.general=[bbh_navigate,bbh_navigate]"], "names a set twice"),
-        (["benchmark.general=[nowhere]"], "benchmark.general names 'nowhere', which"),
+        (["benchmark.sets=[verifiable,verifiable]"], "has a name twice"),
+        (["benchmark.general=[bbh_navigate,bbh_navigate]"], "has a name twice"),
+        (["benchmark.general=[nowhere]"], "benchmark.general names 'nowhere', not in"),
         (["benchmark.general=[verifiable]"], "is in benchmark.sets too"),
         (["benchmark.general=[vicuna]"], "benchmark.general=['vicuna'] has no reference answers"),
         (["benchmark.general=[bbh_navigate]"], "cannot answer ['bbh_navigate']"),
@@ -228,7 +228,10 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["embedder.pooling=max"], "embedder.pooling='max' is not known; choose one of: mean, weighted_mean, last"),
         (["embedder.text=answer"], "embedder.text='answer' is not known; choose one of: prompt_and_response"),
         (["embedder.max_length=1"], "embedder.max_length=1 is out of range"),
-        (["embedder=sentence_transformers", "embedder.text=prompt_and_response"], "text=instruction_input_output"),
+        (
+            ["embedder=sentence_transformers", "embedder.text=prompt_and_response"],
+            "choose one of: instruction_input",
+        ),
         (["scorer=sbert", "scorer.over=median"], "scorer.over='median' is not known; choose one of: mean, max"),
         (["data=json", "data.path=x", "scorer=sbert", "stop_after=scores"], "proxy=nano (choose proxy=smollm2"),
         (["data.delayed=0.6"], "data.delayed=0.6 is out of range"),
@@ -236,10 +239,10 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["data.corruption.share=-0.1"], "data.corruption.share=-0.1 is out of range"),
         (["data.corruption.share=nan"], "data.corruption.share=nan is out of range"),
         (["data.corruption.kinds=[shuffled]"], "data.corruption.kinds='shuffled' is not known; choose one of: wrong"),
-        (["data.corruption.kinds=[]"], "data.corruption.kinds=[] must name at least one kind"),
+        (["data.corruption.kinds=[]"], "data.corruption.kinds=[] must name at least one"),
         (["data.corruption.kinds=[garbled,garbled]"], "and each once"),
         (["data.corruption.seed=-1"], "data.corruption.seed=-1 is out of range"),
-        (["audit.alphas=[]"], "audit.alphas=[] must name at least one share"),
+        (["audit.alphas=[]"], "audit.alphas=[] must name at least one"),
         (["audit.alphas=[0.1,2]"], "audit.alphas=2.0 is out of range"),
         (["audit.clusters=1"], "audit.clusters=1 is out of range"),
         (["experiment=audit", "stop_after=scores"], "stop_after=scores; take stop_after=selection"),

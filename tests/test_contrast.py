@@ -24,7 +24,7 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_vectors
 from gradsift.journal import Journal
-from gradsift.proxy.answer_losses import AnswerLosses, collect_losses, read_answer_losses, with_other_prompts
+from gradsift.proxy.member_tables import AnswerLosses, collect_losses, read_answer_losses, with_other_prompts
 from gradsift.runtime import derive_seed
 from gradsift.scoring.contrast import contrast, contrast_with, nearest_lengths, nearest_prompts, saturated
 from gradsift.scoring.random import random, random_clean
@@ -101,7 +101,7 @@ def test_the_stage_has_every_members_losses_at_the_late_snapshot(store: Path) ->
             np.testing.assert_allclose((body[example.row], end[example.row]), expected, rtol=1e-4)
             expected = token_by_token(adapted, swapped.input_ids, swapped.is_response)
             np.testing.assert_allclose(other[example.row], expected[0], rtol=1e-4)
-        lora.remove_adapter(adapted)
+        adapted.unload()
 
 
 def test_every_example_gets_the_prompt_of_another_one() -> None:
@@ -156,7 +156,7 @@ def test_conversations_with_several_replies_have_no_gain(store: Path) -> None:  
         text.is_response[1], text.is_response[2] = True, False  # a reply before the last one
     adapted = lora.add_adapter(line.proxy_backbone.model, line.config.proxy.lora, 3)
     columns = collect_losses(adapted, inputs._replace(encoded=texts), lambda done: None, Journal(), seed=1)
-    lora.remove_adapter(adapted)
+    adapted.unload()
     assert np.isnan(columns["other"]).tolist() == [True] * 3 + [False] * 9
     assert np.isfinite(columns["body"]).all()
     examples, found = pool(60), losses(2, 60)

@@ -29,7 +29,7 @@ from gradsift.data.corruption import (
 from gradsift.data.examples import Example, make_example
 from gradsift.data.load import SPOILT, corruption_of, heldout_of, labels_of, load, pool_of
 from gradsift.data.load import VERSION as LOAD_VERSION
-from gradsift.data.verifiable import VOCABULARY, answers_match, solve
+from gradsift.data.verifiable import VOCABULARY, answers_match, task_of
 from gradsift.errors import ConfigError
 from gradsift.runtime import Display, Runtime
 
@@ -54,8 +54,10 @@ def examples_of(count: int) -> list[Example]:
 
 
 def corrupted(examples: list[Example], **changes: Any) -> Corrupted:
-    options = {"share": 0.3, "kinds": CORRUPTIONS, "seed": 0, "next_row": 1000} | changes
-    return corrupt(examples, changes_of_text(examples), **options)
+    sound = changes.pop("sound", range(len(examples)))
+    kinds = list(changes.pop("kinds", CORRUPTIONS))
+    config = CorruptionConfig(**({"share": 0.3, "kinds": kinds} | changes))
+    return corrupt(examples, changes_of_text(examples), config, 1000, sound)
 
 
 # --------------------------------------------------------------------------------------------- laws
@@ -303,7 +305,8 @@ def test_the_worlds_corruption_keeps_to_its_words_and_its_own_labels(tmp_path: P
     known = set(VOCABULARY)
     for position, example in enumerate(pool):
         assert known.issuperset(f"{example.instruction} {example.input} {example.output}".split())
-        right = solve(labels.family[position], example.instruction, example.input)
+        right = task_of(example.instruction, example.input).answer
+        assert task_of(example.instruction, example.input).question[0] == labels.family[position]
         assert answers_match(example.output, right) is (labels.quality[position] not in SPOILT)
     for position, (quality, family) in enumerate(zip(was.quality, was.family, strict=True)):
         assert labels.family[position] == family

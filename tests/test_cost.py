@@ -93,7 +93,7 @@ def test_reported_tokens_are_those_the_models_see(
     gradsift, monkeypatch, arguments: tuple[str, ...], stages: str
 ) -> None:
     """Batches have one example, so that there is no padding."""
-    monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 1})
+    monkeypatch.setattr("gradsift.scoring.superfilter._BATCH_TOKENS", {"cpu": 1})
     for module in ("gradsift.inputs", "gradsift.training.target"):  # a trial's tokens are no work on the data
         monkeypatch.setattr(f"{module}.require_adaptable", lambda *given, **options: None)
     small = (

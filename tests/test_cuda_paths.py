@@ -35,14 +35,14 @@ from gradsift.journal import Journal
 from gradsift.pipeline import settings_of
 from gradsift.proxy.collection import collect_norms
 from gradsift.proxy.together import Members
-from gradsift.scoring import spans
-from gradsift.training import backbones, lora, numerics
+from gradsift.scoring import superfilter
+from gradsift.training import backbones, numerics
 from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.finetuning import fit
 from gradsift.training.head import OutputHead, ResponseLosses
-from gradsift.training.lanes import Lanes
+from gradsift.training.lora import Lanes
 from gradsift.training.modules import Optimization, ProxyMember, Step
-from gradsift.training.tiny_bytes import bytes_tokenizer
+from gradsift.training.nano import bytes_tokenizer
 
 HERE = Path(__file__).parent
 PLAIN_HEADS = [kind for kind in MODELS if kind != "gemma3_text"]  # it scales its embedding
@@ -143,7 +143,7 @@ def test_a_training_step_reads_nothing(kind: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_step_of_members_side_by_side_reads_nothing(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     made = kit("llama", "float32")
-    lanes = Lanes(lora.remove_adapter(made.adapted), LoraConfig(rank=2, dropout=dropout), [0, 1])
+    lanes = Lanes(made.adapted.unload(), LoraConfig(rank=2, dropout=dropout), [0, 1])
     optimization = Optimization(1e-3, 0.0, "linear", 1, 4)
     members = [ProxyMember(lanes.adapted, optimization, made.budget, pad_id=0) for _ in range(2)]
     module = without_trainer(Members(lanes, members), made.device)
@@ -170,7 +170,7 @@ def test_a_pass_over_spans_reads_its_losses_alone(kind: str) -> None:
     made = model_of(kind)
     head = OutputHead.of(made.adapted)
     with Reads() as reads:
-        spans._batch_losses(made.backbone, head, made.encoded)
+        superfilter._batch_losses(made.backbone, head, made.encoded)
     assert not reads.seen
 
 
@@ -401,17 +401,17 @@ def test_chunks_follow_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_compute_tokens_bounds_a_pass_over_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model_of("gpt2")
-    plain, widths = spans._batch_losses, []
+    plain, widths = superfilter._batch_losses, []
 
     def noted(backbone: Any, head: Any, batch: Any) -> Any:
         widths.append(len(batch) * max(len(example.input_ids) for example in batch))
         return plain(backbone, head, batch)
 
-    monkeypatch.setattr(spans, "_batch_losses", noted)
+    monkeypatch.setattr(superfilter, "_batch_losses", noted)
     for tokens, most in ((None, 512), (14, 14)):
         widths.clear()
         backbone = replace(made.backbone, tokens=tokens)
-        spans.span_losses(backbone, made.encoded, lambda done: None, Journal())
+        superfilter.span_losses(backbone, made.encoded, lambda done: None, Journal())
         assert max(widths) <= most
         assert len(widths) == (1 if tokens is None else 3)
 

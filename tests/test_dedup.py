@@ -25,7 +25,7 @@ from gradsift.data.examples import Example, Turn
 from gradsift.data.files import file_kind, hash_of, read_rows
 from gradsift.data.formats import parse_rows
 from gradsift.data.load import ROWS_VERSION, heldout_of, labels_of, load, pool_of
-from gradsift.data.verifiable import generate, question_of
+from gradsift.data.verifiable import generate, task_of
 from gradsift.errors import ConfigError
 from gradsift.runtime import Display, Runtime
 
@@ -262,10 +262,8 @@ def test_labels_of_the_world_stay_beside_their_examples(dedup: str, tmp_path: Pa
         label, row = truth.labels[example.row_index], truth.rows[example.row_index]
         lone = label.quality in COPIES and quality == "clean"
         assert (label.quality if lone else quality, example.output) == (label.quality, row["output"])
-    questions = [
-        question_of(family, example.instruction, example.input)
-        for example, family in zip(pool, labels.family or (), strict=True)
-    ]
+    questions = [task_of(example.instruction, example.input).question for example in pool]
+    assert [family for family, _ in questions] == labels.family
     clean = {question for question, quality in zip(questions, labels.quality, strict=True) if quality == "clean"}
     copies_kept = [q for q, quality in zip(questions, labels.quality, strict=True) if quality in COPIES]
     assert set(copies_kept) <= clean  # a copy repeats something

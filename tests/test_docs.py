@@ -14,10 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gradsift.composition import in_full
-from gradsift.config import SCHEMAS, Config, load_config, register_schemas
+from gradsift.composition import conf_folder, in_full, register_schemas
+from gradsift.config import SCHEMAS, Config, load_config
 from gradsift.sweep import begin, values_of
-from gradsift.user_conf import conf_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,7 +48,7 @@ def _first(overrides: list[str]) -> list[str]:
     """The overrides, of a sweep the first value of each."""
     values = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        values.append(f"{override.get_key_element()}={next(values_of(override))}")
+        values.append(f"{override.get_key_element()}={values_of(override)[0]}")
     return values
 
 
@@ -71,7 +70,7 @@ def test_a_command_of_the_docs_is_accepted(command: list[str]) -> None:
 def test_every_job_of_an_experiment_is_accepted(name: str) -> None:
     composed = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
     composed.hydra.job.config_name = "config"
-    assert begin(composed, str).folder
+    assert begin(composed).folder
 
 
 def test_every_choice_has_its_place_in_the_page_on_methods() -> None:

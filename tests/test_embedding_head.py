@@ -30,18 +30,17 @@ from gradsift.gradients.embedding_head import (
     read_embedding_gradients,
 )
 from gradsift.journal import Journal
-from gradsift.proxy.ensemble import train_adapter
+from gradsift.proxy.ensemble import train_members
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
-CPU = torch.device("cpu")
 CASES = [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)]
 
 
 def computed(adapted: Any, examples: list[Encoded], tokens: int = 4096) -> np.ndarray:
-    return collect_statistics(adapted, examples, TokenBudget(tokens), 0, CPU)
+    return collect_statistics(adapted, examples, TokenBudget(tokens), 0)
 
 
 def whole_gradients(adapted: Any, examples: list[Encoded]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,7 +95,7 @@ def test_a_pass_that_was_cut_short_takes_what_its_journal_holds(
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(9)
 
     def taken() -> np.ndarray:
-        return collect_statistics(adapted, examples, TokenBudget(30), 0, CPU, journal=Journal(tmp_path))
+        return collect_statistics(adapted, examples, TokenBudget(30), 0, journal=Journal(tmp_path))
 
     whole, plain, left = computed(adapted, examples, 30), UseOfEmbedding.statistics, [2]
 
@@ -201,13 +200,13 @@ def test_memory_that_runs_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     adapted, examples, said = adapted_model("gpt2", ["c_attn"]), ragged_examples(9), []
     statistics = UseOfEmbedding.statistics
 
-    def small(self: Any, batch: Any, device: Any) -> Any:
+    def small(self: Any, batch: Any) -> Any:
         if batch.input_ids.numel() > 30:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return statistics(self, batch, device)
+        return statistics(self, batch)
 
     monkeypatch.setattr(UseOfEmbedding, "statistics", small)
-    again = collect_statistics(adapted, examples, TokenBudget(1000, said.append), 0, CPU)
+    again = collect_statistics(adapted, examples, TokenBudget(1000, said.append), 0)
     agree(again, expected(adapted, examples))
     assert said
 
@@ -235,7 +234,7 @@ def test_the_stage_reads_one_members_first_epoch_and_is_done_once(tmp_path: Path
     run, config, encoded = runtime(tmp_path), proxy_config(members=1), ragged_examples(8)
 
     def stage(count: int = 9) -> Artifact:
-        (member,) = train_adapter(run, config, *parents(run), lambda: inputs(encoded), 0, 1)
+        ((member,),) = train_members(run, config, *parents(run), lambda: inputs(encoded), [0], 1).values()
         return embedding_gradients(run, member, config.lora, lambda: inputs(encoded), count)
 
     made = stage()

@@ -25,8 +25,15 @@ from gradsift.data.examples import Example, Turn, make_example
 from gradsift.data.tokens import Encoded, encode
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.features import embeddings as embeddings_module
-from gradsift.features.embeddings import Embedder, embed, embedded
-from gradsift.features.hidden_states import HiddenStates, hidden_states_embedder, pool, pooled_states
+from gradsift.features.embeddings import (
+    Embedder,
+    HiddenStates,
+    embed,
+    embedded,
+    hidden_states_embedder,
+    pool,
+    pooled_states,
+)
 from gradsift.features.sentence_encoder import load_sentence_encoder, sentence_encoder
 from gradsift.features.vectors import FEATURES_FILE, IDS_FILE, finish_features, open_features, read_features
 from gradsift.journal import JOURNAL_FILE
@@ -129,7 +136,7 @@ def test_half_precision_states_are_summed_in_float32() -> None:
 
 def test_an_unknown_pooling_is_refused() -> None:
     with pytest.raises(ConfigError, match="pooling='max' is not known"):
-        pool(torch.zeros(1, 1, 1), torch.ones(1, 1), "max")
+        HiddenStatesConfig(name="hidden_states", pooling="max")
 
 
 # ------------------------------------------------------------------------------------------- batches
@@ -154,7 +161,7 @@ def test_neither_token_budget_nor_order_changes_an_embedding(pooling: str, backb
     texts = texts_of(30)
     expected = [unit(slow(backbone.model, text.input_ids.tolist(), pooling)) for text in texts]
     for tokens, order in ((1, texts), (64, texts[::-1]), (10_000, texts)):
-        vectors = embedded(encoder, order, TokenBudget(tokens, lambda line: None))
+        vectors = embedded(encoder, order, TokenBudget(tokens, lambda line: None), lambda done: None)
         for text, vector in zip(order, vectors, strict=True):
             assert_close_by_norm(vector, expected[text.row], k=256)
 
@@ -167,7 +174,9 @@ def test_out_of_memory_halves_the_batch_and_changes_no_embedding(backbone: Backb
             return super().embed(texts)
 
     config, texts = HiddenStatesConfig(name="x"), texts_of(20)
-    vectors = embedded(Small(backbone, config, "plain"), texts, TokenBudget(10_000, lambda line: None))
+    vectors = embedded(
+        Small(backbone, config, "plain"), texts, TokenBudget(10_000, lambda line: None), lambda done: None
+    )
     for text, vector in zip(texts, vectors, strict=True):
         assert_close_by_norm(vector, unit(slow(backbone.model, text.input_ids.tolist(), config.pooling)), k=256)
 

@@ -27,10 +27,9 @@ from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import GradientNormCallback
-from gradsift.gradients.norms import PerSampleNorms
+from gradsift.gradients.callback import COLUMNS, GradientNormCallback
+from gradsift.gradients.per_sample import attached
 from gradsift.gradients.probes import NormProbe
-from gradsift.gradients.records import COLUMNS
 from gradsift.proxy.collection import collect_norms
 from gradsift.training import head as head_module
 from gradsift.training import lora, modules
@@ -71,7 +70,7 @@ def test_an_adapted_layer_computes_what_pefts_does(architecture: str, targets: l
     assert_close_by_norm(fast(input_ids=ids).logits, slow(input_ids=ids).logits, k=32)
     expected = exact_gradients(slow, ragged_examples())
     if norms:
-        with PerSampleNorms(fast):
+        with attached(fast, NormProbe()):
             computed = gradients(fast, ragged_examples())
     else:
         computed = gradients(fast, ragged_examples())
@@ -118,7 +117,7 @@ def test_layers_that_see_other_examples_or_are_passed_twice_are_refused() -> Non
         probe.of("second", torch.zeros(3, 4, 5))
     with pytest.raises(GradsiftError, match="passed twice"):
         probe.of("first", torch.zeros(1, 4, 5))
-    probe.take()
+    probe.forget()
     probe.of("first", torch.zeros(3, 4, 5))  # a new pass
 
 
@@ -127,13 +126,16 @@ def test_layers_that_are_not_plain_have_no_norms() -> None:
     for _, layer in lora.lora_layers(adapted):
         layer.__class__ = peft.tuners.lora.Linear
         layer.get_base_layer().register_forward_hook(lambda *values: None)  # may change what the layer computes
-    with pytest.raises(GradsiftError, match="plain LoRA on frozen linear layers"):
-        PerSampleNorms(adapted)
+    with (
+        pytest.raises(GradsiftError, match="plain LoRA on frozen linear layers"),
+        attached(adapted, NormProbe()),
+    ):
+        pass
 
 
 def test_a_pass_that_did_not_end_leaves_no_norm_behind() -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(4)
-    with PerSampleNorms(adapted) as norms:
+    with attached(adapted, NormProbe()) as norms:
         ResponseLosses(adapted)(collate(examples[:3], 0))  # forward only, of another size
         norms.forget()
         ResponseLosses(adapted)(collate(examples, 0)).sum().backward()

@@ -20,13 +20,12 @@ from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
 from gradsift.data.tokens import ENCODING, Encoded
 from gradsift.errors import ConfigError
-from gradsift.gradients.norms_table import read_norms
-from gradsift.gradients.records import COLUMNS
-from gradsift.gradients.statistics import compute_statistics
+from gradsift.gradients.callback import COLUMNS
+from gradsift.gradients.statistics import compute_statistics, read_norms
 from gradsift.journal import Journal
-from gradsift.proxy.collection import _mask_seed, collect_norms
-from gradsift.proxy.ensemble import ensemble_norms, epoch_plan, member_settings, train_adapters
-from gradsift.proxy.epochs import EpochStart, ProxyInputs, train_epoch
+from gradsift.proxy.collection import collect_norms, ensemble_norms
+from gradsift.proxy.ensemble import epoch_plan, member_settings, train_adapters
+from gradsift.proxy.epochs import Epoch, ProxyInputs, train_epoch
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
@@ -207,20 +206,27 @@ def test_a_seed_gives_the_order_that_it_has_always_given(mode: str, batches: lis
 
 
 def test_dropout_is_drawn_anew_in_each_member_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: list[EpochStart] = []
+    epochs: list[Epoch] = []
 
-    def noted(*arguments: Any) -> dict[str, Any]:
-        starts.extend(value for value in arguments if isinstance(value, EpochStart))
-        return train_epoch(*arguments)
+    def noted(inputs: ProxyInputs, epoch: Epoch, *arguments: Any) -> dict[str, Any]:
+        epochs.append(epoch)
+        return train_epoch(inputs, epoch, *arguments)
 
     monkeypatch.setattr("gradsift.proxy.ensemble.train_epoch", noted)
     trained(tmp_path, config("lora_seeds", members=2))
-    assert len({start.dropout_seed for start in starts}) == len(starts) == 4
+    assert len({epoch.dropout_seed for epoch in epochs}) == len(epochs) == 4
 
 
-def test_masks_are_other_ones_in_each_member_and_epoch(tmp_path: Path) -> None:
-    units = [(member, epoch) for member in (0, 1) for epoch in (1, 2)]
-    assert len({_mask_seed(runtime(tmp_path), *unit) for unit in units}) == len(units)
+def test_masks_are_other_ones_in_each_member_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[int] = []
+
+    def noted(*arguments: Any, **options: Any) -> dict[str, np.ndarray]:
+        masks.append(options["masks"])
+        return collect_norms(*arguments, **options)
+
+    monkeypatch.setattr("gradsift.proxy.collection.collect_norms", noted)
+    ensemble(tmp_path, config("mc_dropout", members=2))
+    assert len(set(masks)) == len(masks) == 4
 
 
 def test_a_bootstrap_member_sees_its_own_resample_in_every_epoch() -> None:

@@ -18,9 +18,9 @@ from conftest import SMOKE
 from scipy.stats import spearmanr
 from transformers import GPT2Model, LlamaModel
 
-from gradsift.config.run import SCORES_BY_TASK
+from gradsift.composition import conf_folder
+from gradsift.config import SCORES_BY_TASK
 from gradsift.scoring.scores import SCORED
-from gradsift.user_conf import conf_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -90,7 +90,7 @@ def test_batches_and_padding_change_no_scorers_ranking(gradsift, monkeypatch: py
     assert gradsift("-m", *smallest, others) == gradsift(*smallest, "scorer=grads", "scorer.scale=minmax") == 0
     monkeypatch.setenv("GRADSIFT_ARTIFACTS", str(gradsift.folder / "other"))
     shutil.copytree(gradsift.store / "backbone", gradsift.folder / "other/backbone")  # whose batches are their own
-    monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})  # these are theirs alone
+    monkeypatch.setattr("gradsift.scoring.superfilter._BATCH_TOKENS", {"cpu": 64})  # these are theirs alone
     smallest += ("compute.tokens=64",)
     shapes = noted_shapes(monkeypatch)
     assert gradsift("-m", *smallest, others) == gradsift(*smallest, "scorer=grads", "scorer.scale=minmax") == 0

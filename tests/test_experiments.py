@@ -31,7 +31,7 @@ from experiments.heldout_variance import over_members
 from experiments.walk_optimum import best_set, compared
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import read_statistics
-from gradsift.proxy.answer_losses import read_answer_losses
+from gradsift.proxy.member_tables import read_answer_losses
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.scores import read_scores
 from gradsift.scoring.stage import SCORES_FILE, score

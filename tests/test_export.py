@@ -44,7 +44,7 @@ def judgments(judge: str = "openai/m", scores: Any = SCORES) -> list[Judgment]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> PairFiles:
-    found = PairFiles(tmp_path / "a.json", tmp_path / "b.json", tmp_path / "judgments.jsonl", "signs")
+    found = PairFiles(tmp_path / "a.json", tmp_path / "b.json", tmp_path / "judgments.jsonl")
     write_model_outputs(found.model, OURS)
     write_model_outputs(found.reference, THEIRS)
     write_judgments(found, judgments())

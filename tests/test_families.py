@@ -1,4 +1,4 @@
-"""Models that have a name of their own (`known_models.py`): a tiny random one of each architecture trains and answers.
+"""Models that have a name of their own (`config/models.py`): a tiny random one of each architecture trains and answers.
 
 Their per-sample norms are in `test_architectures.py`, their residual streams in `test_residual.py`.
 """
@@ -75,5 +75,5 @@ def test_training_steps_lower_the_loss_and_move_the_adapter_alone(name: str) -> 
         loss.backward()
         optimizer.step()
     assert seen[-1] < seen[0] - 0.05
-    plain = lora.remove_adapter(adapted)
+    plain = adapted.unload()
     assert all(torch.equal(weight, before[key]) for key, weight in plain.named_parameters())

@@ -25,15 +25,12 @@ from scipy.stats import spearmanr
 from gradsift.errors import DataError
 from gradsift.report.figures import (
     FIGURES,
-    audit,
-    convergence,
     cost,
-    ensemble,
-    judge,
-    pws,
+    outcomes,
     scores,
     selection,
     sensitivity,
+    training,
     write_figures,
     write_tables,
 )
@@ -120,7 +117,7 @@ def test_files_are_written_and_reasons_told(material: Material, tmp_path: Path) 
 def test_a_page_can_give_the_neutral_colours_its_own(material: Material) -> None:
     """Text and axes use only the four named colours, so that a dark page can replace them."""
     assert len({INK, FAINT, RULE, PAPER}) == 4
-    svg = bytes_of(convergence.convergence(material), "svg").decode()
+    svg = bytes_of(training.convergence(material), "svg").decode()
     assert "#000000" not in svg and "#ffffff" not in svg
     assert INK in svg and FAINT in svg and RULE in svg
 
@@ -139,7 +136,7 @@ def test_a_report_needs_no_torch(report_sweep: Path) -> None:
 
 
 def test_pws_shows_the_means_of_run_json(material: Material) -> None:
-    (axes,) = pws.pws(material).axes
+    (axes,) = outcomes.pws(material).axes
     drawn = {bar.get_label(): bar.lines[0].get_xdata() for bar in axes.containers}
     both = [run_of(material, name).record["pws"] for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
     names = [label.get_text() for label in axes.get_yticklabels()]
@@ -149,7 +146,7 @@ def test_pws_shows_the_means_of_run_json(material: Material) -> None:
 
 
 def test_convergence_is_the_curve_of_the_finetune(material: Material) -> None:
-    by_step, by_token = convergence.convergence(material).axes
+    by_step, by_token = training.convergence(material).axes
     run = run_of(material, "2-random-0.1")
     entries = [json.loads(line) for line in (stage_of(run, "finetune") / "curve.jsonl").read_text().splitlines()]
     steps, losses = lines_of(by_step)[run.method]
@@ -159,13 +156,13 @@ def test_convergence_is_the_curve_of_the_finetune(material: Material) -> None:
     assert tokens.tolist() == np.cumsum([entry["tokens"] for entry in entries]).tolist()
     ends = [x[-1] for x, _ in lines_of(by_token).values()]
     assert by_token.get_xlim() == (0, min(ends))
-    assert convergence.ALL in lines_of(by_step)
+    assert training.ALL in lines_of(by_step)
 
 
 def test_smoothing_is_a_mean_over_neighbours() -> None:
     values = np.random.default_rng(0).normal(size=100)
     slow = [values[max(0, i - 5) : i + 6].mean() for i in range(100)]
-    assert convergence.smooth(values, 0.1) == pytest.approx(slow)
+    assert training.smooth(values, 0.1) == pytest.approx(slow)
 
 
 def test_overlap_is_that_of_the_selected_ids(material: Material) -> None:
@@ -388,23 +385,23 @@ def test_ways_are_drawn_from_where_they_begin_to_the_adapters_end(material: Mate
     ways = material.trajectories(run_of(material, "0-gsnr-0.1"))
     assert [steps.tolist() for steps, _ in ways] == [[0, 1, 2, 3, 4, 5, 6, 7, 8]] * 3
     points = np.concatenate([points for _, points in ways])
-    flat, shares = ensemble.principal(points)
+    flat, shares = training.principal(points)
     from sklearn.decomposition import PCA
 
     reference = PCA(2).fit(points.astype(float))
     assert np.abs(flat) == pytest.approx(np.abs(reference.transform(points.astype(float))), abs=1e-6)
     assert shares == pytest.approx(reference.explained_variance_ratio_)
-    (axes,) = ensemble.trajectories_pca(material).axes
+    (axes,) = training.trajectories_pca(material).axes
     clouds = [c for c in axes.collections if isinstance(c, PathCollection)]
     assert np.concatenate([np.asarray(c.get_offsets()) for c in clouds]) == pytest.approx(flat)
-    (axes,) = ensemble.trajectories_tsne(material).axes
+    (axes,) = training.trajectories_tsne(material).axes
     assert sum(len(c.get_offsets()) for c in axes.collections) == 27
 
 
 def test_the_members_distance_is_about_that_of_their_updates(material: Material) -> None:
     """A projection to 64 dimensions keeps distances up to about a tenth; the diagnostics have the exact distance."""
     run = run_of(material, "0-gsnr-0.1")
-    steps, spread = ensemble.spread_over_steps(material.trajectories(run))
+    steps, spread = training.spread_over_steps(material.trajectories(run))
     assert np.isnan(spread[0]) and steps[-1] == 8
     exact = run.record["diagnostics"]["adapter_spread"]["values"]["relative_distance"]
     assert spread[-1] == pytest.approx(exact, rel=0.2)
@@ -413,11 +410,11 @@ def test_the_members_distance_is_about_that_of_their_updates(material: Material)
 def test_collapse_counts_every_row(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
     values = table(run, "statistics", "statistics.parquet")
-    _, axes = ensemble.collapse(Material(material.folder, [run], False)).axes
+    _, axes = training.collapse(Material(material.folder, [run], False)).axes
     assert sum(patch.get_height() for patch in axes.patches) == (values["G_t"] > 0).sum()
     median = f"median {np.median(np.sqrt(values['V_t']) / values['G_t']):.3f}"
     assert median in lines_of(axes)
-    distances, spreads = ensemble.collapse(material).axes
+    distances, spreads = training.collapse(material).axes
     assert len(distances.lines) == 2 + 2  # two seeds and two bounds
     assert f"seed 0: {median}" in lines_of(spreads)
 
@@ -426,14 +423,14 @@ def test_members_losses_are_their_curves(material: Material) -> None:
     run = run_of(material, "0-gsnr-0.1")
     files = [stage_of(run, "member", place) / "curve.jsonl" for place in (0, 1)]
     losses = [json.loads(line)["loss"] for file in files for line in file.read_text().splitlines()]
-    (axes,) = ensemble.member_loss(material).axes
+    (axes,) = training.member_loss(material).axes
     other = run_of(material, "3-gsnr-0.1")
     drawn = [(line.get_label(), line.get_ydata()) for line in axes.lines]
     assert [label for label, _ in drawn] == ["seed 0"] * 3 + ["seed 1"] * 3
     assert drawn[0][1] == pytest.approx(losses)
     file = stage_of(other, "member", 0) / "curve.jsonl"
     assert drawn[3][1][0] == pytest.approx(json.loads(file.read_text().splitlines()[0])["loss"])
-    (axes,) = ensemble.member_loss(Material(material.folder, [run], False)).axes
+    (axes,) = training.member_loss(Material(material.folder, [run], False)).axes
     assert lines_of(axes)["member 0"][1] == pytest.approx(losses)
 
 
@@ -441,19 +438,19 @@ def test_runs_that_differ_in_the_data_seed_alone_are_seeds_of_one_cell(material:
     first, other = (run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1"))
     other = replace(other, record={**other.record, "seed": 0, "data_seed": 1})
     both = Material(material.folder, [first, other], True)
-    _, spreads = ensemble.collapse(both).axes
+    _, spreads = training.collapse(both).axes
     names = [name.split(":")[0] for name in lines_of(spreads) if "median" in name]
     assert names == ["seed 0", "seed 0, data 1"]
-    (axes,) = ensemble.member_loss(both).axes
+    (axes,) = training.member_loss(both).axes
     assert [line.get_label() for line in axes.lines] == ["seed 0"] * 3 + ["seed 0, data 1"] * 3
     assert axes.get_title(loc="left") == f"{first.method}, 2 seeds"
     records = sensitivity.size_curves(both)
     assert [(record["seed"], record["data_seed"]) for record in records] == [(0, 0)] * 2 + [(0, 1)] * 2
     assert len({record["run"] for record in sensitivity.eps_curves(both)}) == 2
-    (axes,) = pws.pws(both).axes
+    (axes,) = outcomes.pws(both).axes
     (dots,) = axes.containers
     assert dots.lines[0].get_xdata() == pytest.approx([np.mean([run.record["pws"] for run in (first, other)])])
-    assert list(judge.judged(both)) == [f"{first.method}, 0.1"]
+    assert list(outcomes.judged(both)) == [f"{first.method}, 0.1"]
 
 
 # ------------------------------------------------------------------------- judge, audit and cost
@@ -467,7 +464,7 @@ def test_outcomes_are_those_of_the_judgments(material: Material) -> None:
         margin = np.sign(reply["score_model"] - reply["score_reference"])
         signs[reply["item_id"]] = signs.get(reply["item_id"], 0.0) + margin
     expected = Counter(np.sign(list(signs.values())).tolist())
-    (axes,) = judge.judge_outcomes(material).axes
+    (axes,) = outcomes.judge_outcomes(material).axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     place = names.index(f"{run.method}, 0.1")
     widths = {bars.get_label(): bars[place].get_width() for bars in axes.containers}
@@ -477,22 +474,22 @@ def test_outcomes_are_those_of_the_judgments(material: Material) -> None:
 
 def test_biases_are_summed_over_seeds(material: Material) -> None:
     pair = [run_of(material, name) for name in ("0-gsnr-0.1", "3-gsnr-0.1")]
-    assert judge.longer_shares({"gsnr": pair}) == {}  # a verifier prefers no length
+    assert outcomes.longer_shares({"gsnr": pair}) == {}  # a verifier prefers no length
     counts = [{"items": 10, "longer_wins": 6}, {"items": 30, "longer_wins": 12}]
     of_a_judge = [
         Run(run.folder, {**run.record, "length_bias": count}, run.config, run.method, run.stores)
         for run, count in zip(pair, counts, strict=True)
     ]
-    assert judge.longer_shares({"gsnr": of_a_judge}) == {"gsnr": (18 / 40, 40)}
+    assert outcomes.longer_shares({"gsnr": of_a_judge}) == {"gsnr": (18 / 40, 40)}
     flips = [run.record["position_bias"]["to_second"] for run in pair]
-    assert judge.total(pair, "position_bias", "to_second") == sum(flips)
+    assert outcomes.total(pair, "position_bias", "to_second") == sum(flips)
 
 
 def test_a_judge_that_prefers_a_place_is_shown_to(material: Material) -> None:
     run = run_of(material, "2-random-0.1")
     bias = {"items": 20, "flips": 8, "to_first": 2, "to_second": 6, "flip_share": 0.4, "first_share": 0.4}
     biased = Run(run.folder, {**run.record, "position_bias": bias}, run.config, run.method, run.stores)
-    (axes,) = judge.position_bias(Material(material.folder, [biased], True)).axes
+    (axes,) = outcomes.position_bias(Material(material.folder, [biased], True)).axes
     widths = {bars.get_label(): bars[0].get_width() for bars in axes.containers}
     assert widths == {"flips to the first place": -0.1, "flips to the second place": pytest.approx(0.3)}
 
@@ -500,11 +497,11 @@ def test_a_judge_that_prefers_a_place_is_shown_to(material: Material) -> None:
 def test_the_audit_is_drawn_as_audit_json_has_it(material: Material) -> None:
     run = run_of(material, "2-random-0.1")
     written = json.loads((run.folder / "audit.json").read_text())
-    (axes,) = audit.audit_spoilt(material).axes
+    (axes,) = selection.audit_spoilt(material).axes
     alphas, shares = lines_of(axes)[run.method]
     assert alphas.tolist() == [0.1, 0.2]
     assert shares == pytest.approx([cell["spoilt"] for cell in written["selections"]])
-    (axes,) = audit.audit_auroc(material).axes
+    (axes,) = selection.audit_auroc(material).axes
     texts = [text.get_text() for text in axes.texts]
     assert all(f"{kind['auroc']:.2f}" in texts for kind in written["kinds"].values())
 
@@ -551,7 +548,7 @@ def test_a_store_that_moved_is_found_where_it_is_said_to_be(
     assert any(gap.startswith("0-gsnr-0.1: load/") and gap.endswith("not in the store any more") for gap in lost.gaps)
     with pytest.raises(Missing, match=r"0-gsnr-0.1: the artifact score/gsnr-.* is not in the store any more"):
         lost.scores(run)
-    assert pws.pws(lost)  # run.json is enough for it
+    assert outcomes.pws(lost)  # run.json is enough for it
     moved = read(tmp_path / "sweep", report_sweep.parent / "store")
     assert moved.scores(run_of(moved, "0-gsnr-0.1")).score.shape == (120,)
 
@@ -591,17 +588,6 @@ def test_a_job_that_was_killed_is_told_and_a_folder_without_runs_refused(tmp_pat
     assert not lone.is_sweep and [run.outcome for run in lone.runs] == [killed.runs[0].outcome]
 
 
-def test_trajectories_that_were_never_noted_are_missed(material: Material, tmp_path: Path) -> None:
-    run = run_of(material, "0-gsnr-0.1")
-    shutil.copytree(stage_of(run, "member").parents[1], tmp_path / "store")
-    for file in (tmp_path / "store").rglob("trajectory.safetensors"):
-        file.unlink()
-    stages = [{**stage, "artifact": f"gone/{Path(stage['artifact']).name}"} for stage in run.record["stages"]]
-    old = Run(run.folder, {**run.record, "stages": stages}, run.config, run.method, [tmp_path / "store"])
-    with pytest.raises(Missing, match="predate trajectory logging"):
-        ensemble.trajectories_pca(Material(material.folder, [old], False))
-
-
 # ------------------------------------------------------------------------------------ full size
 
 
@@ -611,7 +597,7 @@ def test_a_cloud_of_52_000_rows_stays_small() -> None:
     marked = rng.random(52_000) < 0.15
     with styled():
         figure, (axes,) = panels()
-        scores.cloud(axes, x, y, marked, log=True)
+        scores.cloud(axes, x, y, np.flatnonzero(marked))
     counts = axes.collections[0].get_array()
     assert counts.sum() == 52_000
     assert len(lines_of(axes).popitem()[1][0]) == scores.MOST_POINTS

@@ -28,12 +28,11 @@ from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.gradients.callback import GradientNormCallback
-from gradsift.gradients.norms import PerSampleNorms
-from gradsift.gradients.norms_table import read_norms
-from gradsift.gradients.records import COLUMNS, NormRecords
+from gradsift.gradients.callback import COLUMNS, GradientNormCallback, NormRecords
+from gradsift.gradients.probes import NormProbe
+from gradsift.gradients.statistics import read_norms
 from gradsift.proxy.collection import collect_norms
-from gradsift.proxy.ensemble import member_settings, train_member_epoch
+from gradsift.proxy.ensemble import member_settings, train_members_epoch
 from gradsift.proxy.epochs import ProxyInputs
 from gradsift.runtime import Display, Runtime, derive_seed
 from gradsift.training import lora, modules
@@ -236,15 +235,9 @@ def member_epoch(
     tokenizer: Any = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 0})()
     before = Artifact("member", previous, "fingerprint", {}) if previous else None
     own = replace(runtime(folder.parent / "store"), compute=compute)
-    return train_member_epoch(
-        own,
-        config,
-        ProxyInputs(Backbone(model, tokenizer), encoded, TokenBudget(4096)),
-        member_settings(config, own, 1, epoch),
-        before,
-        folder,
-        advance,
-    )
+    inputs = ProxyInputs(Backbone(model, tokenizer), encoded, TokenBudget(4096))
+    unit = (member_settings(config, own, 1, epoch), before, folder)
+    return train_members_epoch(own, config, inputs, [unit], advance)[0]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
@@ -453,13 +446,13 @@ def test_dropout_is_off_in_a_collection_pass() -> None:
 def test_a_norm_that_is_not_finite_names_the_row_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, adapted = ragged_examples(3), adapted_model("gpt2", ["c_attn"])
     norms = GradientNormCallback()
-    take = PerSampleNorms.take
+    take = NormProbe.take
 
-    def poisoned_take(norms: PerSampleNorms, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        norm_a, norm_b = take(norms, scale)
+    def poisoned_take(probe: NormProbe, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        norm_a, norm_b = take(probe, scale)
         return norm_a, norm_b * torch.tensor([1.0, float("nan"), float("inf")])
 
-    monkeypatch.setattr(PerSampleNorms, "take", poisoned_take)
+    monkeypatch.setattr(NormProbe, "take", poisoned_take)
     # of one length, so that they keep their order
     encoded = [
         Encoded(example.row, example.row_index, example.input_ids[:3], np.array([False, True, True]))

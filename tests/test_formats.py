@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradsift.config import FieldsConfig
+from gradsift.config import FieldsConfig, JsonDataConfig
 from gradsift.data.examples import Example, Rejected, Turn
 from gradsift.data.files import file_kind, read_rows
 from gradsift.data.formats import parse_rows
@@ -348,6 +348,12 @@ def test_other_unusable_shapes_are_rejected_with_a_reason() -> None:
     assert "'completion' is missing" in reason({"prompt": "x"}, "prompt_completion")
 
 
+def test_a_pair_without_its_chosen_response_is_rejected_where_the_format_is_given() -> None:
+    examples, rejected = parse({"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a"}, format="alpaca")
+    assert [example.output for example in examples] == ["b"]
+    assert [row.reason for row in rejected] == ["field 'chosen' is missing"]
+
+
 def test_auto_takes_the_first_row_that_has_the_columns_of_a_format() -> None:
     examples, rejected = parse("junk", {"instruction": "a"}, ROWS[0], {"messages": TALK})
     assert [example.row_index for example in examples] == [2]
@@ -367,7 +373,7 @@ def test_unknown_columns_are_listed_with_the_options_to_set(tmp_path: Path) -> N
     with pytest.raises(DataError, match="is empty"):
         parse()
     with pytest.raises(ConfigError, match=r"data\.format='xml'"):
-        parse(ROWS[0], format="xml")
+        JsonDataConfig(name="json", path="a.json", format="xml")
 
 
 # --------------------------------------------------------------------------------------------- hub

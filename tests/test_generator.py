@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradsift.config import TERSE, EndpointGeneratorConfig, GeneratorConfig
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.evaluation.serving import require_command, serving, vllm_arguments
+from gradsift.evaluation.remote import check_generator, serving, vllm_arguments
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("server_stand_in.py"))]
 
@@ -135,4 +135,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"generator.max_usd=1 needs generator.price_input"):
         EndpointGeneratorConfig(name="openai", base_url="http://127.0.0.1:1/v1", max_usd=1.0)
     with pytest.raises(ConfigError, match="there is no program no-such-program here"):
-        require_command(["no-such-program", "serve"])
+        check_generator(EndpointGeneratorConfig(name="vllm", serve=["no-such-program", "serve"]))
+    remote = EndpointGeneratorConfig(name="openai", base_url="https://host/v1", api_key_env="NO_SUCH_KEY")
+    with pytest.raises(ConfigError, match=r"NO_SUCH_KEY \(generator\.api_key_env\).*generator\.base_url"):
+        check_generator(remote)

@@ -20,11 +20,10 @@ from gradsift.artifacts import Store
 from gradsift.config import WarmupConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features import gradients as module
-from gradsift.features.gradients import checkpoint_weights, gradient_features
+from gradsift.features.gradients import checkpoint_weights, draw_rows, gradient_features, warmup_rows
 from gradsift.features.vectors import read_features
-from gradsift.features.warmup import draw_rows, warmup_rows
-from gradsift.gradients.norms_table import read_norms
 from gradsift.gradients.projection import Projection
+from gradsift.gradients.statistics import read_norms
 from gradsift.line import Line
 from gradsift.proxy.epochs import adapter
 from gradsift.runtime import Display, Runtime
@@ -323,7 +322,7 @@ def test_the_last_checkpoint_alone_shares_the_warm_up_and_weighs_one(
 
 
 def test_directions_are_cosines_with_the_mean_gradient_example_by_example(line: Line) -> None:
-    from gradsift.gradients.directions import DIRECTIONS_FILE, read_cosines
+    from gradsift.proxy.member_tables import DIRECTIONS_FILE, read_cosines
 
     found = read_cosines(line.directions, 40)
     assert found.shape == (2, 40)

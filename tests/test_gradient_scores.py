@@ -14,11 +14,11 @@ from test_config import composed
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.statistics import Statistics
-from gradsift.scoring.agreement import agreement, spread
 from gradsift.scoring.g2is import g2is
 from gradsift.scoring.gsnr_direction import gsnr_direction, shares_not_above
 from gradsift.scoring.less import less
 from gradsift.scoring.scores import NO_RESPONSE
+from gradsift.scoring.similarity import agreement, spread
 
 pytestmark = pytest.mark.numerics
 

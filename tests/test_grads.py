@@ -249,7 +249,7 @@ def test_embeddings_of_another_pool_are_refused() -> None:
     ("option", "value", "message"),
     [
         ("weights", [1, 1], "scorer.weights=[1, 1] must be three numbers"),
-        ("weights", [0, 0, 0], "of which one is not 0"),
+        ("weights", [0, 0, 0], "must be three numbers, w_g, w_d and w_s, not all 0"),
         ("weights", [1, -1, 1], "scorer.weights=-1 is out of range"),
         ("bandwidth", "silverman", "scorer.bandwidth='silverman' is no number; give one above 0, or scott"),
         ("bandwidth", 0, "scorer.bandwidth=0 is out of range"),

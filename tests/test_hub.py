@@ -20,8 +20,7 @@ from gradsift.config import HubDataConfig, SourceConfig
 from gradsift.data import hub
 from gradsift.data.examples import SourceRow
 from gradsift.data.hub import load_hub
-from gradsift.data.load import load, require_dataset
-from gradsift.data.mixture import row_source
+from gradsift.data.load import load, require_dataset, row_source
 from gradsift.errors import ConfigError, DataError
 
 LOAD = """

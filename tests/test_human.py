@@ -28,8 +28,7 @@ from gradsift.errors import DataError
 from gradsift.evaluation.human.__main__ import main
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
 from gradsift.evaluation.human.server import CUT, listen
-from gradsift.evaluation.human.tally import describe, fleiss_kappa, majority
-from gradsift.evaluation.human.votes import Vote, Votes
+from gradsift.evaluation.human.votes import Vote, Votes, describe, fleiss_kappa, majority
 from gradsift.evaluation.judgments import Judgment
 from gradsift.pages import presentable
 
@@ -356,22 +355,6 @@ def test_split_votes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             votes.vote(rater, item, choice if item == 1 else "tie")  # type: ignore[arg-type]
     assert main([*arguments(files), "--results"]) == 0
     assert "note: 1 of 2 pairs are split" in capsys.readouterr().err
-
-
-def test_a_file_of_votes_of_the_former_format_is_read_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "votes.sqlite"
-    votes = Votes.create(path, read_pairs(outputs(tmp_path, 2)), None, 0)
-    votes.vote(votes.join("Ann"), 1, "first")
-    votes.close()
-    with sqlite3.connect(path) as connection:
-        for statement in ("DROP COLUMN bad", "DROP COLUMN comment"):
-            connection.execute(f"ALTER TABLE shown {statement}")
-        connection.execute("PRAGMA user_version = 1")
-    connection.close()
-    votes = Votes(path)
-    rater = votes.raters()[0]
-    assert votes.vote(rater, 2, "tie", bad=True)
-    assert [(vote.choice, vote.bad) for vote in votes.of(rater)] == [("first", False), ("tie", True)]
 
 
 def test_presentable_keeps_what_a_page_can_hold() -> None:

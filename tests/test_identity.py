@@ -22,7 +22,8 @@ from hydra.core.global_hydra import GlobalHydra
 from gradsift import config as config_package
 from gradsift import pipeline, versions
 from gradsift.artifacts import Artifact, NotMade, Store
-from gradsift.config import ComputeConfig, Config, ModelConfig, NanoConfig, load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import ComputeConfig, Config, ModelConfig, NanoConfig, load_config
 from gradsift.data import tokens
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.gradients.statistics import statistics
@@ -30,7 +31,6 @@ from gradsift.manifests import MANIFEST
 from gradsift.planning import Planner
 from gradsift.runtime import Runtime, unseen
 from gradsift.training.backbones import backbone, load_backbone
-from gradsift.user_conf import conf_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,7 +170,7 @@ def units_of(config: Config, root: Path) -> set[str]:
     planner = Planner(root, lambda line: None)
     with suppress(NotMade):  # what follows reads something that is not made
         walk(config, planner)
-    return {unit.artifact for unit in planner.units.values()}
+    return {unit["artifact"] for unit in planner.units.values()}
 
 
 OTHER_WORDS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -111,15 +110,6 @@ def test_a_line_without_a_checksum_is_computed_again(tmp_path: Path) -> None:
     assert asked(tmp_path, ["a"])[1] == ["a"]
 
 
-def test_a_judgment_that_an_earlier_version_kept_is_computed_again(tmp_path: Path) -> None:
-    asked(tmp_path, ["a"])
-    text = b'{"benchmark": "x", "item_id": "1", "valid": true}'
-    lines(tmp_path).write_bytes(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n")
-    values, made = asked(tmp_path, ["a", "b"])
-    assert made == ["a", "b"]
-    assert asked(tmp_path, ["a", "b"]) == (values, [])
-
-
 def test_a_result_that_is_not_intact_any_more_is_computed_again(tmp_path: Path) -> None:
     asked(tmp_path, ["a", "b", "c"])
     journal = Journal(tmp_path)
@@ -210,7 +200,7 @@ def test_answers_are_generated_once_each(tmp_path: Path, monkeypatch: Any) -> No
 @pytest.mark.parametrize("scorer", ["superfilter", "perplexity"])
 def test_an_interrupted_scoring_pass_ends_with_the_same_table(gradsift, monkeypatch: Any, scorer: str) -> None:
     command = (*SMOKE, f"scorer={scorer}", "stop_after=scores", "compute.tokens=64")
-    monkeypatch.setattr("gradsift.scoring.spans._BATCH_TOKENS", {"cpu": 64})
+    monkeypatch.setattr("gradsift.scoring.superfilter._BATCH_TOKENS", {"cpu": 64})
     assert gradsift(*command, f"artifacts={gradsift.folder / 'whole'}") == 0
     once, made = Journal.once, []
 

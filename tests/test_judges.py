@@ -35,13 +35,12 @@ from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.chat_protocol import after_thinking
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, RatingRequest, Reply, Unreadable, local, openai
 from gradsift.evaluation.judges import rating as rating_module
 from gradsift.evaluation.judges.local import LocalJudge
 from gradsift.evaluation.judges.openai import OpenaiJudge, render_prompt
-from gradsift.evaluation.judges.parsing import parse_grade, parse_scores
+from gradsift.evaluation.judges.parsing import after_thinking, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, render_rating
 from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
@@ -280,7 +279,7 @@ def test_the_verifier_rates_by_the_truth_that_it_works_out_from_the_text() -> No
         for n, r in enumerate(world.rows)
     ]
     grades = {request.position: rating.value for request, rating in judge.rate(requests)}
-    assert grades == {n: 1.0 if label.spoilt else 6.0 for n, label in enumerate(world.labels)}
+    assert grades == {n: 1.0 if label.quality in verifiable.SPOILT else 6.0 for n, label in enumerate(world.labels)}
     hard = rated(0, "complexity", instruction="sort the following numbers", input="3 1 2 0", response="nonsense")
     ((_, rating),) = judge.rate([hard])
     assert rating.value == 4

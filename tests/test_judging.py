@@ -115,8 +115,8 @@ def test_a_broken_line_of_a_file_is_an_error(tmp_path: Path) -> None:
         path.write_text("\n".join([lines[0], broken, *lines[2:]]) + "\n")
         with pytest.raises(DataError, match=r"judgments\.jsonl, line 2 "):
             read_judgments(path)
-    path.write_text(f"{lines[0]}\n{lines[1][:20]}")  # what earlier versions left when they were killed
-    assert len(read_judgments(path)) == 1
+    path.write_text(f"{lines[0]}\n{lines[1]}")
+    assert len(read_judgments(path)) == 2
     with pytest.raises(DataError, match="cannot be read"):
         read_judgments(tmp_path / "nothing.jsonl")
 

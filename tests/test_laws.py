@@ -18,8 +18,8 @@ import pytest
 import yaml
 from conftest import SMOKE
 
+from gradsift.composition import conf_folder
 from gradsift.config import GsnrConfig, LoraConfig, ModelConfig, ProxyConfig, TargetConfig
-from gradsift.user_conf import conf_folder
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 

@@ -15,7 +15,8 @@ from conftest import SMOKE
 from endpoint import Answer, Endpoint
 from hydra import compose, initialize_config_dir
 
-from gradsift.config import FieldsConfig, load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import FieldsConfig, load_config
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
 from gradsift.errors import ConfigError
@@ -25,7 +26,6 @@ from gradsift.evaluation.judges.rating import SCALES
 from gradsift.evaluation.replies import Replies
 from gradsift.scoring.llm_rating import llm_rating
 from gradsift.scoring.scores import SCORED, UNDEFINED
-from gradsift.user_conf import conf_folder
 
 Rater = Callable[..., OpenaiJudge]
 
@@ -204,8 +204,8 @@ FOREIGN = ("data=json", "data.path=x.json", "proxy=tiny_bytes", "scorer=llm_rati
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*FOREIGN], "judge=verifier knows the right answers of data=verifiable alone"),
-        ([*FOREIGN, "judge=local", "judge.model.kind=tiny_bytes"], "random weights and cannot rate"),
+        ([*FOREIGN], "example of data=json, and judge=verifier cannot"),
+        ([*FOREIGN, "judge=local", "judge.model.kind=tiny_bytes"], "random weights and cannot judge"),
         (["scorer=llm_rating", "judge=alpaca_eval"], "judge=alpaca_eval cannot"),
         (["scorer=llm_rating", "scorer.style=mine"], "choose one of: alpagasus, deita"),
         (["judge=openai", "judge.max_usd=1"], "judge.max_usd=1 needs judge.price_input and judge.price_output"),

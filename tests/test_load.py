@@ -16,7 +16,7 @@ from rich.console import Console
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.load import heldout_of, labels_of, load, pool_of
-from gradsift.data.verifiable import QUALITIES, SPOILT, answers_match, generate, solve
+from gradsift.data.verifiable import DUPLICATES, SPOILT, answers_match, generate, task_of
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.stages.answers import embedded_items
 from gradsift.runtime import Display, Runtime
@@ -222,8 +222,9 @@ def test_labels_are_in_the_order_of_the_examples_for_any_limit(limit: int | None
     assert len(pool) == len(labels.quality) == len(labels.family) == artifact.info["rows"] == count
     truth = generate(size=300, benchmark_items=40, seed=0)
     for example, quality, family in zip(pool, labels.quality, labels.family, strict=True):
-        right = solve(family, example.instruction, example.input)  # an error, were it another row's family
-        assert quality in QUALITIES
+        right = task_of(example.instruction, example.input).answer
+        assert task_of(example.instruction, example.input).question[0] == family
+        assert quality in ("clean", *SPOILT, *DUPLICATES)
         assert answers_match(example.output, right) is (quality not in SPOILT)
         label = truth.labels[example.row_index]
         lone = label.quality in COPIES and quality == "clean"  # the row it repeats is not in the pool

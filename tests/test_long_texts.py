@@ -11,7 +11,7 @@ import pytest
 from gradsift.data import tokens, truncation
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import encode, encode_prompts
-from gradsift.scoring.spans import token_ids
+from gradsift.scoring.superfilter import token_ids
 
 WORDS = [
     "the",

@@ -20,11 +20,10 @@ from gradsift.diagnostics import read_diagnostics
 from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.chat_protocol import after_thinking
 from gradsift.evaluation.generation import OUTPUTS_FILE, model_outputs, write_model_outputs
 from gradsift.evaluation.judges import JudgeError, JudgeRequest, Reply, Unreadable
 from gradsift.evaluation.judges.openai import OpenaiJudge
-from gradsift.evaluation.judges.parsing import parse_scores
+from gradsift.evaluation.judges.parsing import after_thinking, parse_scores
 from gradsift.evaluation.replies import Replies
 from gradsift.evaluation.stages.judging import judge, judge_settings, pws, pws_of
 from gradsift.runtime import Display, Runtime
@@ -228,6 +227,7 @@ def test_a_content_of_parts_is_the_text_of_its_text_parts(endpoint: Endpoint, ju
         ("I cannot help with that.", "no two scores"),
         ('{"answer_1": 8, "answer_1": 2, "answer_2": 7}', "'answer_1' stands twice"),
         ('{"answer_1": NaN, "answer_2": 7}', "NaN and no number"),
+        (f'{{"answer_1": 1{"0" * 400}, "answer_2": 7}}', "no number from 0 to 10"),
         ("[8, 7]", "the scores are a list"),
         ("NaN NaN", "no two scores"),
     ],

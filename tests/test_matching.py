@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 
 from gradsift.config import MATCHES
+from gradsift.errors import DataError
 from gradsift.evaluation.matching import MATCHERS, choices_match, final_statement, last_number, numbers_match
 
 
@@ -49,7 +50,7 @@ def test_numbers_are_compared_as_decimals() -> None:
     assert numbers_match("so $1,080.00 in all.", "1080")
     assert not numbers_match("1081", "1080")
     assert not numbers_match("no idea", "1080")  # no number is wrong, not an error
-    with pytest.raises(ValueError, match="holds no number"):
+    with pytest.raises(DataError, match="holds no number"):
         numbers_match("12", "twelve")
 
 

@@ -16,10 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.forecast import operations
-from gradsift.training import backbones, device, lora, numerics
-from gradsift.training.checkpointing import checkpoint_blocks
-from gradsift.training.device import TokenBudget, without_host_reads
-from gradsift.training.memory import adapted_names, fitting_tokens, needs_checkpointing, token_bytes
+from gradsift.training import device, lora, numerics
+from gradsift.training.device import (
+    TokenBudget,
+    adapted_names,
+    checkpoint_blocks,
+    fitting_tokens,
+    needs_checkpointing,
+    token_bytes,
+    without_host_reads,
+)
 
 LLAMA_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 LLAMA_13B = LLAMA_7B | {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
@@ -156,10 +162,8 @@ def test_checkpointing_is_for_gpus_that_it_keeps_busy(
     gpu = SimpleNamespace(total_memory=memory * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     model = built(case, layers)
-    assert needs_checkpointing(model, gpu.total_memory) == wanted
-    assert not backbones._lacks_memory(model, ComputeConfig(device="cpu"))
-    monkeypatch.setattr(backbones, "device_of", lambda compute: torch.device("cuda"))
-    assert backbones._lacks_memory(model, ComputeConfig()) == wanted
+    assert needs_checkpointing(model, torch.device("cuda")) == wanted
+    assert not needs_checkpointing(model, torch.device("cpu"))
     held = sum(each.numel() * each.element_size() * (4 if each.requires_grad else 1) for each in model.parameters())
     tokens = fitting_tokens(model, gpu.total_memory, checkpointed=False) or 0
     each = token_bytes(model.config, 2, NARROW, checkpointed=False) or 0
@@ -179,13 +183,23 @@ def test_a_gpus_budget_fits_its_memory_and_remembers_when_it_did_not(monkeypatch
     assert TokenBudget.of(cuda, 77, print).tokens == 77
     budget = TokenBudget.of(cuda, None, lambda line: None)
     assert budget.tokens == fitting
-    budget._halve([100] * 4)
+    run_out(budget, [100] * 4)
     assert budget.tokens == 200
     assert TokenBudget.of(cuda, None, print).tokens == 200
     assert TokenBudget.of(cuda, 77, print).tokens == 77
     on_cpu = [TokenBudget.of(model, None, lambda line: None) for _ in range(2)]
-    on_cpu[0]._halve([100, 100])
+    run_out(on_cpu[0], [100, 100])
     assert on_cpu[1].tokens == TokenBudget.of(model, None, print).tokens  # nothing is remembered there
+
+
+def run_out(budget: TokenBudget, lengths: list[int]) -> None:
+    failing = [MemoryError()]
+
+    def work(tokens: int) -> None:
+        if failing:
+            raise failing.pop()
+
+    budget.run(work, lengths)
 
 
 class _OnCuda:

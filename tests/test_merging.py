@@ -21,8 +21,7 @@ from gradsift.manifests import file_hash
 from gradsift.runtime import Display, Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import backbone, load_backbone
-from gradsift.training.merging import can_merge, load_to_answer, write_merged
-from gradsift.training.target import load_tuned
+from gradsift.training.target import can_merge, load_to_answer, load_tuned, write_merged
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -16,7 +16,7 @@ from gradsift.data.tokens import encode_prompt
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.generation import ModelOutput, generate_answers, model_outputs
-from gradsift.evaluation.lm_harness import check_lm_eval, evaluate_tasks, figures, until
+from gradsift.evaluation.stages.metrics import check_metrics, evaluate_tasks, figures, until
 from gradsift.evaluation.text_metrics import bleu, change, check_wordnet, measure, meteor, read_wordnet, rouge_l
 
 
@@ -122,11 +122,11 @@ def test_change_is_of_what_both_have() -> None:
 
 
 def test_tasks_without_lm_eval_are_refused_with_the_command_that_installs_it() -> None:
-    check_lm_eval([], None)
+    check_metrics(BenchmarkConfig(sets=["verifiable"]))
     if importlib.util.find_spec("lm_eval"):
         pytest.skip("lm-eval is installed")
     with pytest.raises(ConfigError, match=r"lm_eval_tasks=\['arc_easy'\].*pip install -e '\.\[lm-eval\]'"):
-        check_lm_eval(["arc_easy"], None)
+        check_metrics(BenchmarkConfig(sets=["verifiable"], lm_eval_tasks=["arc_easy"]))
 
 
 def test_lm_evals_report_is_read_without_errors_and_labels() -> None:
@@ -161,12 +161,23 @@ def task_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def tasks(name: str, folder: Path, limit: int | None, max_new_tokens: int = 8) -> BenchmarkConfig:
+    return BenchmarkConfig(
+        sets=["verifiable"],
+        lm_eval_tasks=[name],
+        lm_eval_folder=str(folder),
+        limit=limit,
+        batch_size=2,
+        max_new_tokens=max_new_tokens,
+    )
+
+
 def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from gradsift.training import tiny_bytes
+    from gradsift.training import nano
 
-    model, tokenizer = tiny_bytes.bytes_model(seed=0).eval(), tiny_bytes.bytes_tokenizer()
+    model, tokenizer = nano.bytes_model(seed=0).eval(), nano.bytes_tokenizer()
 
     def log_p(question: str, answer: str) -> float:
         start, whole = (
@@ -177,26 +188,25 @@ def test_lm_evals_figure_is_that_of_a_loop_over_the_choices(task_folder: Path, m
         return sum(float(log_p[t - 1, whole[0, t]]) for t in range(start.shape[1], whole.shape[1]))
 
     right = [log_p(question, right) > log_p(question, wrong) for question, right, wrong in CHOICES]
-    check_lm_eval(["mine"], str(task_folder))
-    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2, "template": "plain", "max_new_tokens": 8}
+    check_metrics(tasks("mine", task_folder, None))
     assert 0 < sum(right) < 3
-    found = evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
+    found = evaluate_tasks(model, tokenizer, tasks("mine", task_folder, None), "plain", None)
     assert found == {"mine": {"acc,none": pytest.approx(sum(right) / 3)}}
-    found = evaluate_tasks(model, tokenizer, ["mine"], limit=1, **options)
+    found = evaluate_tasks(model, tokenizer, tasks("mine", task_folder, 1), "plain", None)
     assert found == {"mine": {"acc,none": float(right[0])}}
     monkeypatch.setenv("LOCAL_RANK", "1")  # a rank that passes a divided model with others
-    assert evaluate_tasks(model, tokenizer, ["mine"], limit=1, **options) == {}
+    assert evaluate_tasks(model, tokenizer, tasks("mine", task_folder, 1), "plain", None) == {}
     monkeypatch.delenv("LOCAL_RANK")
     (task_folder / "items.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot have the data of one of them.*benchmark\.lm_eval_folder"):
-        evaluate_tasks(model, tokenizer, ["mine"], limit=None, **options)
+        evaluate_tasks(model, tokenizer, tasks("mine", task_folder, None), "plain", None)
 
 
 def test_a_task_that_generates_is_answered_in_the_targets_template(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is an optional extra and is not installed")
-    from gradsift.training import tiny_bytes
+    from gradsift.training import nano
 
-    model, tokenizer = tiny_bytes.bytes_model(seed=0).eval(), tiny_bytes.bytes_tokenizer()
+    model, tokenizer = nano.bytes_model(seed=0).eval(), nano.bytes_tokenizer()
     questions = ["Name a bird.", "Count to two.", "Say it in red."]
     prompts = [encode_prompt(question, "", tokenizer, "alpaca") for question in questions]
     expected = [generate_answers(model, tokenizer, [p], max_new_tokens=6, batch_size=1)[0] for p in prompts]
@@ -215,20 +225,19 @@ def test_a_task_that_generates_is_answered_in_the_targets_template(tmp_path: Pat
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "written.yaml").write_text(json.dumps(task))
-    options: dict[str, Any] = {"folder": str(tmp_path), "limit": None, "template": "alpaca", "max_new_tokens": 99}
-    found = evaluate_tasks(model, tokenizer, ["written"], batch_size=2, **options)
+    found = evaluate_tasks(model, tokenizer, tasks("written", tmp_path, None, max_new_tokens=99), "alpaca", None)
     assert list(found["written"].values()) == [pytest.approx(2 / 3)]
 
 
 def test_a_task_that_needs_a_missing_package_names_it(task_folder: Path) -> None:
-    from gradsift.training import tiny_bytes
+    from gradsift.training import nano
 
     (task_folder / "utils.py").write_text("import no_such_package\n")
     task = task_folder / "mine.yaml"
     task.write_text(task.read_text().removesuffix("}") + ', "process_results": !function utils.f}')
-    options: dict[str, Any] = {"folder": str(task_folder), "batch_size": 2, "template": "plain", "max_new_tokens": 8}
+    config = tasks("mine", task_folder, 1)
     with pytest.raises(ConfigError, match=r"needs the package no_such_package.*pip install -e '\.\[lm-eval\]'"):
-        evaluate_tasks(tiny_bytes.bytes_model(seed=0), tiny_bytes.bytes_tokenizer(), ["mine"], limit=1, **options)
+        evaluate_tasks(nano.bytes_model(seed=0), nano.bytes_tokenizer(), config, "plain", None)
 
 
 def test_an_answer_ends_at_the_first_of_a_tasks_ends() -> None:
@@ -289,7 +298,7 @@ def test_two_ranks_with_a_divided_target_report_what_one_process_reports(gradsif
 def test_what_is_no_task_of_lm_eval_is_refused(task_folder: Path) -> None:
     for name in ("no_such_task", "mine_and_others"):  # a tag, which has no figures
         with pytest.raises(ConfigError, match=r"is no task or group of lm-eval.*benchmark\.lm_eval_folder"):
-            check_lm_eval([name], str(task_folder))
+            check_metrics(tasks(name, task_folder, None))
 
 
 # ------------------------------------------------------------------------------------------- the line

@@ -105,7 +105,7 @@ def test_a_mixture_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         MixtureDataConfig(name="mixture", sources={})
     with pytest.raises(ConfigError, match=r"data\.sources\.a: .*'pth'.*give a source as in"):
         MixtureDataConfig(name="mixture", sources={"a": {"pth": "x"}})
-    with pytest.raises(ConfigError, match="neither path nor id"):
+    with pytest.raises(ConfigError, match="path=None and id=None; give one of the two"):
         SourceConfig()
     missing = {"a": SourceConfig(path=str(tmp_path / "missing.jsonl"))}
     with pytest.raises(DataError, match=r"data\.sources\.a\.path=.*missing\.jsonl does not exist"):

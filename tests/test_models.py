@@ -17,9 +17,8 @@ from test_norms import tiny_model
 from test_tokens import example
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gradsift.composition import compose_config, in_full
-from gradsift.config import ModelConfig, register_schemas
-from gradsift.config.known_models import KNOWN_MODELS
+from gradsift.composition import compose_config, in_full, register_schemas
+from gradsift.config import KNOWN_MODELS, ModelConfig
 from gradsift.data.tokens import encode
 from gradsift.errors import ConfigError, DataError
 from gradsift.training.backbones import Backbone

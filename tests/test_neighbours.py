@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gradsift.features import products as module
-from gradsift.features.products import mean_cosines, nearest_anchor_cosines, nearest_cosines, row_blocks
-from gradsift.features.vectors import Features, unit_rows
+from gradsift.features import vectors as module
+from gradsift.features.vectors import (
+    Features,
+    mean_cosines,
+    nearest_anchor_cosines,
+    nearest_cosines,
+    row_blocks,
+    unit_rows,
+)
 from gradsift.selection.checks import coverage
 
 pytestmark = pytest.mark.numerics

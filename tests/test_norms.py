@@ -15,7 +15,8 @@ from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms
+from gradsift.gradients.per_sample import attached
+from gradsift.gradients.probes import NormProbe
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses
 
@@ -111,7 +112,7 @@ def batch_norms(
 ) -> np.ndarray:
     norms = np.empty((len(examples), 3), np.float32)
     response_losses = ResponseLosses(adapted)
-    with PerSampleNorms(adapted) as probe:
+    with attached(adapted, NormProbe()) as probe:
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
             batch = collate(part, 0, padding_side=side)
@@ -175,8 +176,7 @@ def test_a_fresh_adapter_has_no_gradient_of_a() -> None:
 
 def test_probes_leave_with_the_context() -> None:
     adapted, examples = adapted_model("gpt2", ["c_attn"]), ragged_examples(2)
-    probe = PerSampleNorms(adapted)
-    with probe:
+    with attached(adapted, NormProbe()) as probe:
         pass
     ResponseLosses(adapted)(collate(examples, 0)).sum().backward()
     with pytest.raises(GradsiftError, match="no backward pass"):
@@ -184,8 +184,8 @@ def test_probes_leave_with_the_context() -> None:
 
 
 def test_a_model_without_adapters_is_refused() -> None:
-    with pytest.raises(GradsiftError, match="LoRA adapters"):
-        PerSampleNorms(tiny_model("gpt2"))
+    with pytest.raises(GradsiftError, match="LoRA adapters"), attached(tiny_model("gpt2"), NormProbe()):
+        pass
 
 
 @pytest.mark.parametrize("targets", [["nowhere"], ["wte"]])
@@ -222,6 +222,6 @@ def test_a_removed_adapter_leaves_the_backbone_as_it_was() -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = lora.add_adapter(model, LoraConfig(), seed=0)
-    after = lora.remove_adapter(adapted).state_dict()
+    after = adapted.unload().state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

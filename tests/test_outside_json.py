@@ -33,7 +33,7 @@ def target_rows(path: Path) -> Any:
 
 
 def benchmark_rows(path: Path) -> Any:
-    return load_benchmark("x", BenchmarkSetConfig(path=str(path), instruction="a"))
+    return load_benchmark("x", BenchmarkSetConfig(path=str(path), instruction="a"), path.parent)
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -58,16 +58,8 @@ def test_json_that_python_cannot_read_is_a_decode_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize(
-    ("reader", "suffix"),
-    # a last line of judgments that is not whole is what a kill leaves, and is passed over
-    [
-        (reader, suffix)
-        for reader in READERS
-        for suffix in ("json", "jsonl")
-        if (reader, suffix) != ("judgments", "json")
-    ],
-)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("reader", READERS)
 def test_every_reader_names_the_file(reader: str, suffix: str, text: str, tmp_path: Path) -> None:
     row = f'{{"instruction": "a", "output": "b", "x": {text}}}'
     path = tmp_path / f"hostile.{suffix}"

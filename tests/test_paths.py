@@ -15,8 +15,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from gradsift.data import paths
-from gradsift.data.paths import files_of, read_files
+from gradsift.data import files
+from gradsift.data.files import files_of, read_files
 from gradsift.errors import DataError
 
 ROWS = [{"instruction": f"Name river {number}.", "output": f"River {number}, \u00e4."} for number in range(7)]
@@ -89,10 +89,10 @@ def test_arrow_files_of_the_file_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [lines(ROWS), json.dumps(ROWS).encode()])
 def test_standard_input_is_read_once_and_kept(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    paths._standard_input.cache_clear()
+    files._standard_input.cache_clear()
     assert read("-", tmp_path) == ROWS
     assert read("-", tmp_path) == ROWS
-    paths._standard_input.cache_clear()
+    files._standard_input.cache_clear()
 
 
 def half(path: Path) -> str:
@@ -123,10 +123,10 @@ def test_a_path_that_cannot_be_read_is_refused_with_the_remedy(kind: str, tmp_pa
 
 def test_empty_standard_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    paths._standard_input.cache_clear()
+    files._standard_input.cache_clear()
     with pytest.raises(DataError, match="standard input, which holds no row"):
         read("-", tmp_path)
-    paths._standard_input.cache_clear()
+    files._standard_input.cache_clear()
 
 
 def test_several_shards_are_one_dataset_of_a_run(gradsift: Any) -> None:

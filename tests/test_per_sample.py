@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradsift.config import LoraConfig
+from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.features.gradients import AdamState
 from gradsift.gradients import per_sample
 from gradsift.gradients import projection as projections
-from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.gradients.projection import Projection
 from gradsift.training import lora
@@ -43,7 +46,8 @@ def loop_gradients(model: torch.nn.Module, examples: list[Encoded]) -> np.ndarra
 
 
 def batched(adapted: torch.nn.Module, examples: list[Encoded], size: int, side: str = "right") -> np.ndarray:
-    with gradient_pass(adapted, "lora", 0, side) as gradients:
+    padded = mock.patch.object(per_sample, "collate", partial(collate, padding_side=side))
+    with padded, gradient_pass(adapted, "lora", 0) as gradients:
         return np.concatenate([gradients(examples[i : i + size]).numpy() for i in range(0, len(examples), size)])
 
 

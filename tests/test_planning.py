@@ -18,7 +18,7 @@ from gradsift.cost import duration
 from gradsift.errors import ConfigError
 from gradsift.forecast import active_parameters, held_weights
 from gradsift.manifests import write_manifest
-from gradsift.planning import DONE, TO_DO, Earlier, Planner
+from gradsift.planning import DONE, TO_DO, Planner
 from gradsift.report.plans import AT_MOST, SHARED, forecast_lines, plan_lines, states, to_do, volume
 from gradsift.training.nano import nano_tokenizer
 
@@ -138,14 +138,15 @@ def test_an_estimate_uses_only_units_of_the_same_method(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         files = {"scores.parquet": {"bytes": 100}, "adapter.safetensors": {"bytes": 7}}
         content = {"config": {"name": name, "eps": eps}, "seconds": seconds, "files": files, "size": 10, "models": []}
-        (folder / "manifest.json").write_text(json.dumps(content))
+        write_manifest(folder, content)
     (tmp_path / "score" / "broken").mkdir()
     (tmp_path / "score" / "broken" / "manifest.json").write_text("{")
     wanted = {"size": 20, "models": [], "config": {"name": "gsnr", "eps": 2}}
-    estimate = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", wanted))
+    planner = Planner(tmp_path, print)
+    estimate = planner.estimate(Artifact("score", tmp_path, "f", wanted))
     assert (estimate["seconds"], estimate["bytes"]) == (16.0, 207)
-    none = Earlier(tmp_path).estimate(Artifact("score", tmp_path, "f", {**wanted, "models": ["gpt2"]}))
-    assert none == {"calls": 0}
+    none = planner.estimate(Artifact("score", tmp_path, "f", {**wanted, "models": ["gpt2"]}))
+    assert none == {"seconds": None, "bytes": None, "peak_gb": None, "calls": 0}
 
 
 def test_a_plan_counts_the_judges_calls(gradsift, capsys, monkeypatch) -> None:
@@ -186,7 +187,7 @@ def test_an_artifact_that_is_only_planned_cannot_be_read(tmp_path: Path) -> None
         unit.file("norms.parquet")
     below = planner.obtain("finetune", "tiny", {}, [unit], refuse, version=1, size=4, exact=False)
     child = planner.obtain("heldout", "tiny", {}, [below], refuse, version=1, size=2)
-    certain = {each.name: each.certain for each in planner.units.values()}
+    certain = {each["name"]: each["certain"] for each in planner.units.values()}
     assert certain == {"member": True, "finetune": False, "heldout": False}
     assert (below.size, child.size) == (4, 2)
 

@@ -18,7 +18,7 @@ from gradsift.gradients.per_sample import gradient_pass
 from gradsift.training import adapted as adapted_module
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear
-from gradsift.training.checkpointing import checkpoint_blocks
+from gradsift.training.device import checkpoint_blocks
 from gradsift.training.head import ResponseLosses
 from gradsift.training.probing import require_adaptable
 

@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_used_has_a_remedy(
 
 def test_a_corrupted_text_has_no_published_score(gradsift: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert gradsift("data.corruption.share=0.3", "data.scores=x.csv", "tracker=none") == 2
-    assert "data.scores knows no score of a corrupted text" in capsys.readouterr().err
+    assert "data.scores has no score of a corrupted text" in capsys.readouterr().err
 
 
 def test_the_command_names_what_it_lacks(gradsift: Cli, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,10 @@ from gradsift.config import ComputeConfig, LoraConfig, ModelConfig, TargetConfig
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.forecast import held_weights
 from gradsift.training import lora
+from gradsift.training.adapted import QuantizedLinear
 from gradsift.training.backbones import backbone, load_backbone, load_plain, load_shown
-from gradsift.training.merging import can_merge, write_merged
 from gradsift.training.probing import require_adaptable
-from gradsift.training.quantized import QuantizedLinear
+from gradsift.training.target import can_merge, write_merged
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from gradsift.config import dump_config, load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import dump_config, load_config
 from gradsift.report import recorded as module
 from gradsift.report.recorded import RECORDED_FILE, compared, record
 from gradsift.report.run_tables import UNTUNED
 from gradsift.report.terminal import sweep_finished
-from gradsift.user_conf import conf_folder
 
 REPOSITORY = Path(__file__).parents[1]
 PWS = {"gsnr": (0.9, 1.0, 1.1), "random": (0.80, 0.82, 0.84)}  # standard errors of the means: .0577 and .0115

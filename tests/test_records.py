@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from gradsift.errors import DataError
-from gradsift.evaluation.agreement import agreement, paired_test
 from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
 from gradsift.evaluation.judgments import Judgment
-from gradsift.evaluation.pws import outcomes_of
-from gradsift.evaluation.records import describe, main, read_all, read_records
+from gradsift.evaluation.pws import agreement, outcomes_of
+from gradsift.evaluation.records import compare_labels, describe, main, paired_test, read_all, read_records
 
 NEEDS_DATA = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DATA is not set")
 
@@ -301,7 +300,8 @@ def test_kappa_by_hand() -> None:
     # chance: wins 2/4 x 1/4, losses 1/4 x 2/4, ties 1/4 x 1/4
     assert (found["accuracy"], found["kappa"]) == (0.75, pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16)))
     with pytest.raises(DataError, match="no item has both"):
-        agreement(ours, {})  # type: ignore[arg-type]
+        compare_labels(ours, {})  # type: ignore[arg-type]
+    assert agreement(ours, {}) == {"items": 0, "accuracy": None, "kappa": None}  # type: ignore[arg-type]
 
 
 def test_the_paired_test_equals_the_enumeration_of_all_sign_flips() -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import CHATML, Cli
 from test_gradient_features import line_of, store  # noqa: F401
 
-from gradsift.config.run import OF_PROXY
+from gradsift.config import OF_PROXY
 from gradsift.report.notes import remarks
 
 ASKED = [f"{'odd' if number % 2 else 'even'} {number}" for number in range(16)]

@@ -473,7 +473,7 @@ def shown(content: dict[str, Any], folder: Path, *, terminal: bool, width: int, 
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=terminal, no_color=True, highlight=False)
     (folder / RUN_FILE).write_text(json.dumps(content))
-    RunView(display=Display(console)).finished(folder, report, in_sweep=False)
+    RunView(display=Display(console)).finished(folder, report)
     return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()) if terminal else stream.getvalue()
 
 

@@ -29,7 +29,6 @@ from gradsift.data.examples import Example, Turn, make_example, write_examples
 from gradsift.data.load import EXAMPLES_FILE, LABELS_FILE, Labels
 from gradsift.gradients.statistics import STATISTICS_FILE, Statistics
 from gradsift.pages import portable, presentable
-from gradsift.report import automatic
 from gradsift.report import page as page_module
 from gradsift.report.__main__ import main
 from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, pools
@@ -38,7 +37,7 @@ from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Material, Missing, read
 from gradsift.report.page import groups_of, write_report
 from gradsift.report.table import Table
-from gradsift.report.terminal import sweep_finished
+from gradsift.report.terminal import report_at_end, sweep_finished
 from gradsift.run_record import composition
 from gradsift.runtime import Display
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores, write_scores
@@ -669,7 +668,7 @@ def test_a_report_that_fails_is_one_line(tmp_path: Path) -> None:
     job = jobs.job(0, "gsnr", 0.1)
     (job / "run.json").write_text("{")
     with Console(record=True, width=400) as console:
-        assert automatic.report_at_end(jobs.folder, Display(console)) is None
+        assert report_at_end(jobs.folder, Display(console)) is None
     (line,) = console.export_text().splitlines()
     assert line.startswith("report: not written (")
     assert "run.json" in line
@@ -691,7 +690,7 @@ def test_a_figure_with_a_defect_is_told_and_the_page_stands(
     assert "Not drawn: failed with ZeroDivisionError: by &lt;nothing&gt;." in page
     assert page.count("<svg") > 3 and 'id="repeat"' in page
     with Console(record=True, width=400) as console:
-        automatic.report_at_end(jobs.folder, Display(console))
+        report_at_end(jobs.folder, Display(console))
     line = console.export_text().splitlines()[0]  # a second one if it took long
     assert line == f"report: {jobs.folder / 'report.html'} {told}"
 

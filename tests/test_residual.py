@@ -139,7 +139,7 @@ def test_a_float32_model_keeps_every_bit(architecture: str) -> None:
 
 
 def test_blocks_that_are_not_known_stay_in_bfloat16() -> None:
-    model = lora.remove_adapter(capped_model()).to(torch.bfloat16)
+    model = capped_model().unload().to(torch.bfloat16)
     ids = torch.arange(9)[None]
     before = model(input_ids=ids).logits
     assert not residual_in_float32(model)

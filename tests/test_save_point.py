@@ -31,9 +31,8 @@ from gradsift.manifests import UNFINISHED
 from gradsift.training import finetuning, lora, modules
 from gradsift.training.backbones import load_backbone
 from gradsift.training.device import TokenBudget
-from gradsift.training.finetuning import fit
+from gradsift.training.finetuning import POINT_FILE, _checksum, fit, steps_saved
 from gradsift.training.modules import ProxyMember
-from gradsift.training.save_point import POINT_FILE, _checksum, steps_saved
 from gradsift.training.target import train_target
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]

@@ -20,8 +20,7 @@ from gradsift.artifacts import Artifact
 from gradsift.data import examples as examples_module
 from gradsift.data.examples import Example, Turn, make_example, read_blocks, read_column, read_examples, write_examples
 from gradsift.errors import DataError
-from gradsift.gradients.norms_table import NORMS_FILE
-from gradsift.gradients.statistics import compute_statistics, read_statistics
+from gradsift.gradients.statistics import NORMS_FILE, compute_statistics, read_statistics
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores, read_scores, write_scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.checks import lengths

@@ -323,7 +323,7 @@ def takes_no_size(scores: Scores) -> Choice:
 def selected(bench: Bench, function: str, **options: Any) -> Artifact:
     sources = bench.sources()
     config = {"_target_": f"my_scores.{function}", "name": "mine", **options}
-    selector = method("selector", config, tuple(sources), leading=("scores", "size"))
+    selector = method("selector", config, tuple(sources))
     return select(bench.runtime, selector, bench("by_length"), bench.loaded, sources, dict, 0.5, "accepted", {})
 
 

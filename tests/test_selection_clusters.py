@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.features import products
+from gradsift.features import vectors as products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
 from gradsift.selection import clusters as module

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsift.config.methods import QuotasConfig
+from gradsift.config import QuotasConfig
 from gradsift.data.examples import Example
 from gradsift.errors import ConfigError
 from gradsift.scoring.scores import EXCLUDED, Scores

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.features import products
+from gradsift.features import vectors as products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
 from gradsift.selection.repr_filter import repr_filter

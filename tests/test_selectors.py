@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from gradsift.config import load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import load_config
 from gradsift.data.examples import Example
 from gradsift.errors import GradsiftError
-from gradsift.features import products
+from gradsift.features import vectors as products
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.runtime import unseen
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
@@ -26,7 +27,6 @@ from gradsift.selection.repr_filter import repr_filter
 from gradsift.selection.round_robin import round_robin, round_robin_queries
 from gradsift.selection.topk import topk
 from gradsift.sources import Source, method
-from gradsift.user_conf import conf_folder
 
 pytestmark = pytest.mark.numerics
 
@@ -198,7 +198,7 @@ def test_no_more_than_a_block_of_vectors_is_read_at_once(name: str, monkeypatch:
     """Neither all of N x D nor anything of N x N is read: the largest array has a block's rows."""
     scores, vectors = pool(count=60)
     monkeypatch.setattr(products, "_MOST_ROWS", 8)
-    monkeypatch.setattr("gradsift.features.vectors._BLOCK_BYTES", 8 * 4 * vectors.shape[1])
+    monkeypatch.setattr("gradsift.features.vectors._READ_BYTES", 8 * 4 * vectors.shape[1])
     monkeypatch.setattr("gradsift.selection.facility_location._LARGEST_BATCH", 8)
     monkeypatch.setattr("gradsift.selection.facility_location._FIRST_BATCH", 8)
     watched = vectors.view(Watched)
@@ -256,5 +256,5 @@ def test_every_selectors_yaml_gives_its_function_all_that_it_takes(choice: str) 
     sources = {name: Source(list, lambda value=value: value) for name, value in values.items()}  # type: ignore[misc]
     sources["task"] = Source(list, lambda: unseen)
     sources["examples"] = Source(list, lambda: examples_of(scores))
-    selector = method("selector", config.selector, tuple(sources), leading=("scores", "size"))
+    selector = method("selector", config.selector, tuple(sources))
     require_lawful(selector(scores, 4, sources=sources), scores, 4)

@@ -12,11 +12,10 @@ import pytest
 from conftest import SMOKE
 
 from gradsift.errors import GradsiftError
-from gradsift.features import products as products_module
+from gradsift.features import vectors as products_module
 from gradsift.features.vectors import Features, unit_rows
-from gradsift.scoring.agreement import spread
 from gradsift.scoring.scores import SCORED, UNDEFINED
-from gradsift.scoring.similarity import rds_plus, sbert
+from gradsift.scoring.similarity import rds_plus, sbert, spread
 from gradsift.selection.topk import topk
 
 pytestmark = pytest.mark.numerics

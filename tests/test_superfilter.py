@@ -18,11 +18,9 @@ from gradsift.config import FIDELITIES
 from gradsift.data.examples import Example, Turn
 from gradsift.data.tokens import Encoded
 from gradsift.journal import Journal
-from gradsift.scoring import spans as spans_module
 from gradsift.scoring import superfilter as superfilter_module
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED, Scores
-from gradsift.scoring.spans import span_losses
-from gradsift.scoring.superfilter import ifd_prompt, ifd_scores, published_scores
+from gradsift.scoring.superfilter import ifd_prompt, ifd_scores, published_scores, span_losses
 from gradsift.selection.topk import topk
 from gradsift.training import head as head_module
 from gradsift.training.backbones import Backbone
@@ -359,13 +357,13 @@ def test_out_of_memory_halves_the_batch_and_changes_no_score(
 ) -> None:
     spans = [span(np.arange(start, start + 20, dtype=np.int32), 5) for start in range(12)]
     expected = np.array([slow_mean_loss(backbone, one.input_ids.tolist(), 5) for one in spans])
-    whole = spans_module._batch_losses
+    whole = superfilter_module._batch_losses
 
     def small(backbone: Backbone, head: Any, spans: Sequence[Encoded]) -> np.ndarray:
         if len(spans) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(backbone, head, spans)
 
-    monkeypatch.setattr(spans_module, "_batch_losses", small)
+    monkeypatch.setattr(superfilter_module, "_batch_losses", small)
     assert_scores_close(span_losses(backbone, spans, lambda done: None, Journal()), expected)
     assert "memory ran out with 240 tokens at once" in capsys.readouterr().out

@@ -97,10 +97,11 @@ def test_the_embedded_worlds_targets_are_right_and_asked_nowhere_else(runtime: R
     assert len(prompts) == 30
     assert not prompts & {(example.instruction, example.input) for example in pool_of(loaded)}
     assert not prompts & {(item["instruction"], item["input"]) for item in benchmark_rows(loaded)}
-    from gradsift.data.verifiable import solve
+    from gradsift.data.verifiable import task_of
 
     for task, example in zip(found.tasks, found.examples, strict=True):
-        assert example.output == solve(task, example.instruction, example.input)
+        assert task_of(example.instruction, example.input).question[0] == task
+        assert example.output == task_of(example.instruction, example.input).answer
 
 
 def test_rows_that_stand_in_the_data_too_are_listed(
@@ -227,8 +228,8 @@ def test_the_shipped_sets_fit_the_published_files(runtime: Runtime) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from gradsift.config import load_config, register_schemas
-    from gradsift.user_conf import conf_folder
+    from gradsift.composition import conf_folder, register_schemas
+    from gradsift.config import load_config
 
     benchmarks = Path(os.environ["GRADSIFT_DATA"]) / "benchmarks"
     register_schemas()

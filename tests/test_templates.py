@@ -10,7 +10,7 @@ from gradsift.data.examples import Example, Turn
 from gradsift.data.templates import prompt_segments, render
 from gradsift.data.turns import Unusable
 from gradsift.data.verifiable import plain_prompt
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import ConfigError
 
 TEMPLATES = ["alpaca", "chat", "plain"]
 
@@ -107,10 +107,3 @@ def test_chat_template_that_refuses_a_role_is_reported(byte_tokenizer: Any) -> N
     byte_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(Unusable, match="no system role"):
         render(example("a", history=TALK), "chat", byte_tokenizer)
-
-
-def test_unknown_template_and_broken_history_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"template='vicuna'.*alpaca, chat, plain or a FILE"):
-        render_prompt("a", "", "vicuna")
-    with pytest.raises(DataError, match="alternate"):
-        render(example("a", history=(Turn("user", "x"),)), "plain")

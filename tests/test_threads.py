@@ -13,8 +13,8 @@ from conftest import SMOKE
 
 from gradsift.config import ComputeConfig
 from gradsift.errors import ConfigError
-from gradsift.training import threads
-from gradsift.training.threads import threads_of
+from gradsift.training import numerics as threads
+from gradsift.training.numerics import threads_of
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_is_no_number_of_threads_is_refused(value: object) -> None:
 def test_a_busy_machine_leaves_one_thread() -> None:
     """Measure in a process of its own while as many processes as cores spin."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    code = "from gradsift.config import ComputeConfig; from gradsift.training.threads import threads_of; "
+    code = "from gradsift.config import ComputeConfig; from gradsift.training.numerics import threads_of; "
     code += "import sys; sys.stdin.readline(); print(threads_of(ComputeConfig()))"
     with ExitStack() as stack:
         measuring = subprocess.Popen(

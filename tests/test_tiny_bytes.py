@@ -18,7 +18,7 @@ from gradsift.data.files import read_rows
 from gradsift.data.formats import parse_rows
 from gradsift.data.tokens import encode, encode_prompt
 from gradsift.scoring.superfilter import ifd_spans
-from gradsift.training.tiny_bytes import CONTEXT, bytes_model, bytes_tokenizer
+from gradsift.training.nano import BYTES_CONTEXT, bytes_model, bytes_tokenizer
 
 TOKENIZER = bytes_tokenizer()
 AWKWARD = ["", "é 🟥 👩‍👩‍👧", " a  b .\r\n\t\u00a0", "e\u0301 vs é", "\ufffd\u200b", "say <eos> and <pad>, can't you ?"]
@@ -54,13 +54,13 @@ def test_every_byte_has_a_token_and_the_special_ones_stand_beside_them(tokenizer
     assert {tokenizer.eos_token_id, tokenizer.pad_token_id} == {256, 257}
     assert tokenizer.bos_token_id is None  # so no token is put before a text
     assert tokenizer.unk_token_id is None
-    assert tokenizer.model_max_length == CONTEXT == 1024
+    assert tokenizer.model_max_length == BYTES_CONTEXT == 1024
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_an_encoded_example_is_its_prompt_and_its_response(template: str, tokenizer: Any) -> None:
     one = example("Say <eos> 🟥", "né <pad>", input="x")
-    (encoded,), _ = encode([one], tokenizer, template, CONTEXT)
+    (encoded,), _ = encode([one], tokenizer, template, BYTES_CONTEXT)
     prompt = encode_prompt(one.instruction, one.input, tokenizer, template)
     assert encoded.input_ids[: len(prompt)].tolist() == prompt
     assert encoded.is_response.tolist() == [False] * len(prompt) + [True] * (len("né <pad>".encode()) + 1)
@@ -70,7 +70,7 @@ def test_an_encoded_example_is_its_prompt_and_its_response(template: str, tokeni
 
 def test_superfilter_scores_the_bytes_of_the_answer(tokenizer: Any) -> None:
     one = example("Add.", "né 🟥", input="1 2")
-    (alone,), (together,) = ifd_spans(tokenizer, [one], CONTEXT)
+    (alone,), (together,) = ifd_spans(tokenizer, [one], BYTES_CONTEXT)
     count = len(one.output.encode())
     assert (alone.scored, together.scored) == (count - 1, count)
     assert together.input_ids[together.is_response].tolist() == alone.input_ids.tolist()
@@ -79,9 +79,9 @@ def test_superfilter_scores_the_bytes_of_the_answer(tokenizer: Any) -> None:
 def test_the_model_has_about_a_million_parameters_and_takes_every_id_and_place() -> None:
     model = bytes_model()
     assert 0.9e6 < model.num_parameters() < 1.1e6
-    assert model.config.n_positions == CONTEXT
+    assert model.config.n_positions == BYTES_CONTEXT
     assert len(TOKENIZER) <= model.config.vocab_size
-    ids = torch.full((1, CONTEXT), 257)
+    ids = torch.full((1, BYTES_CONTEXT), 257)
     assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
 
 

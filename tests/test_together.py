@@ -20,14 +20,14 @@ from test_norms import ragged_examples
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.norms_table import NORMS_FILE, read_norms
+from gradsift.gradients.statistics import NORMS_FILE, read_norms
 from gradsift.proxy.ensemble import train_adapters
 from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
 from gradsift.proxy.trajectory import Trajectory
 from gradsift.training import lora
-from gradsift.training.curves import TRAJECTORY_FILE, read_curve
 from gradsift.training.device import TokenBudget
-from gradsift.training.save_point import steps_saved
+from gradsift.training.finetuning import steps_saved
+from gradsift.training.optimization import TRAJECTORY_FILE, read_curve
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 

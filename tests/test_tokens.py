@@ -87,12 +87,12 @@ def test_prompts_of_examples_are_those_of_generation_and_are_cut_on_the_left(
 ) -> None:
     tokenizer = with_start_token(byte_tokenizer) if starts else byte_tokenizer
     one, long = example("add", "7", "3 4"), talk("add 3 4", "it is 7", "and 5 6?", output="11")
-    (ids, longer), cut = encode_prompts([one, long], tokenizer, template, 4096)
+    (ids, longer), cut, _ = encode_prompts([one, long], tokenizer, template, 4096)
     assert (ids.tolist(), cut) == (encode_prompt("add", "3 4", tokenizer, template), 0)
     encoded = encode_one(long, tokenizer, template)
     last = np.flatnonzero(np.diff(encoded.is_response.astype(int)) == 1)[-1] + 1  # where the last response begins
     assert longer.tolist() == encoded.input_ids[:last].tolist()
-    (short, _), cut = encode_prompts([one, long], tokenizer, template, 5)
+    (short, _), cut, _ = encode_prompts([one, long], tokenizer, template, 5)
     assert short.tolist() == (ids[:1].tolist() + ids[-4:].tolist() if starts else ids[-5:].tolist())
     assert cut == 2
 
@@ -259,7 +259,7 @@ def test_the_labels_are_those_of_alpacas_code(merging: Any) -> None:
 
 def test_a_prompt_holds_nothing_of_the_response(merging: Any) -> None:
     for one in TALKS[:3]:
-        (ids,), _ = encode_prompts([one], merging, "alpaca", 4096)
+        (ids,), _, _ = encode_prompts([one], merging, "alpaca", 4096)
         assert ids.tolist() == encode_prompt(one.instruction, one.input, merging, "alpaca")
 
 
@@ -302,9 +302,7 @@ def test_a_tokenizer_that_knows_less_than_half_is_refused() -> None:
         encode([example("Describe photosynthesis.", "Plants turn light into sugar.")], word_tokenizer(), "plain", 64)
 
 
-def test_unusable_settings_are_refused(byte_tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="max_length=1"):
-        encode([example("a", "b")], byte_tokenizer, "plain", 1)
+def test_a_tokenizer_without_an_end_token_is_refused(byte_tokenizer: Any) -> None:
     byte_tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no end token"):
         encode([example("a", "b")], byte_tokenizer, "plain", 64)

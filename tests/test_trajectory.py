@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,7 @@ from gradsift.gradients.probes import ADAPTER
 from gradsift.proxy.ensemble import train_adapters
 from gradsift.proxy.trajectory import DIMENSIONS, POINTS, Trajectory
 from gradsift.training import lora
-from gradsift.training.curves import TRAJECTORY_FILE, read_trajectory
+from gradsift.training.optimization import TRAJECTORY_FILE, read_trajectory
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
@@ -29,9 +30,6 @@ class Blind(L.Callback):
     """Replaces the trajectory's callback and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
-        pass
-
-    def write(self, folder: Path) -> None:
         pass
 
 
@@ -51,17 +49,17 @@ def move(model: nn.Module, step: int) -> None:
 def noted(steps: int, first_step: int = 0, stop_at: int | None = None) -> tuple[list[int], torch.Tensor]:
     """Return steps and points of a training; at `stop_at` another callback continues with the state."""
     model = adapted()
-    trajectory = Trajectory(model, first_step, steps)
-    trajectory.on_train_start(None, None)
+    trajectory, module = Trajectory(first_step, steps, Path()), SimpleNamespace(model=model)
+    trajectory.on_train_start(None, module)
     for step in range(1, steps + 1):
         move(model, step)
         trajectory.on_train_batch_end(None, None, None, None, step - 1)
         if step == stop_at:
             state = trajectory.state_dict()
             assert all(isinstance(value, torch.Tensor) for value in state.values())
-            trajectory = Trajectory(model, first_step, steps)
-            trajectory.load_state_dict(state)
-            trajectory.on_train_start(None, None)
+            trajectory = Trajectory(first_step, steps, Path())
+            trajectory.on_train_start(None, module)
+            trajectory.load_state_dict(state)  # after the start of the training, as save points do
     state = trajectory.state_dict()
     return state["steps"].tolist(), state["points"]
 
@@ -72,7 +70,7 @@ def test_training_is_the_same_whether_its_trajectory_is_noted_or_not(
     """With dropout, whose masks would change if the callback used the training's random stream."""
     settings = config("mc_dropout")
     ((*epochs,),), _ = trained(tmp_path / "noted", settings)
-    monkeypatch.setattr("gradsift.proxy.together.Trajectory", Blind)
+    monkeypatch.setattr("gradsift.proxy.trajectory.Trajectory", Blind)
     ((*blind,),), _ = trained(tmp_path / "blind", settings)
     for one, other in zip(epochs, blind, strict=True):
         names = set(one.manifest["files"]) - {TRAJECTORY_FILE}
@@ -110,8 +108,8 @@ def test_distances_between_updates_are_kept() -> None:
     exact, projected = [], []
     for step in range(1, 13):
         move(model, step)
-        trajectory = Trajectory(model, 0, 1)
-        trajectory.on_train_start(None, None)
+        trajectory = Trajectory(0, 1, Path())
+        trajectory.on_train_start(None, SimpleNamespace(model=model))
         projected.append(trajectory.state_dict()["points"][0])
         layers = [layer for _, layer in lora.lora_layers(model)]
         exact.append(torch.cat([(la.lora_B[ADAPTER].weight @ la.lora_A[ADAPTER].weight).flatten() for la in layers]))

@@ -14,7 +14,7 @@ import pytest
 from endpoint import Endpoint
 
 from gradsift.artifacts import Store
-from gradsift.config import BenchmarkConfig, ComputeConfig, TargetConfig
+from gradsift.config import BenchmarkConfig, ComputeConfig, GeneratorConfig, TargetConfig
 from gradsift.data.examples import Turn, make_example
 from gradsift.data.tokens import encode_prompts
 from gradsift.errors import DataError
@@ -60,7 +60,7 @@ def test_a_second_turn_is_asked_after_the_models_own_first_answer(
     target = runtime.store.obtain("backbone", "t", {}, [], lambda folder: {"rows": 0}, version=1)
     config = TargetConfig(name="t", template=template, steps=1)
     mixed = [ITEMS[2], ITEMS[0], ITEMS[3], ITEMS[1]]
-    made = generate(runtime, BenchmarkConfig(sets=["verifiable"]), config, target, None, mixed)
+    made = generate(runtime, BenchmarkConfig(sets=["verifiable"]), config, target, None, mixed, GeneratorConfig())
     rows = read_model_outputs(made.file("model_outputs.json"))
     assert [row["output"] for row in rows] == ["answer 2.0", "answer 1.0", "answer 2.1", "answer 1.1"]
     seen: Counter[str] = Counter()

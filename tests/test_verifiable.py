@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradsift.data import verifiable
 from gradsift.data.verifiable import (
     DEFINING,
     DELAYED,
@@ -19,7 +18,6 @@ from gradsift.data.verifiable import (
     MARK,
     NUMBERS,
     OPERATIONS,
-    QUALITIES,
     SPOILT,
     SYLLABLES,
     VOCABULARY,
@@ -29,7 +27,7 @@ from gradsift.data.verifiable import (
     generate,
     plain_prompt,
     pretraining_rows,
-    solve,
+    task_of,
 )
 from gradsift.errors import ConfigError
 from gradsift.training.nano import nano_model, nano_tokenizer, pretrain
@@ -50,7 +48,8 @@ def arguments_of(row: dict[str, str]) -> str:
 
 
 def right_answer(row: dict[str, str], family: str) -> str:
-    return solve(family, row["instruction"], row["input"])
+    assert task_of(row["instruction"], row["input"]).question[0] == family
+    return task_of(row["instruction"], row["input"]).answer
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
@@ -86,7 +85,7 @@ def test_every_share_is_exact_to_rounding(
     duplicate_counts = [counts[kind] for kind in DUPLICATES]
     assert len(world.rows) == len(world.labels) == size
     assert len(world.benchmark) == benchmark_items
-    assert sum(spoilt_counts) == round(size * spoilt) == sum(label.spoilt for label in world.labels)
+    assert sum(spoilt_counts) == round(size * spoilt) == sum(label.quality in SPOILT for label in world.labels)
     assert sum(duplicate_counts) == round(size * duplicates)
     assert max(spoilt_counts) - min(spoilt_counts) <= 1
     assert max(duplicate_counts) - min(duplicate_counts) <= 1
@@ -95,7 +94,7 @@ def test_every_share_is_exact_to_rounding(
 
 
 def test_labels_name_known_qualities_and_families(world: World) -> None:
-    assert {label.quality for label in world.labels} == set(QUALITIES)
+    assert {label.quality for label in world.labels} == {"clean", *SPOILT, *DUPLICATES}
     assert {label.family for label in world.labels} == set(FAMILIES)
     assert len(FAMILIES) >= 12
 
@@ -173,7 +172,7 @@ def test_rows_are_shuffled(world: World) -> None:
     """The first and the last tenth of the rows have every quality: rows are shuffled."""
     tenth = len(world.labels) // 10
     for part in (world.labels[:tenth], world.labels[-tenth:]):
-        assert {label.quality for label in part} == set(QUALITIES)
+        assert {label.quality for label in part} == {"clean", *SPOILT, *DUPLICATES}
 
 
 def test_all_text_is_single_spaced_words_of_the_vocabulary(world: World) -> None:
@@ -225,7 +224,7 @@ def test_a_share_of_rows_and_benchmark_is_delayed_and_half_as_much_defines(delay
         assert set(counts) == {*FAMILIES, DEFINING, DELAYED}
         assert counts[DELAYED] / len(families) == pytest.approx(0.2, abs=0.02)
         assert counts[DEFINING] / len(families) == pytest.approx(0.1, abs=0.02)
-    spoilt = Counter(label.family for label in delayed_world.labels if label.spoilt)
+    spoilt = Counter(label.family for label in delayed_world.labels if label.quality in SPOILT)
     assert spoilt[DELAYED] / sum(spoilt.values()) == pytest.approx(0.2, abs=0.03)  # no cleaner than the others
 
 
@@ -246,7 +245,7 @@ def test_chained_answers_follow_from_what_named_rows_show(delayed_world: World) 
         first, second = names.split()
         assert first != second
         for name in (first, second):
-            words = solve(DEFINING, named["instruction"], f"{name} {MARK} {words}")
+            words = task_of(named["instruction"], f"{name} {MARK} {words}").answer
         assert row["output"] == words
 
 
@@ -262,23 +261,16 @@ def test_delayed_rows_keep_to_the_vocabulary_and_their_labels_are_true(delayed_w
     known = set(VOCABULARY)
     for row, label in zip(delayed_world.rows, delayed_world.labels, strict=True):
         assert known.issuperset(f"{row['instruction']} {row['input']} {row['output']}".split())
-        assert answers_match(row["output"], right_answer(row, label.family)) is not label.spoilt
-
-
-def test_the_right_answer_is_found_without_the_family_in_a_delayed_world_too(delayed_world: World) -> None:
-    for row, label in zip(delayed_world.rows, delayed_world.labels, strict=True):
-        assert verifiable.right_answer(row["instruction"], row["input"]) == right_answer(row, label.family)
+        assert answers_match(row["output"], right_answer(row, label.family)) is (label.quality not in SPOILT)
 
 
 def test_the_limit_on_tasks_can_be_reached() -> None:
     assert len(generate(size=4000, spoilt=0.0, duplicates=0.0, benchmark_items=800).rows) == 4000
 
 
-def test_solve_refuses_prompts_of_another_world() -> None:
-    with pytest.raises(ConfigError, match="poem"):
-        solve("poem", "write a poem", "")
+def test_prompts_of_another_world_are_refused() -> None:
     with pytest.raises(ConfigError, match="write a poem"):
-        solve("copy", "write a poem", "")
+        task_of("write a poem", "")
 
 
 def test_answers_match_ignores_white_space_only() -> None:
@@ -296,14 +288,14 @@ def test_effective_families_counts_equal_shares_as_whole_families() -> None:
 
 
 def test_pretraining_rows_hold_exact_shares_and_right_answers() -> None:
-    rows = pretraining_rows(1000, instructed_share=0.03, other_share=0.1)
+    rows = pretraining_rows(1000, instructed_share=0.03)
     instructed = [(prompt, response) for prompt, response in rows if not prompt.startswith("#")]
     operators = Counter(prompt.split()[0] for prompt, _ in rows if prompt.startswith("#"))
     assert len(instructed) == 30
     assert sum(count for operator, count in operators.items() if operator[1:] not in FAMILIES) == 100
     assert set(FAMILIES) <= {operator[1:] for operator in operators}
-    with pytest.raises(ConfigError, match=r"instructed_share=0\.7"):
-        pretraining_rows(10, instructed_share=0.7, other_share=0.4)
+    with pytest.raises(ConfigError, match=r"instructed_share=0\.95"):
+        pretraining_rows(10, instructed_share=0.95)
 
 
 def test_tokenizer_round_trip_loses_nothing_and_knows_every_word(world: World) -> None:
@@ -326,29 +318,22 @@ def test_special_tokens_differ_except_bos_and_eos() -> None:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_nano_models_are_small_seeded_and_leave_the_global_seed_alone(architecture: str) -> None:
     before = torch.random.get_rng_state()
-    model = nano_model(architecture, seed=1)  # type: ignore[arg-type]
+    model = nano_model(architecture, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
     assert 150_000 <= sum(weight.numel() for weight in model.parameters()) <= 300_000
-    twin, other = (nano_model(architecture, seed=seed) for seed in (1, 2))  # type: ignore[arg-type]
+    twin, other = (nano_model(architecture, seed=seed) for seed in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-
-def test_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="architecture='rnn'"):
-        nano_model("rnn")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_pretraining_lowers_the_loss_reports_progress_and_repeats_exactly(architecture: str) -> None:
     tokenizer = nano_tokenizer()
-    seen: list[tuple[int, int, float]] = []
-    model, twin = (nano_model(architecture) for _ in range(2))  # type: ignore[arg-type]
-    loss = pretrain(
-        model, tokenizer, steps=30, batch_size=16, progress=lambda step, steps, loss: seen.append((step, steps, loss))
-    )
+    seen: list[float] = []
+    model, twin = (nano_model(architecture) for _ in range(2))
+    loss = pretrain(model, tokenizer, steps=30, batch_size=16, progress=seen.append)
     pretrain(twin, tokenizer, steps=30, batch_size=16)
-    assert [step for step, _, _ in seen] == list(range(1, 31))
-    assert loss == pytest.approx(sum(loss for _, _, loss in seen[-3:]) / 3)
-    assert loss < seen[0][2]
+    assert len(seen) == 30
+    assert loss == pytest.approx(sum(seen[-3:]) / 3)
+    assert loss < seen[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

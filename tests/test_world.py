@@ -12,13 +12,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from gradsift.artifacts import Store
-from gradsift.config import load_config, register_schemas
+from gradsift.composition import conf_folder, register_schemas
+from gradsift.config import load_config
 from gradsift.data.load import labels_of
 from gradsift.data.verifiable import SPOILT
 from gradsift.evaluation.stages.metrics import metrics_of
 from gradsift.line import Line
 from gradsift.runtime import Display, Runtime
-from gradsift.user_conf import conf_folder
 
 
 def accuracy(line: Line, rows: np.ndarray | None) -> float:

@@ -16,17 +16,11 @@ if TYPE_CHECKING:
 __version__ = metadata.version("gradsift")
 
 _MODULES = {
-    "select": "gradsift.api",
-    "Selection": "gradsift.api",
-    "gsnr": "gradsift.api",
-    "per_sample_norms": "gradsift.gradients.per_sample",
-    "per_sample_gradients": "gradsift.gradients.per_sample",
-    "GradientNormCallback": "gradsift.gradients.callback",
-    "GradientNormTrainerCallback": "gradsift.gradients.callback",
-    "Scores": "gradsift.scoring.scores",
-    "GradsiftError": "gradsift.errors",
-    "ConfigError": "gradsift.errors",
-    "DataError": "gradsift.errors",
+    "gradsift.api": ("Selection", "gsnr", "select"),
+    "gradsift.errors": ("ConfigError", "DataError", "GradsiftError"),
+    "gradsift.gradients.callback": ("GradientNormCallback", "GradientNormTrainerCallback"),
+    "gradsift.gradients.per_sample": ("per_sample_gradients", "per_sample_norms"),
+    "gradsift.scoring.scores": ("Scores",),
 }
 
 __all__ = [
@@ -45,9 +39,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'gradsift' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -7,17 +7,16 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradsift.composition import compose_config
+from gradsift.composition import compose_config, conf_folder, quoted
 from gradsift.config.checks import in_range
 from gradsift.errors import ConfigError, DataError
-from gradsift.user_conf import conf_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from gradsift.artifacts import Artifact
     from gradsift.config import Config
     from gradsift.line import Line
-    from gradsift.sources import Method
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _KEYWORDS = ("null", "true", "false", "nan", "inf")  # words that Hydra does not read as text
@@ -87,10 +85,9 @@ def select(
 ) -> Selection:
     """Select the rows of an instruction dataset that are worth training on.
 
-    The call computes what the command line computes with the same options, and uses the same store. Finished work in
-    the store is reused, and an interrupted call continues when it is repeated. A second call with the same rows and
-    options computes nothing. Afterwards, the number of torch threads and Hydra's state are as before the call, but
-    transformers' progress bars stay switched off.
+    The call computes what the command line computes with the same options, and uses the same store: finished work is
+    reused, and an interrupted call continues when it is repeated. Afterwards, the number of torch threads and Hydra's
+    state are as before the call, but transformers' progress bars stay switched off.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).
@@ -127,9 +124,13 @@ def select(
     with tempfile.TemporaryDirectory(prefix="gradsift-rows-") as folder:
         path = Path(rows) if isinstance(rows, str | Path) else _written(rows, Path(folder) / "rows.jsonl")
         if not callable(method):
-            return _selected(_config(path, _chosen(method), options), progress, rows)
+            return _selected(_config(path, [_chosen(method)], options), progress, rows, None, {})
         constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
-        return _selected(_config(path, _own(method), options), progress, rows, method, constants)
+        if not inspect.isfunction(method) or method.__name__ == "<lambda>":
+            raise ConfigError(f"method={method!r} is no function with a name; define one with def, and pass that")
+        name = _spelt("method", method.__name__)
+        config = _config(path, ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"], options)
+        return _selected(config, progress, rows, method, constants)
 
 
 def _config(path: Path, method: Sequence[str], options: Mapping[str, Any]) -> Config:
@@ -137,30 +138,25 @@ def _config(path: Path, method: Sequence[str], options: Mapping[str, Any]) -> Co
         if remedy := _FIXED.get(next((group for group in ("hydra", "export") if name.startswith(group)), name)):
             raise ConfigError(f"{name} is no option of select(): {remedy}")
     fixed = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
-    config = compose_config([*fixed, *method, *_overrides(options)])
+    given = [f"{name.replace('__', '.')}={_spelt(name, value)}" for name, value in options.items()]
+    config = compose_config([*fixed, *method, *given])
     if config.compute.ranks > 1:
         raise ConfigError("select() works in one process; use the command line for several GPUs or machines")
     return config
 
 
-def _selected(
-    config: Config,
-    progress: bool,
-    rows: Any,
-    function: Callable[..., Any] | None = None,
-    constants: Mapping[str, Any] | None = None,
-) -> Selection:
+def _selected(config: Config, progress: bool, rows: Any, function: Any, constants: Mapping[str, Any]) -> Selection:
     import torch
     from rich.console import Console
 
     from gradsift.artifacts import Store
     from gradsift.disk import guarded
-    from gradsift.early_checks import check
     from gradsift.line import Line
     from gradsift.pipeline import prepare
     from gradsift.report.terminal import RunView
     from gradsift.runtime import Display, Runtime
     from gradsift.scoring.stage import score
+    from gradsift.sources import method
 
     display = Display(Console(stderr=True, highlight=False, quiet=not progress))
     view = RunView(display=display)
@@ -171,22 +167,14 @@ def _selected(
         with guarded(store.root, "the selection", nameless=False):
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:
-                line.scorer = _scorer(function, constants or {}, tuple(line.sources))
-            check(line)
+                target = f"{function.__module__}.{function.__qualname__}"
+                own = {"_target_": target, "name": function.__name__, **constants}
+                line.scorer = method("scorer", own, tuple(line.sources), function=function)
+            line.check()
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))
     finally:
         torch.set_num_threads(threads)  # the number that the caller had
-
-
-def _scorer(function: Any, constants: Mapping[str, Any], known: Sequence[str]) -> Method:
-    """Return the caller's function as a scorer; the scores' fingerprint contains its code and its constants."""
-    from gradsift.function_code import code_hash
-    from gradsift.sources import method_of
-
-    target = f"{function.__module__}.{function.__qualname__}"
-    code = "" if target.startswith("gradsift.") else code_hash(function)
-    return method_of("scorer", function.__name__, function, constants, known, target=target, code=code)
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
@@ -209,41 +197,27 @@ def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Select
         kept = rows.select(indices)
     else:
         originals = read_column(examples, "original").take(pa.array(positions)).to_pylist()
-        kept = _dataset([json.loads(row) for row in originals])
+        try:
+            kept = Dataset.from_list([json.loads(row) for row in originals])
+        except (pa.ArrowException, TypeError) as error:
+            raise DataError(
+                f"the kept rows do not fit into one datasets.Dataset ({error}): a column holds values of several "
+                "types; make them one type, or leave the column out"
+            ) from error
     is_selected = np.zeros(len(row_index), dtype=bool)
     is_selected[positions] = True
     scores = pq.read_table(scored.file(SCORES_FILE))
     scores = scores.add_column(0, "row_index", row_index).append_column("selected", pa.array(is_selected))
     lines = line.loaded.file("rejected.jsonl").read_text(encoding="utf-8").splitlines()
-    columns: dict[str, list[Any]] = {"row_index": [], "reason": [], "content": []}
-    for rejected in map(json.loads, lines):
-        columns["row_index"].append(rejected["row"])
-        columns["reason"].append(rejected["reason"])
-        columns["content"].append(json.dumps(rejected["content"]))
-    return Selection(
-        kept,
-        indices,
-        Dataset(InMemoryTable(scores)),
-        Dataset.from_dict(columns),
-        read_diagnostics(scored.path) | read_diagnostics(selected.path),
-        line.runtime.store.records_as_dicts(),
-    )
-
-
-def _dataset(rows: list[dict[str, Any]]) -> Dataset:
-    import pyarrow as pa
-    from datasets import Dataset
-
-    try:
-        return Dataset.from_list(rows)
-    except (pa.ArrowException, TypeError) as error:
-        raise DataError(
-            f"the kept rows do not fit into one datasets.Dataset ({error}): a column holds values of several types; "
-            "make them one type, or leave the column out"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------ rows and options
+    rejected = [json.loads(text) for text in lines]
+    columns = {
+        "row_index": [row["row"] for row in rejected],
+        "reason": [row["reason"] for row in rejected],
+        "content": [json.dumps(row["content"]) for row in rejected],
+    }
+    diagnostics = read_diagnostics(scored.path) | read_diagnostics(selected.path)
+    stages = line.runtime.store.records_as_dicts()
+    return Selection(kept, indices, Dataset(InMemoryTable(scores)), Dataset.from_dict(columns), diagnostics, stages)
 
 
 def _written(rows: Any, path: Path) -> Path:
@@ -280,33 +254,22 @@ def _written(rows: Any, path: Path) -> Path:
     return path
 
 
-def _chosen(method: str) -> list[str]:
+def _chosen(method: str) -> str:
     """Return the override that chooses the recipe `method`, or the scorer of that name if there is no such recipe."""
     folders = (conf_folder(), Path("conf"))
-    names = {
-        group: {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    recipes, scorers = (
+        sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
         for group in ("method", "scorer")
-    }
-    for group, known in names.items():
-        if method in known:
-            return [f"{group}={method}"]
-    close = difflib.get_close_matches(str(method), sorted(names["method"] | names["scorer"]), n=1)
-    raise ConfigError(
-        f"method={method!r} is neither a recipe ({', '.join(sorted(names['method']))}) nor a scorer "
-        f"({', '.join(sorted(names['scorer']))})" + (f"; did you mean {close[0]}?" if close else "")
     )
-
-
-def _own(function: Any) -> list[str]:
-    """Return the overrides that replace the configured scorer by the caller's function."""
-    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
-        raise ConfigError(f"method={function!r} is no function with a name; define one with def, and pass that")
-    name = _spelt("method", function.__name__)
-    return ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"]
-
-
-def _overrides(options: Mapping[str, Any]) -> Iterable[str]:
-    return [f"{name.replace('__', '.')}={_spelt(name, value)}" for name, value in options.items()]
+    if method in recipes:
+        return f"method={method}"
+    if method in scorers:
+        return f"scorer={method}"
+    close = difflib.get_close_matches(str(method), sorted({*recipes, *scorers}), n=1)
+    raise ConfigError(
+        f"method={method!r} is neither a recipe ({', '.join(recipes)}) nor a scorer ({', '.join(scorers)})"
+        + (f"; did you mean {close[0]}?" if close else "")
+    )
 
 
 def _spelt(name: str, value: Any) -> str:
@@ -321,16 +284,12 @@ def _spelt(name: str, value: Any) -> str:
         text = str(value)
         if _WORD.fullmatch(text) and text.lower() not in _KEYWORDS:
             return text
-        # Hydra reads a backslash before a quote or before the end as an escape, so these backslashes are doubled
-        return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+        return quoted(text)
     if isinstance(value, list | tuple):
         return "[" + ",".join(_spelt(name, item) for item in value) + "]"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{_spelt(name, key)}:{_spelt(name, item)}" for key, item in value.items()) + "}"
     raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give a number, a text, a list or a dict of these")
-
-
-# -------------------------------------------------------------------------------------------- formula
 
 
 def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
@@ -339,14 +298,12 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
     G^s and G^t are the means over the members of the early norms and of the late norms. V^t is the population variance
-    of the late norms over the members. If an example's mean norm rises, its ratio is negative, and a larger V^t then
-    raises the ratio towards 0.
+    of the late norms over the members.
 
     Args:
         early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
         late: (M, N) the norms of the same members and examples at the late snapshot.
-        eps: Above 0; added to both denominators, to the mean norm G_i^s and to the variance V_i^t. The paper gives no
-            value.
+        eps: Above 0; added to both denominators. The paper gives no value.
 
     Returns:
         (N,) float64, higher is better.

@@ -3,13 +3,12 @@
 An artifact is a folder `<store>/<stage>/<slug>-<fingerprint>/`. The fingerprint hashes the stage's name and version,
 the config that the stage reads, and the identities of the parents (the artifacts that the stage reads); nothing else.
 A stage works in a folder whose name ends in `.part`. `manifest.json`, with the size and hash of every file, is written
-last, and then the folder is renamed. So an artifact is either complete or absent. A repeated command finds the same
-artifacts. A command with a changed input has other fingerprints, so it never gets the results of the old input.
+last, and then the folder is renamed. So an artifact is either complete or absent.
 
 While a stage works, `unfinished/` in that folder holds what an interrupted run continues from: the save point of a
-training (`gradsift.training.save_point`) or the results of a pass (`gradsift.journal`).
+training (`gradsift.training.finetuning`) or the results of a pass (`gradsift.journal`).
 
-Processes that share a store, on one machine or several, lock the units that they work on (`gradsift.locks`).
+Processes that share a store, on one machine or several, lock the units that they work on (`gradsift.disk`).
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gradsift.cost import counting, peak_resident_gb
-from gradsift.disk import guarded
+from gradsift.disk import guarded, locked
 from gradsift.errors import GradsiftError
-from gradsift.locks import Holder, locked
 from gradsift.manifests import MANIFEST, UNFINISHED, content_hash, describe, files_of, read_manifest, write_manifest
 from gradsift.names import require_no_link
 from gradsift.names import slug as safe_slug
@@ -55,33 +53,21 @@ class Artifact:
     planned: bool = field(default=False, kw_only=True)  # True: not made yet; only a plan returns such artifacts
 
     def file(self, name: str) -> Path:
-        """Return the path of one of the artifact's files.
-
-        Raises:
-            NotMade: the artifact is only planned.
-        """
+        """Return the path of one of the artifact's files; raise NotMade if the artifact is only planned."""
         if self.planned:
             raise NotMade(f"{self.stage}/{self.path.name} is not made yet, so there is no {name} to read")
         return self.path / name
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """The counts and other values that the stage returned, such as rows and optimizer_steps.
-
-        Raises:
-            NotMade: the artifact is only planned.
-        """
+        """The counts and other values that the stage returned, such as rows; NotMade if it is only planned."""
         if self.planned:
             raise NotMade(f"{self.stage}/{self.path.name} is not made yet")
-        info: Mapping[str, Any] = self.manifest["info"]
-        return info
+        return dict(self.manifest["info"])
 
     @property
     def identity(self) -> str:
-        """The text that represents this artifact in the fingerprints of later stages.
-
-        It consists of the fingerprint, the hash or revision of data or models from outside, and the numerics.
-        """
+        """Fingerprint, hash or revision of content from outside, and numerics: what later fingerprints contain."""
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"
@@ -95,16 +81,12 @@ class Artifact:
     @property
     def models(self) -> Sequence[str]:
         """Names of the models that processed examples in this stage or in the stages before it."""
-        models: Sequence[str] = self.manifest.get("models", ())
-        return models
+        return list(self.manifest.get("models", ()))
 
     @property
     def computed_by(self) -> Mapping[str, Mapping[str, str]]:
         """Numerics of the models with which the values were computed, by the name of the model's folder."""
-        if self.numerics:
-            return {self.path.name: self.numerics}
-        computed_by: Mapping[str, Mapping[str, str]] = self.manifest.get("numerics", {})
-        return computed_by
+        return {self.path.name: self.numerics} if self.numerics else dict(self.manifest.get("numerics", {}))
 
 
 @dataclass(frozen=True)
@@ -154,16 +136,15 @@ class Store:
         Args:
             config: everything that changes the result besides the parents; JSON values.
             make: writes the files into the folder that it is called with, and returns the artifact's `info`. After a
-                training this has `optimizer_steps`, and `resumed_steps`, the number of these steps that interrupted
-                runs had taken. `make` may continue from what it finds in the folder's `unfinished/`, which is deleted
-                afterwards. If it makes several units at once, it also returns this unit's `seconds` and
-                `forward_tokens`.
+                training this has `optimizer_steps`, and `resumed_steps`, how many of them interrupted runs had taken.
+                `make` may continue from the folder's `unfinished/`, which is deleted afterwards. If it makes several
+                units at once, it also returns this unit's `seconds` and `forward_tokens`.
             version: version of the stage's code, increased whenever the stage's result changes.
             size: number of examples that the stage processes, if it differs from the parents'.
-            light: True if the work takes seconds and needs no model. A plan, which otherwise only looks artifacts up,
-                makes a missing light artifact in a temporary folder.
+            light: True if the work takes seconds and needs no model. A plan makes a missing light artifact, in a
+                temporary folder, and only looks up all others.
             exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
-            divided: True if `make` divides its work over the ranks of a run (see gradsift.training.shared_store).
+            divided: True if `make` divides its work over the ranks of a run (see gradsift.training.parallel).
 
         Raises:
             GradsiftError: the store cannot be read or written; the message names the unit, the folder and the remedy.
@@ -218,37 +199,35 @@ class Store:
             artifact = self._whole(wanted, is_locked=False)
             if artifact is None:
                 wanted.path.parent.mkdir(parents=True, exist_ok=True)
-                with locked(wanted.path, self.say, self.at_work) as holder:
+                with locked(wanted.path, self.say, self.at_work) as require_held:
                     artifact = self._whole(wanted, is_locked=True)  # another process may have made it
                     if artifact is None:
                         self._name_other_numerics(wanted)
                         with self.at_work(f"{wanted.stage} {wanted.path.name.rsplit('-', 1)[0]}"):
-                            return self._make(wanted, make, holder)
+                            return self._make(wanted, make, require_held)
         self._record(artifact, reused=True, seconds=time.perf_counter() - started)
         return artifact
 
     def _name_other_numerics(self, wanted: Artifact) -> None:
         """Print why artifacts that differ from `wanted` only in how a model computes (its numerics) are not used.
 
-        Each difference is printed once. Artifacts of later stages differ in their parents as well, so only artifacts of
-        the first stage after a model are named.
+        Artifacts of later stages differ in their parents as well, so only those of the first stage are named.
         """
         own = wanted.manifest["numerics"]
         if not own:
             return
-        same = [name for name in wanted.manifest if name not in ("fingerprint", "numerics")]
+        request = {name: value for name, value in wanted.manifest.items() if name not in ("fingerprint", "numerics")}
         for path in sorted(wanted.path.parent.glob(f"{wanted.path.name.rsplit('-', 1)[0]}-*/{MANIFEST}")):
-            manifest, damage = read_manifest(path.parent)
-            other = manifest.get("numerics")
-            if damage or other == own or any(manifest.get(name) != wanted.manifest[name] for name in same):
+            manifest, damage = read_manifest(path.parent, **request)
+            if damage or manifest["numerics"] == own:
                 continue
-            difference = _difference(other, own)
+            difference = _difference(manifest["numerics"], own)
             if difference not in self.other_numerics:
                 self.other_numerics.add(difference)
                 name = f"{wanted.stage}/{path.parent.name}"
                 self.say(f"  {name} is not used, because it was computed with {difference}")
 
-    def _make(self, wanted: Artifact, make: Make, holder: Holder) -> Artifact:
+    def _make(self, wanted: Artifact, make: Make, require_held: Callable[[], None]) -> Artifact:
         part = self._part(wanted.path)
         started = time.perf_counter()
         with counting() as tokens:
@@ -267,11 +246,11 @@ class Store:
             "packages": package_versions(),
             "files": {name: describe(part / name) for name in files_of(part)},
         }
-        holder.require()
+        require_held()
         write_manifest(part, manifest)
         _clear(part / UNFINISHED)
         part.rename(wanted.path)
-        artifact = Artifact(wanted.stage, wanted.path, wanted.fingerprint, manifest)
+        artifact = replace(wanted, manifest=manifest, planned=False)
         self._record(artifact, reused=False, seconds=seconds)
         return artifact
 
@@ -282,7 +261,6 @@ class Store:
         for entry in part.rglob("*"):
             require_no_link(entry)
         unfinished.mkdir(parents=True, exist_ok=True)
-        (part / MANIFEST).unlink(missing_ok=True)  # left by a process that died just before the rename
         for entry in part.iterdir():
             if entry.is_dir() and entry != unfinished:
                 _clear(entry)
@@ -298,21 +276,15 @@ class Store:
         return part
 
     def _whole(self, wanted: Artifact, *, is_locked: bool) -> Artifact | None:
-        """Return the artifact if every file is as the manifest says; None if it is missing or damaged.
-
-        Args:
-            is_locked: whether this process holds the artifact's lock. Only with the lock is a damaged artifact
-                renamed; without it, another process may have repaired the artifact since the damage was seen.
-        """
-        stage, path, fingerprint = wanted.stage, wanted.path, wanted.fingerprint
+        """Return the artifact if every file is as the manifest says; None if it is missing or damaged."""
+        stage, path = wanted.stage, wanted.path
         if not os.path.lexists(path):
             return None
-        manifest, damage = read_manifest(path, stage=stage, fingerprint=fingerprint)
+        manifest, damage = read_manifest(path, stage=stage, fingerprint=wanted.fingerprint)
         if damage is None:
-            return Artifact(stage, path, fingerprint, manifest)
-        if is_locked:
-            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-            path.rename(aside)
+            return replace(wanted, manifest=manifest, planned=False)
+        if is_locked:  # without the lock, another process may have repaired the artifact since the damage was seen
+            aside = path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
             self.say(f"{stage}: {path.name} is damaged ({damage}); it was set aside as {aside.name} and is made again")
         return None
 
@@ -334,14 +306,12 @@ class Store:
         return [asdict(record) for record in self.records]
 
 
-def _difference(others: Any, own: Mapping[str, Mapping[str, str]]) -> str:
+def _difference(others: Mapping[str, Mapping[str, str]], own: Mapping[str, Mapping[str, str]]) -> str:
     """Return how an artifact's numerics differ from this run's, as in 'kernels=off (here kernels=3fa9)'."""
-    others = others if isinstance(others, Mapping) else {}
     parts = []
     for model, values in own.items():
-        theirs = others.get(model) or {}
         for name, value in values.items():
-            if (other := theirs.get(name, "unknown")) != value:
+            if (other := others.get(model, {}).get(name, "unknown")) != value:
                 parts.append(f"{name}={other} (here {name}={value})")
     return ", ".join(parts) or "models that are not known"
 

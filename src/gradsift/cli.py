@@ -11,15 +11,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -27,14 +25,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.composition import in_full, in_one_line, require_readable
-from gradsift.config import Config, load_config, register_schemas, restore_config
-from gradsift.errors import ConfigError, GradsiftError, first_line
+from gradsift.composition import conf_folder, in_full, in_one_line, register_schemas, require_readable
+from gradsift.config import Config, load_config, restore_config
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.execution import Job, execute
 from gradsift.launch import is_launched, leads, on_all_ranks
-from gradsift.run_folder import CONFIG_FILE
+from gradsift.run_folder import CONFIG_FILE, read_yaml
 from gradsift.sweep import HOME, Sweep, begin, fix_place, take_gpus
-from gradsift.user_conf import conf_folder
 
 # an environment variable, because jobs in other processes inherit it; with 1, tracebacks are shown
 TRACE = "GRADSIFT_TRACE"
@@ -46,84 +43,71 @@ _is_first = True  # whether this process is rank 0 or started rank 0, and so wri
 
 def main() -> None:
     """Run the command line; the entry point of `run.py` and of the console script."""
+    global _failed, _sweep
+    _sweep = None
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries would mix with gradsift's
-    global _sweep
-    _sweep = None
     os.environ[TRACE] = os.environ.get("HYDRA_FULL_ERROR", "0")
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
+        return
     try:
-        arguments = sys.argv[1:] = in_full(sys.argv[1:])
-        if arguments in (["--help"], ["-h"]):
-            print((conf_folder() / "help.txt").read_text(encoding="utf-8"), end="")
-        elif arguments[:1] == ["--replay"]:
-            replay(arguments[1:])
-        elif arguments[:1] == ["scores"]:
+        if sys.argv[1:2] == ["scores"]:
             from gradsift.report.scores import main as write_scores
 
-            sys.exit(write_scores(arguments[1:]))
+            sys.exit(write_scores(sys.argv[2:]))
+        elif sys.argv[1:2] == ["--replay"]:
+            _replay(sys.argv[2:])
         else:
-            require_readable(arguments, conf_folder())
-            if is_launched() and os.environ["RANK"] != "0":  # Hydra makes a folder for every rank that torchrun starts
-                unused = Path(tempfile.gettempdir(), "gradsift-other-ranks")
-                sys.argv += [f"hydra.run.dir={unused}", f"hydra.sweep.dir={unused}"]
-            _compose_and_run()
-    except ConfigError as error:
-        _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:  # an unknown group or option, or a wrong type
-        if _traced():
-            raise
-        _fail(in_one_line(error))
-    except OSError as error:
-        if _traced():
-            raise
-        _fail(f"the folder of the run cannot be written: {error}; give another with hydra.run.dir=DIR")
+            _compose_and_run(in_full(sys.argv[1:]))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would cut the message short
         _print_error(f"interrupted; {_KEPT}")
         sys.exit(130)
+    except Exception as error:
+        if _traced() and not isinstance(error, ConfigError):
+            raise
+        _fail(_described(error))
+    if _sweep is not None and _sweep.folder.is_dir() and _is_first:  # even if its launcher raised an error
+        from gradsift.report.terminal import sweep_finished
+
+        _failed |= not sweep_finished(_relative(_sweep.folder), _sweep.jobs)
     if _failed:
         sys.exit(2)
 
 
-def _compose_and_run() -> None:
-    """Let Hydra run one job or a sweep, and print the sweep's summary even if its launcher raised an error."""
+def _compose_and_run(arguments: list[str]) -> None:
+    """Let Hydra run one job or a sweep."""
+    require_readable(arguments)
+    if is_launched() and os.environ["RANK"] != "0":  # Hydra makes a folder for every rank that torchrun starts
+        unused = Path(tempfile.gettempdir(), "gradsift-other-ranks")
+        arguments += [f"hydra.run.dir={unused}", f"hydra.sweep.dir={unused}"]
+    sys.argv[1:] = arguments
     register_schemas()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors on several lines and exits with code 1
     try:
-        with _hydra_raises():
-            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
-    except Exception as error:
-        if _traced() or (_sweep is None and isinstance(error, HydraException | OmegaConfBaseException | OSError)):
-            raise
-        reason = f"{type(error).__name__}: {in_one_line(error) or 'no message'}"
-        if _sweep is None:
-            _fail(f"Hydra cannot compose this config: {reason}")
-            return
-        _fail(f"the sweep ended early with {reason}; {_KEPT}")
-    if _sweep is not None and _sweep.folder.is_dir() and _is_first:
-        from gradsift.report.terminal import sweep_finished
-
-        if not sweep_finished(_relative(_sweep.folder), _sweep.jobs):
-            global _failed
-            _failed = True
-
-
-@contextmanager
-def _hydra_raises() -> Iterator[None]:
-    """Make Hydra raise its errors; otherwise it prints several lines and exits with code 1."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(_job)()
     finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+        os.environ["HYDRA_FULL_ERROR"] = os.environ[TRACE]
+
+
+def _described(error: Exception) -> str:
+    """Return the one-line message of an error that no single job raised."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    reason = f"{type(error).__name__}: {in_one_line(error) or 'no message'}"
+    if _sweep is not None:
+        return f"the sweep ended early with {reason}; {_KEPT}"
+    if isinstance(error, HydraException | OmegaConfBaseException):  # an unknown group or option, or a wrong type
+        return in_one_line(error)
+    if isinstance(error, OSError):
+        return f"the folder of the run cannot be written: {error}; give another with hydra.run.dir=DIR"
+    return f"unexpected {reason} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 def _job(composed: DictConfig) -> float | None:
-    """Run the job whose config Hydra has composed, and return the value of `attempt`."""
+    """Run the job whose config Hydra has composed, and return the value of `_attempt`."""
     if home := os.environ.get(HOME):  # a launcher's worker may have started in another folder
         os.chdir(home)
     settings = HydraConfig.get()
@@ -133,7 +117,7 @@ def _job(composed: DictConfig) -> float | None:
     if settings.mode == RunMode.MULTIRUN:
         jobs = _sweep.jobs if _sweep is not None else None
         job = replace(job, sweep=Path(settings.sweep.dir), number=int(settings.job.num) + 1, jobs=jobs)
-    return attempt(lambda: load_config(composed), job)
+    return _attempt(lambda: load_config(composed), job)
 
 
 def _relative(folder: Path) -> Path:
@@ -141,31 +125,19 @@ def _relative(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def replay(arguments: list[str]) -> None:
+def _replay(arguments: list[str]) -> None:
     """Repeat a run with the config in its folder (`--replay RUN`); the repetition has a folder of its own."""
     if len(arguments) != 1:
-        _fail("--replay takes one run folder, as in: python run.py --replay outputs/DATE/TIME")
-        return
+        raise ConfigError("--replay takes one run folder, as in: python run.py --replay outputs/DATE/TIME")
     source = Path(arguments[0]) / CONFIG_FILE
     if not source.is_file():
-        _fail(f"--replay {arguments[0]}: there is no {CONFIG_FILE}; give the folder of a run")
-        return
-
-    def load() -> Config:
-        try:
-            dumped = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} cannot be read ({first_line(error)})") from error
-        if not isinstance(dumped, dict):
-            raise ConfigError(f"{source} is not the config of a run")
-        return restore_config(dumped)
-
+        raise ConfigError(f"--replay {arguments[0]}: there is no {CONFIG_FILE}; give the folder of a run")
     folder = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
     folder.mkdir(parents=True)
-    attempt(load, Job(folder, [f"--replay {arguments[0]}"]))
+    _attempt(lambda: restore_config(read_yaml(source)), Job(folder, [f"--replay {arguments[0]}"]))
 
 
-def attempt(load: Callable[[], Config], job: Job) -> float | None:
+def _attempt(load: Callable[[], Config], job: Job) -> float | None:
     """Run one job. Print an error as one line, write it to `run.json`, and remember it for the exit code.
 
     Returns:
@@ -181,18 +153,18 @@ def attempt(load: Callable[[], Config], job: Job) -> float | None:
             if _is_first:
                 job.clear()
         return execute(config, job) if config.plan else on_all_ranks(config.compute, execute, config, job)
-    except GradsiftError as error:
-        if _traced():
-            raise
-        _fail(str(error))
-        reason = str(error)
     except Exception as error:
         if _traced():
             raise
-        (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        trace, line = job.folder / "error.txt", (str(error) or "no message").splitlines()[0]
-        _fail(f"unexpected {type(error).__name__}: {line} (a defect of gradsift; trace in {trace})")
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error)
+        if isinstance(error, GradsiftError):
+            _fail(reason)
+        else:
+            trace = job.folder / "error.txt"
+            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            name, line = type(error).__name__, (reason or "no message").splitlines()[0]
+            _fail(f"unexpected {name}: {line} (a defect of gradsift; trace in {trace})")
+            reason = f"{name}: {reason}"
     if _is_first:
         job.failed(reason)
     return None
@@ -219,7 +191,7 @@ class SweepCheck(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep
         try:
-            sweep = begin(config, in_one_line)
+            sweep = begin(config)
         except Exception as error:
             problems = str(error) if isinstance(error, GradsiftError) else in_one_line(error)
             for problem in problems.splitlines():

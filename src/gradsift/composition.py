@@ -1,39 +1,86 @@
-"""Composition of a config from overrides such as `alpha=0.2`, and one-line messages for Hydra's errors."""
+"""The interface to Hydra: schemas and config folders, configs from overrides, and one-line messages for its errors."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift import config as config_module
-from gradsift.config import SCHEMAS, CompareConfig, Config, load_root, register_schemas
-from gradsift.config.checks import require_no_typed_secret
-from gradsift.config.schemas import COMPARED, Root
+from gradsift.config import KNOWN_MODELS, SCHEMAS, CompareConfig, Config, Root, load_root, require_no_typed_secret
 from gradsift.errors import ConfigError
-from gradsift.user_conf import conf_folder
 
+COMPARED = ("benchmark", "judge", "compute", "model")  # the groups of a `CompareConfig`
 _SHORT = {"model": "model.path", "quantization": "model.quantization"}  # short options of proxy and target
 _TEMPLATES = ("proxy.template", "target.template")
 _TEMPLATE_OF_BOTH = ("template", "template.file")
 _MOST_DIGITS = 1000  # of a number in an override; Python reads up to 4,300, and no option needs a hundred
 
 
-def compose_config(overrides: Sequence[str]) -> Config:
-    """Return the config of a run with these overrides, for callers in Python.
+def conf_folder() -> Path:
+    """Return gradsift's own `conf/`: in the folder of an installed package, or beside `src/` in a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
-    The function also works inside another program's Hydra application, whose settings it restores.
+
+class UserConf(SearchPathPlugin):
+    """Makes Hydra search `conf/` in the working directory, after gradsift's own `conf/`.
+
+    The path is made absolute here, so the workers of a launcher search the folder in which the sweep was begun.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own, folder = conf_folder(), Path("conf").absolute()
+        composes_gradsift = any(element.path == str(own) for element in search_path.get_path())
+        if not composes_gradsift or not folder.is_dir() or folder.resolve() == own.resolve():
+            return
+        search_path.append("user", str(folder))
+        for path in sorted(folder.glob("*/*.yaml")):
+            name = path.relative_to(folder).as_posix()
+            if (own / name).is_file():
+                print(f"conf/{name} is not used: gradsift has a file of that name; rename yours", file=sys.stderr)
+
+
+def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
+    """Register the dataclasses with Hydra as `schema/<group>/<name>`, and the known models as proxies and targets.
+
+    The groups `COMPARED` are enough for a `CompareConfig`. After this call Hydra also searches the user's `./conf`.
+    """
+    store = ConfigStore.instance()
+    Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins and their settings
+    if "schema.yaml" in store.repo:  # registered before in this process
+        return
+    for file in (conf_folder() / "hydra").glob("*/*.yaml"):  # these replace settings that the plugins have stored
+        store.repo["hydra"].get(file.parent.name, {}).pop(file.name, None)  # Hydra accepts only one of the two
+    store.store(name="compare_schema", node=CompareConfig)
+    for group in groups:
+        for name, node in SCHEMAS[group].items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+    if groups == COMPARED:
+        return
+    store.store(name="schema", node=Config)
+    for name, path in KNOWN_MODELS.items():  # as if there were files proxy/NAME.yaml and target/NAME.yaml
+        content = {"defaults": ["hf", "_self_"], "name": name, "model": {"path": path}, "template": "chat"}
+        for group in ("proxy", "target"):
+            store.store(group=group, name=name, node=content)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Return the config of a run with these overrides, also inside another Hydra application, which stays as it is.
 
     Raises:
         ConfigError: a group, an option or a value cannot be used; the command line would print the same message.
@@ -44,15 +91,15 @@ def compose_config(overrides: Sequence[str]) -> Config:
 def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
     """Return the config that `conf/<file>.yaml` describes, with these overrides (see `compose_config`)."""
     overrides = in_full(overrides)
-    require_readable(overrides, conf_folder())
+    require_readable(overrides)
     Plugins.instance()  # before the copy below: the first call stores the settings of the plugins, which must remain
     store, outer = ConfigStore.instance(), GlobalHydra.instance()
     repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
     outer.clear()
     try:
-        register_schemas(COMPARED if kind is CompareConfig else tuple(SCHEMAS))
+        register_schemas(COMPARED if kind is CompareConfig else SCHEMAS)
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return load_root(hydra.compose(file, overrides=list(overrides)), kind, file)
+            return load_root(hydra.compose(file, overrides=list(overrides)), kind)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(in_one_line(error)) from None  # Hydra's own trace does not help the caller
     finally:
@@ -83,14 +130,10 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     return spelt
 
 
-def require_readable(arguments: Sequence[str], conf: Path) -> None:
-    """Refuse overrides on the command line that would make Hydra end with a traceback, or that contain a secret.
+def require_readable(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a group that is null, a number of more than 1,000 digits, or a secret that is typed out.
 
-    Args:
-        conf: the folder whose subfolders are the config groups.
-
-    Raises:
-        ConfigError: a group is set to null, a number has more than 1,000 digits, or a secret is typed out.
+    The first two would make Hydra end with a traceback.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -100,19 +143,22 @@ def require_readable(arguments: Sequence[str], conf: Path) -> None:
         group = key.lstrip("+~").split("@")[0]
         if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
             raise ConfigError(f"{key} is given a number of {longest:,} digits; give one that fits into 64 bits")
-        if "null" not in re.split(r"[\s,()\[\]]+", value.lower()) or not group or not (conf / group).is_dir():
+        folder = conf_folder() / group
+        if "null" not in re.split(r"[\s,()\[\]]+", value.lower()) or not group or not folder.is_dir():
             continue
         if group in ("method", "experiment"):
             raise ConfigError(f"{group}=null is no choice; leave {group} out where none is wanted")
-        choices = ", ".join(sorted(path.stem for path in (conf / group).glob("*.yaml")))
+        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"{group}=null leaves the run without its {group}; choose one of: {choices}")
 
 
-def in_one_line(error: Exception) -> str:
-    """Return the message of a Hydra or OmegaConf error as one line, without the search path.
+def quoted(text: str) -> str:
+    """Return a text in quotes for Hydra, which reads a backslash as an escape only before a quote or at the end."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), text) + "'"
 
-    For an unknown choice or option, the line names the most similar name or the known ones.
-    """
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of a Hydra or OmegaConf error as one line, which names the known names for an unknown one."""
     message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
@@ -132,11 +178,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return the message for an unknown option.
-
-    It suggests a similar option. If there is none, it names the group's choices that have this option, or else the
-    known options.
-    """
+    """Return a message that suggests a similar option, or the group's choices that have it, or the known options."""
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

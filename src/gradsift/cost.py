@@ -1,12 +1,9 @@
 """The cost of work: tokens that pass through models, memory and time.
 
-Forward tokens are the real tokens (no padding) that pass forward through a model on this machine. Each pass counts a
-token once, whether a backward pass follows or not. So an epoch of training counts the tokens of every example once, and
-the collection of norms after the epoch counts them again. Generation counts the tokens of the prompt and the generated
-tokens that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a
-judge behind an endpoint are not counted.
-
-If a unit of work was interrupted, only the tokens of the process that finished it are counted.
+Forward tokens are the real tokens (no padding) that pass forward through a model on this machine, each once per pass,
+whether a backward pass follows or not. Generation counts the tokens of the prompt and the generated tokens that are fed
+back into the model. A batch that is repeated because memory ran out counts once. The tokens of a judge behind an
+endpoint are not counted. Of an interrupted unit of work, only the tokens of the process that finished it are counted.
 """
 
 from __future__ import annotations
@@ -58,13 +55,9 @@ def peak_resident_gb() -> float | None:
 
 
 def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the sums over units of work, given as the entries of `stages` in one `run.json` or in several.
+    """Return the sums, by `WORK_COLUMNS`, over units of work given as entries of `stages` in one or several `run.json`.
 
-    Returns:
-        made, reused: numbers of units of work. A unit that several runs reused counts once for each run.
-        seconds: time spent, including the look-ups of finished work.
-        optimizer_steps, forward_tokens: steps and tokens of the units made.
-        saved_steps, saved_tokens: steps and tokens that the reused units took when made, counted for each reuse.
+    A unit that several runs reused counts once for each run. Saved is what the reused units took when they were made.
     """
     total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
     for stage in stages:

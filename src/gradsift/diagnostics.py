@@ -1,8 +1,6 @@
-"""The type `Diagnostic`, and the file `diagnostics.json` in the folder of an artifact or of a sweep.
+"""Diagnostics: they detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result.
 
-Diagnostics detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result. Diagnostics of the
-ensemble are in `gradients/ensemble_checks.py`, diagnostics of the selection in `selection/checks.py`, and the
-comparison with random selection, which needs several runs, in `report/notes.py`.
+The checks are in `gradients/ensemble_checks.py`, `selection/checks.py` and `report/notes.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +15,13 @@ from gradsift.errors import GradsiftError
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 
-Verdict = Literal["ok", "warning", "unknown"]  # unknown: the value is not defined
-
 
 @dataclass(frozen=True)
 class Diagnostic:
     """One diagnostic of a run."""
 
     name: str
-    verdict: Verdict
+    verdict: Literal["ok", "warning", "unknown"]  # unknown: the value is not defined
     values: Mapping[str, float | None]  # the value that the verdict is about comes first; None if not defined
     message: str  # what was observed and, for a warning, what to check
 
@@ -44,17 +40,14 @@ class Diagnostic:
 
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
-    """Write the verdict, values and message of each diagnostic, by name, to `diagnostics.json`.
-
-    Raises:
-        GradsiftError: two diagnostics have the same name.
-        ValueError: a value is not a finite number.
-    """
-    content = {diagnostic.name: diagnostic.as_json() for diagnostic in diagnostics}
-    if len(content) < len(diagnostics):
-        names = [diagnostic.name for diagnostic in diagnostics]
-        twice = ", ".join(name for name in content if names.count(name) > 1)
-        raise GradsiftError(f"two diagnostics are named {twice}; give the scorer's or selector's own another name")
+    """Write `diagnostics.json`; raise GradsiftError if a name occurs twice, ValueError if a value is not finite."""
+    content: dict[str, Any] = {}
+    for diagnostic in diagnostics:
+        if diagnostic.name in content:
+            raise GradsiftError(
+                f"two diagnostics are named {diagnostic.name}; give the scorer's or selector's own another name"
+            )
+        content[diagnostic.name] = diagnostic.as_json()
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / DIAGNOSTICS_FILE).write_text(text, encoding="utf-8")
 

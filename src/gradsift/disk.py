@@ -1,17 +1,29 @@
-"""Errors of the disk that holds the store, as messages with a remedy."""
+"""The disk that holds the store: locks on units of work, and errors as messages with a remedy.
+
+A lock makes one process at a time make an artifact. Locks are those of the file system, which the kernel frees when the
+holder dies. A file system without such locks is refused: a plain lock file would remain after its holder died on
+another machine, and nothing but the file's age would suggest that the holder is dead.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gradsift.errors import GradsiftError, first_line
+from gradsift.names import require_no_link
 
+_PATIENCE = 3.0  # seconds before a wait for another process is reported
+_POLL = 0.5  # seconds between attempts after that, so that a hundred waiting jobs do not load a file server
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT)
 _NOT_WRITABLE = (
@@ -21,17 +33,56 @@ _NOT_WRITABLE = (
 
 
 @contextmanager
+def locked(
+    path: Path, say: Callable[[str], None], at_work: Callable[[str], AbstractContextManager[Any]]
+) -> Iterator[Callable[[], None]]:
+    """Hold the lock of the artifact at `path`; while another process holds it, say so and enter `at_work`.
+
+    Yields:
+        A function that raises GradsiftError if another process has begun the unit, as can happen if the file system's
+        locks do not work: the lock file, into which the holder writes its name, has another name.
+    """
+    file = require_no_link(path.parent / f".{path.name}.lock")
+    lock = FileLock(file, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        say(f"  waiting for another process ({_name_in(file) or 'not named'}) that makes {path.name}")
+        with at_work(f"wait for {path.name}"):
+            lock.acquire(poll_interval=_POLL)
+    own = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+
+    def require_held() -> None:
+        name = _name_in(file)
+        if name not in (own, None):  # None: somebody deleted the file, but no other process works on the unit
+            raise GradsiftError(
+                f"{path.name} was taken over by {name or 'no process'} while this process made it, so the locks of "
+                f"{file.parent} do not hold: its file system must have locks that all machines see, and nobody "
+                "may delete the .lock files of a store in use (docs/sweeps.md)"
+            )
+
+    try:
+        file.write_text(own, encoding="utf-8")
+        yield require_held
+    finally:
+        lock.release()
+
+
+def _name_in(file: Path) -> str | None:
+    """Return the name of the last holder of a lock; None if its file is missing."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
 def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
     """Turn errors of the store's disk into a GradsiftError that names `unit`, the folder and the remedy.
-
-    Other errors are raised unchanged.
 
     Args:
         store: the folder of artifacts.
         nameless: whether an error that names no file counts as an error of the store; True while a stage works.
-
-    Raises:
-        GradsiftError: the store cannot be read or written.
     """
     try:
         yield
@@ -40,8 +91,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
             raise
         number = getattr(error, "errno", None)
         if number in _NO_LOCKS:
-            remedy = "its file system has no locks between processes; give one that has with artifacts=DIR "
-            remedy += "(docs/sweeps.md)"
+            remedy = "its file system has no locks between processes; give another with artifacts=DIR (docs/sweeps.md)"
         elif number in _GONE:
             remedy = "a file or a folder of it is gone; was its disk unmounted, or did somebody delete it?"
         else:

@@ -27,10 +27,7 @@ def first_line(error: BaseException) -> str:
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Return a main function that calls `run` and returns the exit code: 0, or 2 after printing an expected error.
-
-    Expected errors are GradsiftError and OSError; they are printed as one line on stderr.
-    """
+    """Return a main function that calls `run` and returns 0, or 2 if a GradsiftError or OSError was printed instead."""
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:

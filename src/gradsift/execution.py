@@ -7,26 +7,23 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from gradsift.artifacts import Store
-from gradsift.config import Config, dump_config
+from gradsift.config import AdaptedModelConfig, Config, dump_config
 from gradsift.config.data import HubDataConfig, JsonDataConfig, MixtureDataConfig
 from gradsift.data.chat_templates import file_text, is_file
-from gradsift.data.paths import require_files
+from gradsift.data.files import require_files
 from gradsift.launch import LOST, leads
+from gradsift.manifests import content_hash
 from gradsift.run_folder import CONFIG_FILE, RUN_FILE
 from gradsift.tracking import group_of
 from gradsift.training.pins import require_chat_template, require_model
 
-if TYPE_CHECKING:
-    from gradsift.report.terminal import RunView
-
 _WRITTEN = (RUN_FILE, "metrics.jsonl", "selection.jsonl", "audit.json", "error.txt")
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if PyYAML was built with it
-_SEEDS = (("seed",), ("data", "seed"), ("data", "corruption", "seed"), ("scorer", "seed"), ("selector", "seed"))
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,9 @@ class Job:
 
 
 def execute(config: Config, job: Job) -> float | None:
-    """Run one checked config and write its folder: run.json, config.yaml, metrics.jsonl, selection.jsonl.
+    """Run one checked config, write its folder, and return the value of `config.objective`, if the run has one.
 
     Ranks other than 0 take part in the work of a run, not in a plan, and write nothing to the folder.
-
-    Returns:
-        The value of `config.objective`, for a search; None without such a value, for a plan and on other ranks.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
@@ -81,26 +75,28 @@ def execute(config: Config, job: Job) -> float | None:
             prepare(config.compute)
             follow(config)
         return None
-    from gradsift.report.terminal import RunView
+    from gradsift.report.terminal import RunView, report_at_end
 
     view = RunView(job.number, total=len(job.jobs) if job.jobs else None)
     view.starting(job.differences)
     from gradsift.disk import guarded
     from gradsift.evaluation.judges import DryRun
-    from gradsift.report.automatic import report_at_end
     from gradsift.run_record import RunRecord
     from gradsift.runtime import Runtime
     from gradsift.tracking import Tracker
+    from gradsift.training.parallel import SharedStore
 
     prepare(config.compute, joins=not config.plan)
     view.settings(settings_of(config))
     about = _about(config, job.overrides)
-    (job.folder / CONFIG_FILE).write_text(_as_yaml(config), encoding="utf-8")
+    with (job.folder / CONFIG_FILE).open("w", encoding="utf-8") as stream:
+        yaml.dump(dump_config(config), stream, Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
     if config.plan:
         plan(config, view.display, job.folder, about)
-        view.planned(job.folder, in_sweep=job.sweep is not None)
+        view.planned(job.folder)
         return None
-    store = _store(config, view)
+    kind = SharedStore if config.compute.ranks > 1 else Store
+    store = kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
     reports = config.report and job.sweep is None
     with Tracker(config.tracker, job.folder, group_of(job.sweep) if job.sweep else None, about) as tracker:
         record = RunRecord(job.folder, tracker, store, about)
@@ -108,7 +104,7 @@ def execute(config: Config, job: Job) -> float | None:
             with guarded(store.root, "the run", nameless=False):
                 run(config, Runtime(store, config.compute, view.display, config.seed), record)
         except DryRun as ending:
-            record.dry_run(str(ending))
+            record.values["dry_run"] = str(ending)  # what would have been sent
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B unfinished
             record.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
@@ -117,34 +113,18 @@ def execute(config: Config, job: Job) -> float | None:
                 if reports and store.records and (report := report_at_end(job.folder, view.display)):
                     view.display.say(f"report: {report}")
             raise
-        record.finish("stopped" if config.stop_after or record.ends_early else "finished")
+        record.finish("stopped" if config.stop_after or "dry_run" in record.values else "finished")
     report = report_at_end(job.folder, view.display) if reports else None
     if config.export.push_to_hub is not None:
         from gradsift.hub_push import push
 
         view.display.say(f"the selection is at {push(config, job.folder)}")
-    view.finished(job.folder, report, in_sweep=job.sweep is not None)
+    view.finished(job.folder, report)
     return record.value_of(config.objective)
 
 
-def _as_yaml(config: Config) -> str:
-    dumped: str = yaml.dump(dump_config(config), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
-    return dumped
-
-
-def _store(config: Config, view: RunView) -> Store:
-    """Return the store, which reports each stage to the view."""
-    from gradsift.training.shared_store import SharedStore
-
-    kind = SharedStore if config.compute.ranks > 1 else Store
-    return kind(Path(config.artifacts), view.display.say, view.stage_done, view.at_work)
-
-
 def _require_files(config: Config) -> None:
-    """Raise if a file, model or dataset that an option names is missing, or if the token for a push is not accepted.
-
-    Called before the slow imports.
-    """
+    """Raise, before the slow imports, if a file, model or dataset is missing, or the token for a push is refused."""
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)
@@ -152,18 +132,15 @@ def _require_files(config: Config) -> None:
         for name, source in data.sources.items():
             if source.path is not None:
                 require_files(source.path, f"data.sources.{name}")
-    for template in (config.proxy.template, config.target.template):
-        if is_file(template):
-            file_text(template)
+    adapted: dict[str, AdaptedModelConfig] = {"proxy": config.proxy, "target": config.target}
+    for group in adapted.values():
+        if is_file(group.template):
+            file_text(group.template)
     for model in config.models:
         require_model(Store(Path(config.artifacts)), model)
-    shown = {
-        "proxy": (config.proxy.model, config.proxy.template),
-        "target": (config.target.model, config.target.template),
-    }
-    for name, (model, template) in shown.items():
-        if template == "chat" and any(model is used for used in config.models):
-            require_chat_template(model, f"{name}.template")
+    for name, group in adapted.items():
+        if group.template == "chat" and any(group.model is used for used in config.models):
+            require_chat_template(group.model, f"{name}.template")
     if data.scores is not None:
         from gradsift.scoring.published import require_scores
 
@@ -180,15 +157,11 @@ def _require_files(config: Config) -> None:
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
     """Return the settings that identify a run, in `run.json` and in the tracker."""
-    from gradsift.manifests import content_hash
-
     name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
     dumped = dump_config(config)
-    for *path, last in _SEEDS:
-        node = dumped["values"]
-        for key in path:
-            node = node[key]
-        node.pop(last, None)
+    values = dumped["values"]
+    for group in (values, values["data"], values["data"]["corruption"], values["scorer"], values["selector"]):
+        group.pop("seed", None)
     return {
         "name": name,
         "variant": content_hash(dumped)[:12],  # hash of the config without its seeds, equal for all repeats

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from gradsift.data.tokens import encode
 from gradsift.line import Line
 from gradsift.training import lora
-from gradsift.training.backbones import config_of, load_description
-from gradsift.training.divided import layers_of
-from gradsift.training.memory import adapted_names, token_bytes
+from gradsift.training.backbones import config_of, load_tokenizer
+from gradsift.training.device import adapted_names, token_bytes
+from gradsift.training.parallel import layers_of
 
 OPERATIONS = 1e14  # operations of a GPU per second; assumed, a third of an A100's peak in bfloat16
 LARGE = 10**9  # parameters; a smaller target has no forecast
@@ -23,26 +21,8 @@ _QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes per weight of a quantised layer
 _SAMPLE = 256  # rows whose tokens are counted
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A forecast for the finetunes of a target: the memory that they need on a GPU, and the hours that each takes."""
-
-    target: str
-    parameters: int
-    active: int  # parameters that a token passes through (see `active_parameters`)
-    precision: str
-    ranks: int  # ranks over which the layers are divided
-    weights: int  # bytes of the frozen weights (see `held_weights`)
-    adapter: int  # bytes of the adapter, its gradients and the optimizer's state
-    per_token: int | None  # bytes of activations for each token of a pass; None if unknown for this model type
-    per_token_checkpointed: int | None  # the same with activation checkpointing
-    rows: Sequence[int]  # rows of each finetune: on the selection, and on all rows for the reference
-    tokens: Sequence[int]  # tokens that pass in each finetune
-    hours: Sequence[float]  # hours that each finetune takes on one GPU
-
-
-def forecast(line: Line) -> Forecast | None:
-    """Return the forecast of a run's finetunes, or None if the target has fewer than `LARGE` parameters.
+def forecast(line: Line) -> dict[str, Any] | None:
+    """Return the forecast of a run's finetunes (see `run.json`), or None if the target has fewer than `LARGE` weights.
 
     The tokens of the rows are estimated from a sample of the pool.
 
@@ -60,43 +40,40 @@ def forecast(line: Line) -> Forecast | None:
     if parameters < LARGE:
         return None
     parts = compute.ranks if compute.strategy == "fsdp" else 1
-    quantized = config.model.quantization in _QUANTIZED
-    weights, active = held_weights(model, number, config.model.quantization, parts), active_parameters(model)
+    quantization = config.model.quantization
+    weights, active = held_weights(model, number, quantization, parts), active_parameters(model)
     adapted = lora.add_adapter(model.requires_grad_(False), config.lora, seed=0)
     trained = sum(each.numel() for each in lora.trainable_parameters(adapted).values())
     names = adapted_names(adapted)
     rows = [line.budget, *([line.rows] if line.config.reaches("judge") and not line.keeps_all else [])]
     sample = line.pool[:: max(1, len(line.pool) // _SAMPLE)]
-    encoded, _ = encode(sample, load_description(line.target, config.model)[0], config.template, config.max_length)
+    encoded, _ = encode(sample, load_tokenizer(line.target, config.model), config.template, config.max_length)
     length = sum(len(each.input_ids) for each in encoded) / max(1, len(encoded))
-    passed = [
-        (config.steps or 0) * config.batch_size if config.steps else count * (config.epochs or 0) for count in rows
-    ]
+    passed = [config.steps * config.batch_size if config.steps else count * (config.epochs or 0) for count in rows]
     tokens = [round(count * length) for count in passed]
     each = operations(active, checkpointed=bool(compute.checkpointing))
-    return Forecast(
-        target=config.name,
-        parameters=parameters,
-        active=active,
-        precision=" and ".join(
-            [{4: "float32", 2: "bfloat16"}[number], *([config.model.quantization] if quantized else [])]
-        ),
-        ranks=parts,
-        weights=weights,
-        adapter=16 * trained,  # float32: the factors, their gradients and two moments
-        per_token=token_bytes(described, number, names, checkpointed=False),
-        per_token_checkpointed=token_bytes(described, number, names, checkpointed=True),
-        rows=rows,
-        tokens=tokens,
-        hours=[count * each / OPERATIONS / 3600 for count in tokens],
-    )
+    precision = {4: "float32", 2: "bfloat16"}[number]
+    return {
+        "target": config.name,
+        "parameters": parameters,
+        "active": active,  # parameters that a token passes through
+        "precision": f"{precision} and {quantization}" if quantization in _QUANTIZED else precision,
+        "ranks": parts,  # ranks over which the layers are divided
+        "weights": weights,  # bytes of the frozen weights on one GPU
+        "adapter": 16 * trained,  # bytes in float32: the factors, their gradients and two moments
+        # bytes of activations for each token of a pass; None if unknown for this model type
+        "per_token": token_bytes(described, number, names, checkpointed=False),
+        "per_token_checkpointed": token_bytes(described, number, names, checkpointed=True),
+        "rows": rows,  # of each finetune: on the selection, and on all rows for the reference
+        "tokens": tokens,  # that pass in each finetune
+        "hours": [count * each / OPERATIONS / 3600 for count in tokens],  # that each finetune takes on one GPU
+    }
 
 
 def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
     """Return how many bytes of a model's weights one GPU holds.
 
     Args:
-        model: a causal language model without adapters, on any device.
         number: bytes per weight that is not quantised.
         parts: number of ranks over which the layers are divided; 1 with quantised weights.
     """
@@ -114,13 +91,10 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
 
 
 def operations(parameters: int, *, checkpointed: bool) -> int:
-    """Return the number of operations per token of a finetune.
+    """Return the number of operations per token of a finetune, whose tokens pass through `parameters`.
 
     A matrix product takes two operations per weight in the forward pass, and two in the backward pass to its inputs.
     Checkpointing repeats the forward pass.
-
-    Args:
-        parameters: number of parameters that a token passes through (see `active_parameters`).
     """
     return (6 if checkpointed else 4) * parameters
 

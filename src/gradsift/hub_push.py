@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from gradsift import __version__
-from gradsift.config import Config, HubDataConfig, SourceConfig
+from gradsift.config import Config, HubDataConfig, MixtureDataConfig
 from gradsift.errors import ConfigError, GradsiftError, first_line
 from gradsift.run_folder import RUN_FILE
 from gradsift.selection.stage import SELECTION_FILE
@@ -27,12 +27,7 @@ TOKEN = "HF_TOKEN"  # noqa: S105 - the name of the environment variable
 
 
 def require_access(dataset: str) -> None:
-    """Ask the hub whether the token is valid, before the work begins.
-
-    Raises:
-        ConfigError: there is no token.
-        GradsiftError: the hub cannot be reached, or refuses the token.
-    """
+    """Raise GradsiftError, before the work begins, if there is no token or the hub does not accept it."""
     if not os.environ.get(TOKEN):
         raise ConfigError(
             f"export.push_to_hub={dataset} needs a token with write access; put one into the environment variable "
@@ -43,28 +38,23 @@ def require_access(dataset: str) -> None:
 
 
 def push(config: Config, run: Path) -> str:
-    """Send the selection of a run and its card in one commit, and return the address of the dataset.
+    """Send the selection of a finished run and its card in one commit, and return the address of the dataset.
 
     A dataset that does not exist is created; in an existing one, these two files are replaced.
 
     Raises:
-        ConfigError: the dataset's name is not valid.
-        GradsiftError: the hub cannot be reached or refuses the token or the files. The run itself is finished by then.
+        GradsiftError: the hub cannot be reached, or refuses the name, the token or the files.
     """
     dataset = str(config.export.push_to_hub)
     record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-    files: dict[str, Path | bytes] = {SELECTION_FILE: run / SELECTION_FILE}
-    files["README.md"] = card(config, record).encode("utf-8")
+    selection = CommitOperationAdd(SELECTION_FILE, run / SELECTION_FILE)
+    readme = CommitOperationAdd("README.md", card(config, record).encode("utf-8"))
     with _failures(dataset, "the run is finished, and the same command sends it again"):
         api = _api()
-        made = api.create_repo(dataset, repo_type="dataset", private=config.export.private, exist_ok=True)
-        api.create_commit(
-            dataset,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=f"Selection by {record['name']}",
-            repo_type="dataset",
-        )
-    return str(made)
+        address = api.create_repo(dataset, repo_type="dataset", private=config.export.private, exist_ok=True)
+        message = f"Selection by {record['name']}"
+        api.create_commit(dataset, [selection, readme], commit_message=message, repo_type="dataset")
+    return str(address)
 
 
 def _api() -> HfApi:
@@ -93,25 +83,18 @@ def _failures(dataset: str, state: str) -> Iterator[None]:
         raise GradsiftError(f"{name}: the hub cannot be reached ({first_line(error)}); {state}") from error
 
 
-# -------------------------------------------------------------------------------------------- the card
-
-
 def card(config: Config, record: Mapping[str, Any]) -> str:
-    """Return the dataset card: how the rows were selected, the results of the run, and their limits.
-
-    Args:
-        record: the content of `run.json`.
-    """
+    """Return the dataset card: how the rows were selected, the results in `record` (`run.json`), and their limits."""
     files = [{"split": "train", "path": SELECTION_FILE}]
     head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["gradsift", "data-selection"]}
     selected, rows = record["selection"]["rows"], record["data"]["rows"]
-    title = str(config.export.push_to_hub).split("/")[1]
+    dataset = str(config.export.push_to_hub)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {title}",
+        f"# {dataset.split('/')[1]}",
         f"{selected:,} of {rows:,} rows of {_source(config)}, selected with gradsift {__version__}. Every row is as it "
         "was in the source; the column `gradsift` holds its rank (1 is best), its score, its id and its row there.",
-        f"```python\ndatasets.load_dataset({str(config.export.push_to_hub)!r}, split='train')\n```",
+        f"```python\ndatasets.load_dataset({dataset!r}, split='train')\n```",
         "## Method",
         _table(_method(config, record)),
         "## Figures",
@@ -128,9 +111,8 @@ def _source(config: Config) -> str:
     if isinstance(data, HubDataConfig):
         subset = f", subset {data.subset}" if data.subset else ""
         return f"`{data.id}`{subset}, split {data.split}" + (f", revision {data.revision}" if data.revision else "")
-    sources: Mapping[str, SourceConfig] = getattr(data, "sources", {})
-    if sources:
-        return "a mixture of " + ", ".join(f"`{source.id or name}`" for name, source in sources.items())
+    if isinstance(data, MixtureDataConfig):
+        return "a mixture of " + ", ".join(f"`{source.id or name}`" for name, source in data.sources.items())
     return f"`{data.name}`"
 
 
@@ -152,25 +134,19 @@ def _method(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the run's results by name, or an entry that says that the run ended before the evaluation.
-
-    The results are of the target finetuned on the selection, finetuned on all rows, and before finetuning.
-    """
-    pooled, losses = record.get("pooled") or {}, record.get("heldout_loss") or {}
-    accuracy = record.get("accuracy") or {}
+    """Return the run's results by name, or an entry that says that the run ended before the evaluation."""
+    pooled = record.get("pooled") or {}
     figures: dict[str, Any] = {}
     if pooled.get("pws") is not None:
         interval = f"{pooled['pws_low']:.3f} to {pooled['pws_high']:.3f}"
         figures["PWS against the target on all rows (1 is equal)"] = f"{pooled['pws']:.3f}, interval {interval}"
         figures |= {"items judged": pooled["n"], "target": record["target"], "judge": record["judge"]}
-    for name, values in (("held-out loss", losses), ("accuracy", accuracy)):
-        for model in ("model", "reference", "untuned"):
-            if values.get(model) is not None:
-                figures[f"{name}, {_MODELS[model]}"] = f"{values[model]:.4f}"
+    models = {"model": "on the selection", "reference": "on all rows", "untuned": "before finetuning"}
+    for name, values in (("held-out loss", record.get("heldout_loss")), ("accuracy", record.get("accuracy"))):
+        for model, finetuned in models.items():
+            if values and values.get(model) is not None:
+                figures[f"{name}, {finetuned}"] = f"{values[model]:.4f}"
     return figures or {"evaluation": "none: the run ended before it"}
-
-
-_MODELS = {"model": "on the selection", "reference": "on all rows", "untuned": "before finetuning"}
 
 
 def _limits(config: Config, record: Mapping[str, Any]) -> str:
@@ -182,8 +158,8 @@ def _limits(config: Config, record: Mapping[str, Any]) -> str:
         points[1] = "The scores were published by others; nothing was computed for them here."
     if not record.get("pooled"):
         points.append("Nothing here shows that training on these rows is better than on random ones.")
-    diagnostics = record.get("diagnostics") or {}
-    points += [str(each["message"]) for each in diagnostics.values() if each["verdict"] == "warning"]
+    diagnostics = (record.get("diagnostics") or {}).values()
+    points += [str(each["message"]) for each in diagnostics if each["verdict"] == "warning"]
     return "\n".join(f"- {' '.join(point.split())}" for point in points)
 
 

@@ -1,9 +1,6 @@
 """The inputs that a scorer or a selector can ask for: the pool, the proxy and its ensemble, gradients and embeddings.
 
-Most inputs are cached properties, which are made on first use. So nothing is computed or loaded that the chosen scorer
-and selector do not need.
-
-Shape letters: M members, N examples.
+Each is made on first use, so nothing is computed or loaded that the chosen scorer and selector do not need.
 """
 
 from __future__ import annotations
@@ -22,21 +19,18 @@ from gradsift.data.target_set import load_target_set, target_set_of
 from gradsift.data.tokens import EncodeReport, encode, encoding_settings
 from gradsift.diagnostics import Diagnostic
 from gradsift.evaluation.stages.judging import rater
-from gradsift.features.embeddings import Embedder, embed
-from gradsift.features.gradients import FeatureInputs, gradient_features, require_room
-from gradsift.features.hidden_states import hidden_states_embedder
+from gradsift.features.embeddings import Embedder, embed, hidden_states_embedder
+from gradsift.features.gradients import FeatureInputs, gradient_features, require_room, warm_up
 from gradsift.features.sentence_encoder import sentence_embedder
 from gradsift.features.vectors import read_features
-from gradsift.features.warmup import warm_up
-from gradsift.gradients.directions import directions, read_cosines
 from gradsift.gradients.embedding_head import checked_inputs, embedding_gradients, read_embedding_gradients
 from gradsift.gradients.ensemble_checks import diagnose_ensemble
-from gradsift.gradients.norms_table import by_example
-from gradsift.gradients.statistics import mean_loss, read_statistics, statistics
+from gradsift.gradients.statistics import by_example, mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
-from gradsift.proxy.answer_losses import answer_losses, read_answer_losses
-from gradsift.proxy.ensemble import collect_shard, ensemble_norms, train_adapter, train_adapters
+from gradsift.proxy.collection import collect_shard, ensemble_norms
+from gradsift.proxy.ensemble import train_adapters, train_members
 from gradsift.proxy.epochs import ProxyInputs
+from gradsift.proxy.member_tables import answer_losses, directions, read_answer_losses, read_cosines
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import read_scores
 from gradsift.sources import Source
@@ -54,7 +48,6 @@ class Inputs:
         self.config = config
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
-        self._norms: dict[int, list[list[Artifact]]] = {}  # by epoch
         self._tried: set[str] = set()  # names of the options whose adapters were checked
         self.loaded = load(runtime, config.data)
         self.rows = int(self.loaded.info["rows"])  # N
@@ -63,8 +56,6 @@ class Inputs:
     def pool(self) -> list[Example]:
         """The examples to select from."""
         return pool_of(self.loaded)
-
-    # ------------------------------------------------------------------- the proxy and its ensemble
 
     @functools.cached_property
     def proxy(self) -> Artifact:
@@ -97,13 +88,12 @@ class Inputs:
         return ProxyInputs(model, encoded, tokens), report
 
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
-        """Return `proxy_inputs`, after a check that the adapter can be trained on the proxy.
+        """Return `proxy_inputs`, after a check that proxy and target can be trained with their adapters.
 
         Stages call this only when they have to make an artifact, so a run whose artifacts all exist loads no model.
 
         Args:
-            option: the option with the adapter to be trained, `proxy.lora` or `features.warmup.lora`. At the first
-                call, the target's adapter is checked too if the run reaches a finetune.
+            option: the option with the adapter to be trained, `proxy.lora` or `features.warmup.lora`.
         """
         config = self.config
         if config.reaches("finetune") and not self._tried:
@@ -126,15 +116,16 @@ class Inputs:
 
     def norms(self, epoch: int) -> list[list[Artifact]]:
         """Return the members' per-sample gradient norms after an epoch, as [member][shard]."""
-        if epoch not in self._norms:
-            proxy, load = self.config.proxy, self._inputs_to_train
-            self._norms[epoch] = ensemble_norms(self.runtime, proxy, self.adapters, load, epoch)
-        return self._norms[epoch]
+        return ensemble_norms(self.runtime, self.config.proxy, self.adapters, self._inputs_to_train, epoch)
+
+    @functools.cached_property
+    def late_norms(self) -> list[list[Artifact]]:
+        return self.norms(self.config.proxy.snapshots[1])
 
     @property
     def has_ensemble(self) -> bool:
         """Whether the scorer asked for norms or losses of the ensemble."""
-        return bool(self._norms) or "answer_losses" in vars(self)
+        return not {"late_norms", "answer_losses"}.isdisjoint(vars(self))
 
     def collect_shard(self) -> list[int]:
         """Collect the shard `proxy.shard` of all members, and return the shards that are still incomplete."""
@@ -143,21 +134,17 @@ class Inputs:
         return collect_shard(self.runtime, proxy, self.adapters, self._inputs_to_train, proxy.shard)
 
     @functools.cached_property
-    def late_norms(self) -> list[list[Artifact]]:
-        return self.norms(self.config.proxy.snapshots[1])
-
-    @functools.cached_property
     def statistics(self) -> Artifact:
         """Mean, variance and drop of the norms over the members (GRADFILTERING, section 3)."""
         proxy = self.config.proxy
-        early, late = (self.norms(epoch) for epoch in proxy.snapshots)
-        return statistics(self.runtime, early, late, proxy.snapshots, proxy.norm_scope, self.rows)
+        early = self.norms(proxy.snapshots[0])
+        return statistics(self.runtime, early, self.late_norms, proxy.snapshots, proxy.norm_scope, self.rows)
 
     @functools.cached_property
     def answer_losses(self) -> list[Artifact]:
         """Losses of the answers at the late snapshot: one table per adapter."""
-        load, late = self._inputs_to_train, self.config.proxy.snapshots[1] - 1
-        lora = self.config.proxy.lora
+        lora, load = self.config.proxy.lora, self._inputs_to_train
+        late = self.config.proxy.snapshots[1] - 1
         return [answer_losses(self.runtime, lora, epochs[late], i, load) for i, epochs in enumerate(self.adapters)]
 
     def late_losses(self) -> np.ndarray:
@@ -166,41 +153,32 @@ class Inputs:
 
     def measures(self) -> dict[str, np.ndarray]:
         """Return each example's late loss and number of response tokens; empty if the scorer did not ask for norms."""
-        if not self._norms:
+        if "late_norms" not in vars(self):
             return {}
         tokens = by_example(self.late_norms[0], ("n_tokens",), self.rows)["n_tokens"]  # the same for every member
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return diagnostics of the ensemble up to the late snapshot; an empty list if `has_ensemble` is False.
-
-        Args:
-            asked: the names of the scorer's sources.
-        """
+        """Return diagnostics of the ensemble up to the late snapshot for a scorer that asked for these sources."""
         if not self.has_ensemble:
             return []
         trained = [epochs[: self.config.proxy.snapshots[1]] for epochs in self.adapters]
         table = read_statistics(self.statistics) if "statistics" in asked else None
         return diagnose_ensemble(trained, table, self.config.proxy.members)
 
-    # ------------------------------------------------------------------ gradients and texts as vectors
-
     @functools.cached_property
     def directions(self) -> list[Artifact]:
         """Cosines of the examples' gradients with their mean gradient at the late snapshot: one table per adapter."""
-        proxy = self.config.proxy
-        late = [epochs[proxy.snapshots[1] - 1] for epochs in self.adapters]
-        return [directions(self.runtime, proxy.lora, weights, self._inputs_to_train) for weights in late]
+        lora, load = self.config.proxy.lora, self._inputs_to_train
+        late = self.config.proxy.snapshots[1] - 1
+        return [directions(self.runtime, lora, epochs[late], load) for epochs in self.adapters]
 
     @functools.cached_property
     def embedding_gradients(self) -> Artifact:
-        """Statistics of the gradients of embedding and LM head at the first member's weights after its first epoch.
-
-        No other member and no later epoch is trained for them.
-        """
+        """Statistics of the gradients of embedding and LM head at the first member's weights after its first epoch."""
         proxy = self.config.proxy
         load = checked_inputs(self._inputs_to_train, proxy.lora, self.runtime.compute)
-        first = train_adapter(self.runtime, proxy, self.proxy, self.loaded, load, 0, epochs=1)
+        first = train_members(self.runtime, proxy, self.proxy, self.loaded, load, [0], epochs=1)[0]
         return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, self.rows)
 
     @functools.cached_property

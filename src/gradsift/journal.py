@@ -7,8 +7,8 @@ A stage asks the runtime for the journal of the artifact that it makes:
         losses = journal.once(batch.rows, lambda: losses_of(batch))
 
 If the n-th call of `once` has the same key as in the interrupted run, it returns the kept result; otherwise it calls
-the function and keeps the result. So a pass that asks in the same order continues with the same batches and gives the
-same bytes. From the first key that differs (after a change of the token budget, say) everything is computed again.
+the function and keeps the result. From the first key that differs (after a change of the token budget, say) everything
+is computed again.
 
 The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
 restores every float32 and float64 exactly. A line that was cut or changed is dropped, with all lines after it.
@@ -29,21 +29,20 @@ from gradsift.manifests import UNFINISHED
 
 T = TypeVar("T")
 JOURNAL_FILE = "journal.jsonl"
-_DIGITS = 16  # hex digits of SHA-256 before each line
+_DIGITS = 16  # hex digits of SHA-256 before each line's text
+_TEXT = slice(_DIGITS + 1, -1)  # of a line
 
 
 class Journal:
-    """Keeps the results of a pass while the pass's artifact is made; without a folder, nothing is kept."""
+    """Keeps the results of a pass while the pass's artifact is made; without a folder, nothing is kept.
 
-    def __init__(
-        self, folder: Path | None = None, save_every: float = 0.0, say: Callable[[str], None] = lambda line: None
-    ) -> None:
-        """
-        Args:
-            folder: the artifact's folder.
-            save_every: seconds for which results on a GPU may stay unwritten, as copying them waits for the GPU.
-            say: called with a message if a damaged line, and all lines after it, are dropped.
-        """
+    Args:
+        folder: the artifact's folder.
+        save_every: seconds for which results on a GPU may stay unwritten, as copying them waits for the GPU.
+        say: called with a message if a damaged line, and all lines after it, are dropped.
+    """
+
+    def __init__(self, folder: Path | None = None, save_every: float = 0.0, say: Callable[[str], None] = print) -> None:
         self._path = None if folder is None else folder / UNFINISHED / JOURNAL_FILE
         self._save_every = save_every
         self._saved_at = time.monotonic()
@@ -57,15 +56,13 @@ class Journal:
         Args:
             key: JSON value that identifies what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
-            intact: returns False if a kept result can no longer be used, for example because a file that it describes
-                has changed.
+            intact: whether a kept result can still be used; a file that it describes may have changed.
         """
         if self._path is not None and self._kept:
-            entry = json.loads(_text(self._kept[0]), object_hook=_tensor_from_json)
-            # earlier versions kept judgments as JSON objects; such an entry is no list, and is computed again
-            if isinstance(entry, list) and entry[0] == key and intact(entry[1]):
+            kept: T
+            kept_key, kept = json.loads(self._kept[0][_TEXT], object_hook=_tensor_from_json)
+            if kept_key == key and intact(kept):
                 self._end += len(self._kept.popleft())
-                kept: T = entry[1]
                 return kept
             self._kept.clear()
             os.truncate(self._path, self._end)
@@ -80,8 +77,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as stream:
             for entry in self._waiting:  # ASCII escapes: a model's answer may contain half a surrogate pair
-                text = json.dumps(entry, default=_tensor_to_json).encode("ascii")
-                stream.write(_checksum(text) + b" " + text + b"\n")
+                stream.write(_line(json.dumps(entry, default=_tensor_to_json).encode("ascii")))
         self._waiting.clear()
         self._saved_at = time.monotonic()
 
@@ -91,7 +87,7 @@ def _read(path: Path, say: Callable[[str], None]) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     intact: list[bytes] = []
     for line in lines:
-        if line != _checksum(_text(line)) + b" " + _text(line) + b"\n":
+        if line != _line(line[_TEXT]):
             place = f"line {len(intact) + 1} of {path.parents[1].name}/{UNFINISHED}/{path.name}"
             say(f"  {place} is cut or damaged; its result, and those after it, are computed again")
             os.truncate(path, sum(map(len, intact)))
@@ -100,18 +96,12 @@ def _read(path: Path, say: Callable[[str], None]) -> list[bytes]:
     return intact
 
 
-def _text(line: bytes) -> bytes:
-    return line[_DIGITS + 1 : -1]
-
-
-def _checksum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest()[:_DIGITS].encode("ascii")
+def _line(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_DIGITS].encode("ascii") + b" " + text + b"\n"
 
 
 def _on_gpu(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_on_gpu, value))
-    return bool(getattr(value, "is_cuda", False))
+    return any(map(_on_gpu, value)) if isinstance(value, list | tuple) else bool(getattr(value, "is_cuda", False))
 
 
 def _tensor_to_json(value: Any) -> dict[str, Any]:

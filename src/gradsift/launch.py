@@ -20,7 +20,7 @@ from gradsift.config import ComputeConfig
 from gradsift.errors import ConfigError, GradsiftError, first_line
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig
 
 T = TypeVar("T")
@@ -40,11 +40,10 @@ def leads(compute: ComputeConfig) -> bool:
 
 
 def node_of(compute: ComputeConfig) -> int:
-    """Return the number of this machine, from 0; with several machines, it is read from the environment.
+    """Return the number of this machine, from 0, which the environment gives if there are several.
 
     Raises:
-        ConfigError: `compute.num_nodes` is more than 1 and the environment lacks the number or the first machine's
-            address.
+        ConfigError: the environment lacks the number or the first machine's address.
     """
     if compute.num_nodes == 1:
         return 0
@@ -63,25 +62,21 @@ def node_of(compute: ComputeConfig) -> int:
 
 
 def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments: Any) -> T | None:
-    """Call `function(*arguments)` in `compute.ranks` processes, and return the value of this machine's first rank.
+    """Call a function in `compute.ranks` processes, and return the value of this machine's first rank.
 
-    A process that torchrun started is a rank already; it calls the function itself and returns its own value.
-
-    Args:
-        function: defined at the top level of a module, because it and the arguments are pickled for the ranks.
+    The function is defined at the top level of a module, because it and the arguments are pickled for the ranks. A
+    process that torchrun started is a rank already; it calls the function itself and returns its own value.
 
     Raises:
         GradsiftError: a rank failed; the error has the message of the rank that failed first.
         ConfigError: torchrun started another number of processes.
     """
-    if is_launched():
-        if int(os.environ["WORLD_SIZE"]) != compute.ranks:
-            raise ConfigError(
-                f"torchrun started {os.environ['WORLD_SIZE']} processes, but compute.devices={compute.devices} and "
-                f"compute.num_nodes={compute.num_nodes} make {compute.ranks}; give compute=ddp and the same numbers"
-            )
-        return function(*arguments)
-    if compute.ranks == 1:
+    if is_launched() and int(os.environ["WORLD_SIZE"]) != compute.ranks:
+        raise ConfigError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, but compute.devices={compute.devices} and "
+            f"compute.num_nodes={compute.num_nodes} make {compute.ranks}; give compute=ddp and the same numbers"
+        )
+    if is_launched() or compute.ranks == 1:
         return function(*arguments)
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -135,11 +130,7 @@ def _launch_config(compute: ComputeConfig, logs: str) -> LaunchConfig:
 
 
 def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """Call the function in the process of one rank.
-
-    Raises:
-        GradsiftError: the function raised it, or another rank was lost (the message then begins with `LOST`).
-    """
+    """Call the function in the process of one rank; if another rank is lost, raise an error that begins with `LOST`."""
     from torch.distributed import DistError
 
     def stop(number: int, frame: Any) -> None:
@@ -159,19 +150,20 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed for a reason of its own, not because it lost another rank.
+    """Return the error of the first rank that failed by itself, or of one that lost another rank if none did.
 
-    The error is a `GradsiftError`, or a `RuntimeError` for a defect. If all failed ranks of this machine lost another
-    rank, return a `GradsiftError` that says that the connection was lost.
+    The error is a `GradsiftError`, or a `RuntimeError` for a defect.
     """
-    texts = {rank: _text(failure) for rank, failure in error.failures.items()}
+    texts = {}  # "<exception's class>: <message>" by rank; None if the process left no error message
+    for rank, failure in error.failures.items():
+        message = failure.error_file_data.get("message") if failure.error_file_data else None
+        texts[rank] = str(message["message"]) if isinstance(message, dict) else None
     own = [rank for rank, text in texts.items() if LOST not in (text or "")]
     rank = min(own or texts, key=lambda rank: error.failures[rank].timestamp)
-    text = texts[rank]
-    if text is None:
+    if (text := texts[rank]) is None:
+        code = error.failures[rank].exitcode
         return GradsiftError(
-            f"rank {rank} exited with code {error.failures[rank].exitcode} and without an error message (possibly out "
-            "of memory: see the system's log)"
+            f"rank {rank} exited with code {code} without a message; out of memory? See the system's log"
         )
     name, _, message = text.partition(": ")
     if not own:
@@ -179,9 +171,3 @@ def _failure(error: ChildFailedError) -> Exception:
     if name == GradsiftError.__name__:
         return GradsiftError(message)
     return RuntimeError(f"rank {rank}: {text}")
-
-
-def _text(failure: ProcessFailure) -> str | None:
-    """Return "<exception's class>: <message>", or None if the process left no error message."""
-    message = failure.error_file_data.get("message") if failure.error_file_data else None
-    return str(message["message"]) if isinstance(message, dict) else None

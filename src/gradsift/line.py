@@ -6,34 +6,41 @@ The inputs that scorers and selectors ask for are in `gradsift.inputs`; each is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradsift.artifacts import Artifact
+from gradsift.config import ContrastConfig, EndpointGeneratorConfig, QuotasConfig
 from gradsift.data.chat_templates import is_chat
 from gradsift.data.load import corruption_of, labels_of
-from gradsift.data.refused import refused_rows
-from gradsift.data.tokens import EncodeReport, encoding_settings
+from gradsift.data.target_set import find_overlap, warn_of_leak
+from gradsift.data.tokens import EncodeReport, encoding_settings, refused_rows
+from gradsift.errors import ConfigError
 from gradsift.evaluation.benchmarks import Item
+from gradsift.evaluation.remote import check_generator
 from gradsift.evaluation.stages.answers import benchmark_items, generate
-from gradsift.evaluation.stages.forgetting import General, forgetting
+from gradsift.evaluation.stages.judging import check_judge
 from gradsift.evaluation.stages.losses import heldout_loss
-from gradsift.evaluation.stages.metrics import metrics
+from gradsift.evaluation.stages.metrics import General, check_metrics, forgetting, metrics
+from gradsift.features.gradients import warmup_rows
 from gradsift.features.prompt_clusters import clusters_of, prompt_clusters
 from gradsift.inputs import Inputs
+from gradsift.scoring.contrast import require_neighbours
+from gradsift.scoring.random import require_labels
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.audit import audit
 from gradsift.selection.budget import budget
+from gradsift.selection.quotas import groups_of
 from gradsift.selection.stage import positions_of, select
 from gradsift.selection.topk import topk
 from gradsift.selection.trainers import FOLDER as EXPORT_FOLDER
 from gradsift.selection.trainers import export
 from gradsift.sources import Method, method
-from gradsift.training.merging import write_merged
-from gradsift.training.target import finetune
+from gradsift.training.target import finetune, planned_steps, write_merged
 
 
 class Line(Inputs):
@@ -43,6 +50,56 @@ class Line(Inputs):
     def budget(self) -> int:
         """Number of examples to select."""
         return self.rows if self.keeps_all else budget(self.config.alpha, self.rows)
+
+    @functools.cached_property
+    def asked(self) -> set[str]:
+        """Names of the sources that the run's scorer and selector ask for."""
+        methods = [self.scorer] if self.config.reaches("scores") else []
+        methods += [self.selector] if self.config.reaches("selection") else []
+        return {source for chosen in methods for source in chosen.asked}
+
+    def check(self) -> None:
+        """Raise GradsiftError, before hours of training, for an option that does not fit data, model or machine."""
+        config, asked = self.config, self.asked
+        towards_target = any(source.startswith("target_") for source in asked)
+        if config.reaches("selection") and not self.keeps_all:
+            for alpha in (config.alpha, *(config.audit.alphas if config.audit.enabled else ())):
+                budget(alpha, self.rows)
+        if config.audit.enabled:
+            _ = self.clusters
+        if isinstance(config.scorer, ContrastConfig) and config.reaches("scores"):
+            require_neighbours(self.rows, config.scorer.neighbours)
+        if "labels" in asked:
+            require_labels(labels_of(self.loaded))
+        if isinstance(config.selector, QuotasConfig) and config.reaches("selection"):
+            groups_of(self.pool, config.selector.column, config.selector.shares)
+        if asked & {"gradients", "target_gradients"}:
+            if config.features.name == "nano" and config.proxy.model.kind != "nano":
+                raise ConfigError(
+                    f"features=nano is made for the embedded world's models, not for proxy={config.proxy.name}; "
+                    "choose features=less or features=g2is"
+                )
+            warmup = config.features.warmup
+            warmup.warmup_of(warmup.epochs * math.ceil(warmup_rows(warmup, self.rows) / warmup.batch_size))
+        if towards_target:
+            find_overlap(self.runtime, self.target_set, self.loaded)
+        if asked & {"embeddings", "target_embeddings"}:
+            _ = self.embedder
+        if "rater" in asked:
+            config.check_rater()
+        if "rater" in asked or (config.reaches("judge") and not self.keeps_all):
+            check_judge(self.runtime, config.judge)
+        if config.reaches("generate"):
+            check_metrics(config.benchmark)
+            if isinstance(config.generator, EndpointGeneratorConfig):
+                check_generator(config.generator)
+            _ = self.items, self.general_items
+            if towards_target:
+                questions = {(item.instruction.strip(), item.input.strip()) for item in self.items}
+                warn_of_leak(self.runtime, self.target_set, questions)
+        if config.reaches("finetune"):
+            config.target.warmup_of(planned_steps(config.target, self.budget))
+            _ = self.target
 
     # ------------------------------------------------------------------------ scores and selection
 
@@ -54,18 +111,16 @@ class Line(Inputs):
     def selector(self) -> Method:
         if self.keeps_all:
             return Method("topk", "gradsift.selection.topk.topk", topk, (), {})
-        return method("selector", self.config.selector, tuple(self.sources), leading=("scores", "size"))
+        return method("selector", self.config.selector, tuple(self.sources))
 
     @functools.cached_property
     def refused(self) -> Artifact | None:
         """Artifact with the rows that the proxy's chat template cannot render; None if no row is rendered with it."""
-        proxy, asked = self.config.proxy, set(self.scorer.asked)
-        if self.config.reaches("selection"):
-            asked |= set(self.selector.asked)
+        proxy = self.config.proxy
         if not is_chat(proxy.template):
             return None
-        if not any(self.sources[name].reads_tokens for name in asked):
-            return self.embeddings if "embeddings" in asked else None
+        if not any(self.sources[name].reads_tokens for name in self.asked):
+            return self.embeddings if "embeddings" in self.asked else None
 
         def report() -> EncodeReport:
             # tokenising the pool fills the report
@@ -79,8 +134,7 @@ class Line(Inputs):
         """Return the selection of the share `alpha` of the examples; if `alpha` is None, of the config's share."""
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         data, sources, measures = self.loaded, self.sources, self.measures
-        compared = "embeddings" in (*self.scorer.asked, *self.selector.asked)
-        embeddings = sources["embeddings"].value if compared else None
+        embeddings = sources["embeddings"].value if "embeddings" in self.asked else None
         corruption = corruption_of(data)
         return select(self.runtime, self.selector, scored, data, sources, measures, alpha, base, corruption, embeddings)
 
@@ -115,8 +169,7 @@ class Line(Inputs):
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
         """Return the target finetuned on a selection, or on the examples at the given positions of the pool."""
-        if self.keeps_all:
-            # known without the selection's artifact, so a plan can tell whether this finetune exists
+        if self.keeps_all:  # known without the selection's artifact, so a plan can tell whether this finetune exists
             selection = self.everything()
         for name in ("proxy_backbone", "proxy_inputs"):  # frees memory for the target; no later stage reads these
             self.__dict__.pop(name, None)
@@ -152,15 +205,14 @@ class Line(Inputs):
     @functools.cached_property
     def items(self) -> list[Item]:
         """The benchmark's questions."""
-        return self._items_of(self.config.benchmark.sets)
+        config = self.config
+        return benchmark_items(self.runtime, config.benchmark, config.benchmark.sets, self.loaded, config.data.seed)
 
     @functools.cached_property
     def general_items(self) -> list[Item]:
         """Questions that the target answers before and after the finetune, to measure forgetting."""
-        return self._items_of(self.config.benchmark.general)
-
-    def _items_of(self, names: Sequence[str]) -> list[Item]:
-        return benchmark_items(self.runtime, self.config.benchmark, names, self.loaded, self.config.data.seed)
+        config = self.config
+        return benchmark_items(self.runtime, config.benchmark, config.benchmark.general, self.loaded, config.data.seed)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
         """Answer the benchmark with the finetuned target, or with the untuned target if `tuned` is None."""
@@ -169,11 +221,6 @@ class Line(Inputs):
 
     def metrics(self, answers: Artifact) -> Artifact | None:
         return metrics(self.runtime, self.config.benchmark, answers, self.items)
-
-    @property
-    def asks_forgetting(self) -> bool:
-        """Whether the run measures what the finetune makes the target forget."""
-        return bool(self.config.benchmark.general or self.config.benchmark.lm_eval_tasks)
 
     def forgetting(self, tuned: Artifact) -> tuple[General, General]:
         """Return the results on general tasks before and after the finetune."""

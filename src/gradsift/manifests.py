@@ -15,19 +15,8 @@ from gradsift import outside_json
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # folder with what an interrupted run continues from; absent in a finished artifact
-_CHECKSUM = "checksum"  # key of the hash of everything else in the manifest; earlier versions wrote none
+_CHECKSUM = "checksum"  # key of the hash of everything else in the manifest
 _HASH_LIMIT = 256 * 2**20  # bytes; of larger files only the size is checked
-_TYPES: dict[str, Any] = {  # of a manifest's entries
-    "files": dict,
-    "info": dict,
-    "parents": list,
-    "git_sha": str | None,
-    "size": int | None,
-    "models": list,
-    "numerics": dict,
-}
-_LATER = ("size", "models", "numerics")  # entries that earlier versions did not write
-_COUNTS = ("rows", "optimizer_steps", "resumed_steps", "forward_tokens")  # entries of `info` that must be counts
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -41,17 +30,12 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def parse_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is no JSON object, or does not match its checksum.
-    """
+    """Read a manifest; raise ValueError if it is no JSON object or does not match its checksum."""
     manifest = outside_json.loads(path.read_bytes())
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} is no object")
     rest = {key: value for key, value in manifest.items() if key != _CHECKSUM}
-    if _CHECKSUM in manifest and manifest[_CHECKSUM] != _checksum(rest):
+    if manifest.get(_CHECKSUM) != _checksum(rest):
         raise ValueError(f"{MANIFEST} does not fit its checksum")
     return manifest
 
@@ -60,13 +44,10 @@ def _checksum(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode("ascii")).hexdigest()[:16]
 
 
-def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | None]:
+def read_manifest(path: Path, **request: Any) -> tuple[dict[str, Any], str | None]:
     """Return the manifest of the artifact at `path`, and a message about the artifact's damage (None if it is intact).
 
-    A manifest that is missing or cannot be read is returned as {}.
-
-    Args:
-        request: the values that the manifest must have, such as `stage` and `fingerprint`.
+    A manifest that cannot be read is returned as {}. `request` has the values that the manifest must have.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)
@@ -76,23 +57,10 @@ def read_manifest(path: Path, **request: str) -> tuple[dict[str, Any], str | Non
         return {}, f"{MANIFEST} is not there"
     except ValueError as error:
         return {}, f"{MANIFEST} cannot be read ({error})"
-    damage = _misfit(manifest, request) or _changed(path, manifest["files"])
-    return manifest, damage
-
-
-def _misfit(manifest: Mapping[str, Any], request: Mapping[str, str]) -> str | None:
-    """Return a message about an entry that is missing or has an impossible value; None if all entries are valid."""
-    for key, kind in _TYPES.items():
-        if (key in manifest or key not in _LATER) and not isinstance(manifest.get(key, ...), kind):
-            return f"{MANIFEST} has no readable {key}"
     for key, value in request.items():
         if manifest.get(key) != value:
-            return f"{MANIFEST} has the {key} {manifest.get(key)!r}, not {value!r}"
-    for key in _COUNTS:
-        count = manifest["info"].get(key, 0)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            return f"{MANIFEST} has {key}={count!r} in its info, which is no count"
-    return None
+            return manifest, f"{MANIFEST} has the {key} {manifest.get(key)!r}, not {value!r}"
+    return manifest, _changed(path, manifest["files"])
 
 
 def _changed(path: Path, files: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,4 @@
-"""Names that become parts of paths, and links that must not be written through.
-
-Names from the config are checked. Names from elsewhere (a model, a generator, the last part of a URL) are made safe.
-"""
+"""Names as parts of paths: those from the config are checked, others made safe. Links are not written through."""
 
 from __future__ import annotations
 
@@ -16,12 +13,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def require_name(option: str, value: str) -> None:
-    """Check that a name cannot lead out of the folder that it is a part of.
-
-    Raises:
-        ConfigError: `value` has other characters than letters, digits, `_`, `.` and `-`, begins with `.` or `-`, or is
-            empty or longer than `LONGEST_NAME`.
-    """
+    """Raise ConfigError for a name that could lead out of the folder that it is a part of, or is too long."""
     if len(value) > LONGEST_NAME or not _NAME.fullmatch(value):
         shown = repr(value) if len(value) <= LONGEST_NAME else f"{value[:20]!r}... ({len(value):,} characters)"
         raise ConfigError(
@@ -46,11 +38,7 @@ def slug_of_path(path: str) -> str:
 
 
 def require_no_link(path: Path) -> Path:
-    """Return `path`, after a check that it is no symbolic link; called before a write to it.
-
-    Raises:
-        GradsiftError: `path` is a symbolic link, so the content would be written elsewhere.
-    """
+    """Return `path`; raise GradsiftError if it is a symbolic link, through which a write would go elsewhere."""
     if path.is_symlink():
         raise GradsiftError(
             f"{path} is a link, and work is not written through links; remove it, and give the same command again"

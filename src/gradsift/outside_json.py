@@ -18,8 +18,8 @@ def loads(text: str | bytes) -> Any:
     """Return the JSON value in `text`.
 
     Raises:
-        json.JSONDecodeError: the JSON is invalid, or has a nesting of about a thousand levels or a number of thousands
-            of digits, which Python cannot read. (For these two, `json.loads` raises other errors.)
+        json.JSONDecodeError: the JSON is invalid, nested too deep, or has a number of thousands of digits. (For the
+            last two, `json.loads` raises other errors.)
         UnicodeDecodeError: the bytes are not valid UTF-8, UTF-16 or UTF-32.
     """
     with _one_kind_of_error(text):
@@ -33,31 +33,21 @@ def loads_all(text: str) -> list[Any]:
         json.JSONDecodeError: see `loads`.
         RepeatedKeyError: an object has a key twice.
     """
-    values = []
-    end = _skip_blank(text, 0)
-    while end < len(text):
-        with _one_kind_of_error(text):
-            value, end = _DECODER.raw_decode(text, end)
+    values: list[Any] = []
+    end = 0
+    while True:
+        while end < len(text) and text[end] in BLANK:
+            end += 1
+        if end == len(text):
+            return values
+        value, end = loads_first(text, end)
         values.append(value)
-        end = _skip_blank(text, end)
-    return values
 
 
-def loads_first(text: str) -> tuple[Any, int]:
-    """Return the JSON value at the beginning of `text`, and its length in characters; the rest of `text` is ignored.
-
-    Raises:
-        json.JSONDecodeError: see `loads`.
-        RepeatedKeyError: an object has a key twice.
-    """
+def loads_first(text: str, start: int = 0) -> tuple[Any, int]:
+    """Return the JSON value that begins at `start`, and the position behind it; for errors see `loads_all`."""
     with _one_kind_of_error(text):
-        return _DECODER.raw_decode(text)
-
-
-def _skip_blank(text: str, start: int) -> int:
-    while start < len(text) and text[start] in BLANK:
-        start += 1
-    return start
+        return _DECODER.raw_decode(text, start)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -76,11 +66,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def _one_kind_of_error(text: str | bytes) -> Iterator[None]:
     try:
         yield
-        return
     except (json.JSONDecodeError, UnicodeDecodeError, RepeatedKeyError):
         raise
-    except RecursionError:
-        reason = "nested too deep"
-    except ValueError as error:
-        reason = str(error).split(";")[0]  # what follows the semicolon is advice to programmers
-    raise json.JSONDecodeError(reason, text if isinstance(text, str) else "", 0)
+    except (RecursionError, ValueError) as error:
+        # what follows a ValueError's semicolon is advice to programmers
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).split(";")[0]
+        raise json.JSONDecodeError(reason, text if isinstance(text, str) else "", 0) from None

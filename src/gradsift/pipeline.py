@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,6 @@ from rich.console import Console
 from gradsift.artifacts import NotMade
 from gradsift.config import ComputeConfig, Config, VerifiableDataConfig
 from gradsift.disk import guarded
-from gradsift.early_checks import check
 from gradsift.evaluation.stages.judging import judge, pws
 from gradsift.forecast import forecast
 from gradsift.line import Line
@@ -33,10 +31,8 @@ from gradsift.runtime import Display, Runtime
 from gradsift.scoring.stage import score
 from gradsift.training.backbones import quieten
 from gradsift.training.device import device_of
-from gradsift.training.numerics import dtype_of, rounds_to_tf32, set_kernels
-from gradsift.training.parallel import join
-from gradsift.training.shared_store import RunEnded, SharedStore
-from gradsift.training.threads import set_threads, threads_in_words
+from gradsift.training.numerics import dtype_of, rounds_to_tf32, set_kernels, set_threads, threads_in_words
+from gradsift.training.parallel import RunEnded, SharedStore, join
 
 
 def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
@@ -45,7 +41,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
     record.loaded(line.loaded)
     if config.stop_after == "load":
         return
-    check(line)
+    line.check()
     if config.stop_after == "statistics":
         # the statistics need the norms of all shards, so a job that collects one shard ends without them
         if config.proxy.shard is None:
@@ -77,7 +73,7 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         return
     answers = line.answers(tuned)
     record.answered(line.metrics(answers))
-    if line.asks_forgetting:
+    if config.benchmark.general or config.benchmark.lm_eval_tasks:
         record.forgot(line.forgetting(tuned))
     if config.stop_after == "generate":
         return
@@ -88,10 +84,10 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
         reference_answers = line.answers(reference)
         judged = judge(runtime, config.judge, config.benchmark, answers, reference_answers)
         record.judged(pws(runtime, config.judge, judged, answers, reference_answers), judged)
-        record.reference(line.heldout_loss(reference), line.metrics(reference_answers))
+        record.compared("reference", line.heldout_loss(reference), line.metrics(reference_answers))
     # the untuned target shows whether the finetunes helped at all
     checkable = any(item.reference is not None for item in line.items)
-    record.untuned(line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
+    record.compared("untuned", line.heldout_loss(None), line.metrics(line.answers(None)) if checkable else None)
 
 
 class _NoRecord:
@@ -112,12 +108,11 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
     except NotMade as missing:
         ends = str(missing)
     finetunes = forecast(Line(config, runtime)) if config.reaches("finetune") else None
-    write_plan(folder, about, planner, ends, None if finetunes is None else asdict(finetunes))
+    write_plan(folder, about, planner, ends, finetunes)
 
 
 def walk(config: Config, runtime: Runtime) -> None:
     """Ask the store for every unit of a run, without a record of the run."""
-    # calls `run`, because a second list of the stages could come to differ from that in `run`
     run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
@@ -142,7 +137,7 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
         join(compute)
 
 
-def settings_of(config: Config) -> list[tuple[str, Any]]:
+def settings_of(config: Config) -> list[tuple[str, str]]:
     """Return the names and values of the settings to show at a run's start, without those of stages not reached."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
@@ -154,17 +149,18 @@ def settings_of(config: Config) -> list[tuple[str, Any]]:
     exports += [f"to the hub as {config.export.push_to_hub}"] if config.export.push_to_hub else []
     precision = str(dtype_of(config.compute)).removeprefix("torch.")
     precision += " (TF32 for what stays float32)" if rounds_to_tf32(config.compute) else ""
-    settings = [
-        ("data", f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else "")),
-        ("scorer", config.scorer_name),
-        ("proxy", f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}"),
-        ("selection", "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows"),
-        *([("target", f"{target.name}, LoRA rank {target.lora.rank}, {length}")] if config.reaches("finetune") else []),
-        *([("benchmark", ", ".join(config.benchmark.sets))] if config.reaches("generate") else []),
-        *([("forgetting", ", ".join(general))] if general and config.reaches("generate") else []),
-        *([("export", ", ".join(exports))] if exports else []),
-        *([("judge", config.judge.name)] if config.reaches("judge") or config.has_rater else []),
-        ("compute", f"{device_of(config.compute)}, {precision}, {threads_in_words(config.compute)}"),
-        ("artifacts", config.artifacts),
-    ]
-    return [*settings, ("stop after", config.stop_after)] if config.stop_after else settings
+    settings = {
+        "data": f"{data.name}{rows}" + (f", at most {data.limit:,}" if data.limit else ""),
+        "scorer": config.scorer_name,
+        "proxy": f"{proxy.name}, {members}, snapshots {snapshots}, collect={proxy.collect}",
+        "selection": "all rows" if config.scorer_name == "full" else f"{config.alpha:g} of the rows",
+        "target": f"{target.name}, LoRA rank {target.lora.rank}, {length}" if config.reaches("finetune") else None,
+        "benchmark": ", ".join(config.benchmark.sets) if config.reaches("generate") else None,
+        "forgetting": ", ".join(general) if config.reaches("generate") else None,
+        "export": ", ".join(exports),
+        "judge": config.judge.name if config.reaches("judge") or config.has_rater else None,
+        "compute": f"{device_of(config.compute)}, {precision}, {threads_in_words(config.compute)}",
+        "artifacts": config.artifacts,
+        "stop after": config.stop_after,
+    }
+    return [(name, value) for name, value in settings.items() if value]

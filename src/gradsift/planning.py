@@ -2,11 +2,8 @@
 
 An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
 the data, pinning a model) are made in a temporary folder, because the fingerprints of all later stages contain their
-content. The selection is the only heavy stage whose content enters a fingerprint: the finetune's fingerprint contains
-which examples were selected. Until the selection exists, the finetune and the units after it have `certain=False`. They
-may exist already: another run may have selected the same examples and made the same finetune.
-
-Estimates come from the manifests of similar units in the store. Without such units the estimate is None, never 0.
+content. The only heavy stage whose content enters a fingerprint is the selection. Until it exists, the finetune and the
+units after it have `certain=False`: another run may have selected the same examples and made the same finetune.
 """
 
 from __future__ import annotations
@@ -16,7 +13,8 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,7 @@ from gradsift.manifests import MANIFEST, parse_manifest, read_manifest
 DONE, TO_DO = "done", "to do"
 QUESTIONS = {"alpagasus": 1, "deita": 2}  # calls to a judge for each example, by scorer.style
 _GROWS = (".parquet", ".npy", ".jsonl", ".json")  # files whose size grows with the number of examples
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One unit of work in a plan (an entry of `plan` in `run.json`); unknown estimates are None."""
-
-    name: str  # of the stage
-    artifact: str  # folder in the store
-    fingerprint: str
-    state: str  # done or to do
-    certain: bool  # False: the unit may exist already
-    seconds: float | None = None
-    bytes: int | None = None
-    peak_gb: float | None = None  # resident memory of the process
-    calls: int = 0  # to a judge behind an endpoint, if no reply is cached
+_UNKNOWN = {"seconds": None, "bytes": None, "peak_gb": None, "calls": 0}  # the estimates of a unit
 
 
 class Planner(Store):
@@ -49,11 +33,11 @@ class Planner(Store):
     def __init__(self, store: Path, say: Callable[[str], None]) -> None:
         super().__init__(_temporary_folder(), say)
         self.store = store
-        self.units: dict[str, Unit] = {}  # by fingerprint
-        self._earlier = Earlier(store)
+        self.units: dict[str, dict[str, Any]] = {}  # entries of `plan` in `run.json`, by fingerprint
+        self._earlier = functools.cache(self._read)  # the manifests of a stage's artifacts
         downloads = self.root / "downloads"
         downloads.mkdir(exist_ok=True)
-        for file in (store / "downloads").iterdir() if (store / "downloads").is_dir() else ():
+        for file in (store / "downloads").glob("*"):
             if not (downloads / file.name).exists():
                 (downloads / file.name).symlink_to(file.absolute())  # a plan downloads nothing again
 
@@ -68,32 +52,17 @@ class Planner(Store):
             self._note(unit, DONE)
             return replace(unit, manifest=manifest, planned=False)
         parents = [self.units[parent] for parent in unit.manifest["parents"] if parent in self.units]
-        self._note(unit, TO_DO, certain=exact and all(parent.certain for parent in parents))
+        self._note(unit, TO_DO, certain=exact and all(parent["certain"] for parent in parents))
         if light:
             return super()._provide(wanted, make, light=light, exact=exact, divided=divided)
         return unit
 
     def _note(self, unit: Artifact, state: str, *, certain: bool = True) -> None:
+        """List a unit; `certain` is False if it may exist already."""
         if unit.fingerprint not in self.units:
-            estimate = self._earlier.estimate(unit) if state == TO_DO else {}
-            where = (unit.stage, str(unit.path), unit.fingerprint)
-            self.units[unit.fingerprint] = Unit(*where, state, certain, **estimate)
-
-
-@functools.cache
-def _temporary_folder() -> Path:
-    """Return the folder that light stages write to in all plans of this process; it is deleted at exit."""
-    folder = tempfile.TemporaryDirectory(prefix="gradsift-plan-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-class Earlier:
-    """The time, disk and memory that earlier units of work needed, read from the manifests of a store."""
-
-    def __init__(self, store: Path) -> None:
-        self._store = store
-        self._manifests = functools.cache(self._read)
+            entry = {"name": unit.stage, "artifact": str(unit.path), "fingerprint": unit.fingerprint, "state": state}
+            estimate = self.estimate(unit) if state == TO_DO else _UNKNOWN
+            self.units[unit.fingerprint] = entry | {"certain": certain} | estimate
 
     def estimate(self, unit: Artifact) -> dict[str, Any]:
         """Return seconds, bytes, peak memory and judge calls of a unit that is to be made, as far as they are known.
@@ -102,10 +71,10 @@ class Earlier:
         settings with this unit. Time and the sizes of tables are scaled by the number of examples.
         """
         size, models, config = unit.size or 0, list(unit.models), unit.manifest["config"]
-        estimate: dict[str, Any] = {"calls": _calls(unit.stage, config, size)}
+        estimate: dict[str, Any] = _UNKNOWN | {"calls": _calls(unit.stage, config, size)}
         alike = [
             manifest
-            for manifest in self._manifests(unit.stage)
+            for manifest in self._earlier(unit.stage)
             if manifest.get("models") == models and _method(manifest["config"]) == _method(config)
         ]
         if alike:
@@ -121,14 +90,20 @@ class Earlier:
     def _read(self, stage: str) -> list[Mapping[str, Any]]:
         """Return the manifests of a stage's artifacts; damaged and incomplete manifests are left out."""
         manifests: list[Mapping[str, Any]] = []
-        for file in sorted((self._store / stage).glob(f"*/{MANIFEST}")):
-            try:
+        for file in sorted((self.store / stage).glob(f"*/{MANIFEST}")):
+            with suppress(OSError, ValueError):
                 manifest = parse_manifest(file)
-            except (OSError, ValueError):
-                continue
-            if {"config", "seconds", "files"} <= set(manifest):
-                manifests.append(manifest)
+                if {"config", "seconds", "files"} <= set(manifest):
+                    manifests.append(manifest)
         return manifests
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """Return the folder that light stages write to in all plans of this process; it is deleted at exit."""
+    folder = tempfile.TemporaryDirectory(prefix="gradsift-plan-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _method(config: Mapping[str, Any]) -> Any:

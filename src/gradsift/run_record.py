@@ -15,13 +15,12 @@ from gradsift.artifacts import Artifact, Store
 from gradsift.config import ProxyConfig
 from gradsift.cost import work_of
 from gradsift.data.load import SPOILT, Labels, labels_of
-from gradsift.data.refused import REFUSED_FILE
+from gradsift.data.tokens import REFUSED_FILE
 from gradsift.data.verifiable import effective_families
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
-from gradsift.evaluation.stages.forgetting import General, forgetting_of
 from gradsift.evaluation.stages.judging import pws_of
 from gradsift.evaluation.stages.losses import heldout_loss_of
-from gradsift.evaluation.stages.metrics import metrics_of
+from gradsift.evaluation.stages.metrics import General, forgetting_of, metrics_of
 from gradsift.names import require_no_link
 from gradsift.run_folder import RUN_FILE
 from gradsift.runtime import peak_memory
@@ -30,9 +29,7 @@ from gradsift.scoring.stage import SCORES_FILE, scores_of
 from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import SELECTION_FILE, positions_of
 from gradsift.tracking import Tracker
-from gradsift.training.curves import read_curve
-
-_COUNTS = ("optimizer_steps", "forward_tokens")  # entries of an artifact's info that `stages` already lists
+from gradsift.training.optimization import read_curve
 
 
 @dataclass
@@ -45,7 +42,6 @@ class RunRecord:
     about: dict[str, Any]  # settings that identify the run: scorer, alpha, seeds, overrides, ...
     values: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # paths shown to the user at the end
-    ends_early: bool = False
     _started: float = field(default_factory=time.perf_counter)
 
     def loaded(self, artifact: Artifact) -> None:
@@ -63,7 +59,7 @@ class RunRecord:
         )
 
     def scored(self, artifact: Artifact) -> None:
-        statuses = {k: v for k, v in artifact.info.items() if k not in ("rows", *_COUNTS)}
+        statuses = {k: v for k, v in _results_in(artifact).items() if k != "rows"}
         self.values["scores"] = {"rows": artifact.info["rows"], "statuses": statuses}
         scores = scores_of(artifact)
         if reasons := Counter(scores.reason[scores.status != SCORED].tolist()):
@@ -80,7 +76,7 @@ class RunRecord:
         self.files[f"rows that {group}.template cannot show"] = str(artifact.file(REFUSED_FILE))
 
     def selected(self, artifact: Artifact, loaded: Artifact) -> None:
-        info = {k: v for k, v in artifact.info.items() if k not in _COUNTS}
+        info = _results_in(artifact)
         labels = labels_of(loaded)
         if labels is not None:
             info |= composition(labels, positions_of(artifact).tolist())
@@ -121,18 +117,12 @@ class RunRecord:
         tail = curve[-max(1, len(curve) // 10) :]  # the mean over the last tenth, as the loss of a batch is noisy
         self.values["final_training_loss"] = sum(entry["loss"] for entry in tail) / len(tail)
 
-    def answered(self, metrics: Artifact | None) -> None:
-        self._measured("model", metrics)
-        by_benchmark = self.values["accuracy"]["by_benchmark"].get("model", {})
-        if len(by_benchmark) > 1:
-            self.values["accuracy"]["benchmarks"] = by_benchmark
-
-    def _measured(self, model: str, artifact: Artifact | None) -> None:
+    def answered(self, artifact: Artifact | None, model: str = "model") -> None:
         """Record the metrics of a model's answers.
 
         Args:
-            model: `model` (tuned on the selection), `reference` (tuned on all rows) or `untuned`.
             artifact: None if the benchmark has no reference answers.
+            model: `model` (tuned on the selection), `reference` (tuned on all rows) or `untuned`.
         """
         metrics = metrics_of(artifact)
         accuracy = self.values.setdefault("accuracy", {"by_benchmark": {}})
@@ -140,7 +130,14 @@ class RunRecord:
         if metrics is not None:
             by_benchmark = {name: values["accuracy"] for name, values in metrics["benchmarks"].items()}
             accuracy["by_benchmark"][model] = by_benchmark
+            if model == "model" and len(by_benchmark) > 1:
+                accuracy["benchmarks"] = by_benchmark
             self.values.setdefault("metrics", {})[model] = metrics
+
+    def compared(self, model: str, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
+        """Record the held-out loss and the metrics of `reference` or `untuned`."""
+        self.values["heldout_loss"][model] = heldout_loss_of(heldout_loss)
+        self.answered(metrics, model)
 
     def forgot(self, states: tuple[General, General]) -> None:
         self.values["forgetting"] = forgetting_of(states)
@@ -148,11 +145,6 @@ class RunRecord:
     def is_reference(self) -> None:
         self.values["pws"] = 1.0
         self.values["pws_by_definition"] = True
-
-    def dry_run(self, message: str) -> None:
-        """Record that the run ends with a dry run of the judge; `message` says what would have been sent."""
-        self.values["dry_run"] = message
-        self.ends_early = True
 
     def judged(self, pws: Artifact, artifact: Artifact) -> None:
         summary = pws_of(pws)
@@ -164,14 +156,6 @@ class RunRecord:
             self._diagnosed(pws)
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
-    def reference(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
-        self.values["heldout_loss"]["reference"] = heldout_loss_of(heldout_loss)
-        self._measured("reference", metrics)
-
-    def untuned(self, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
-        self.values["heldout_loss"]["untuned"] = heldout_loss_of(heldout_loss)
-        self._measured("untuned", metrics)
-
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
         """Send the members' training curves to the tracker; `members` are the artifacts as [member][epoch - 1]."""
         for number, epochs in enumerate(members):
@@ -179,22 +163,14 @@ class RunRecord:
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss, as `objective` says.
-
-        None if the run did not measure it.
-        """
+        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if it was not measured."""
         value = self.values.get(objective)
         if isinstance(value, dict):
             value = value.get("model")
         return None if value is None else float(value)
 
     def finish(self, status: str, error: str | None = None) -> None:
-        """Write `run.json` and the tracker's summary.
-
-        Args:
-            status: finished, stopped, failed or interrupted.
-            error: the message of the error, if the run failed or was interrupted.
-        """
+        """Write `run.json` and the tracker's summary; `status` is finished, stopped, failed or interrupted."""
         memory, stages = peak_memory(), self.store.records_as_dicts()
         content = {
             "status": status,
@@ -215,17 +191,16 @@ class RunRecord:
         self.tracker.summary({**self.values, "memory": memory})
 
 
+def _results_in(artifact: Artifact) -> dict[str, Any]:
+    """Return an artifact's info without what `stages` in `run.json` already lists."""
+    return {name: value for name, value in artifact.info.items() if name not in ("optimizer_steps", "forward_tokens")}
+
+
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
-    """Return the composition of a selection from data with labels.
+    """Return the composition of the examples at these positions of the pool, and that of the pool.
 
-    Args:
-        positions: positions of the selected examples in the pool.
-
-    Returns:
-        labels: share of each quality label in the selection.
-        spoilt_share, spoilt_share_pool: share of corrupted examples in the selection and in the pool.
-        families, families_pool: effective number of families in the selection and in the pool; only if the labels name
-            families.
+    It has the share of each quality label and of all corrupted examples and, if the labels name families, the effective
+    number of families.
     """
     quality = Counter(labels.quality[position] for position in positions)
     shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}

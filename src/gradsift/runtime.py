@@ -22,7 +22,6 @@ from gradsift.journal import Journal
 
 Advance = Callable[[int], None]
 Task = Callable[[str, int | None], AbstractContextManager[Advance]]  # a progress bar: description and total
-_FILE_WIDTH = 132  # columns of output that is not a terminal
 _LOG_EVERY = 30.0  # seconds between progress lines without a terminal
 
 
@@ -32,7 +31,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         if console is None and not self.console.is_terminal:
-            self.console.width = _FILE_WIDTH
+            self.console.width = 132  # columns of output that is not a terminal
         self._progress: Progress | None = None  # while any bar is shown
 
     def say(self, text: str) -> None:
@@ -49,8 +48,7 @@ class Display:
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show the progress of `total` units of work. Yields a function to call with the number of units just done.
 
-        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end if
-        the work took 30 seconds or more. The bars of nested tasks are shown below each other.
+        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end.
         """
         if not self.console.is_terminal:
             started = time.monotonic()
@@ -60,7 +58,10 @@ class Display:
                 self.say(f"  {description}: took {took:.0f} s")
             return
         if self._progress is None:
-            self._progress = _bars(self.console)
+            width = min(30, max(8, self.console.width - 64))  # leaves room for the description and the numbers
+            name, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=width)
+            columns = (name, bar, _Count(), TimeElapsedColumn(), _Eta())
+            self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
         progress = self._progress
         row = progress.add_task(description, total=total)
@@ -74,8 +75,7 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        last, told = time.monotonic(), 0  # time of the last line, and the number of units that it showed as done
-        done = 0
+        last, done, told = time.monotonic(), 0, 0  # time of the last line; units done, now and when it was printed
 
         def advance(more: int) -> None:
             nonlocal done, last, told
@@ -92,26 +92,22 @@ class Display:
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
     """Return a function that takes the weight of the work just done and advances a bar that counts units.
 
-    The whole work has the total weight `weight` and the total number of units `units`; the bar advances in proportion
-    to the weight. Batches hold similar numbers of tokens and take similar time, whether they have few long examples or
-    many short ones, so progress is measured in tokens (the weight) and shown in examples (the units).
+    Time is proportional to the weight (tokens), but the bar shows units (examples). The arguments are the totals.
     """
-    done = told = 0
+    done = 0
 
     def advance_by_weight(more: int) -> None:
-        nonlocal done, told
+        nonlocal done
+        told = units * done // weight
         done += more
-        now = units * done // weight
-        advance(now - told)
-        told = now
+        advance(units * done // weight - told)
 
     return advance_by_weight
 
 
 def _wrapped(line: str, width: int) -> str:
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    rows = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(rows)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 class _Count(MofNCompleteColumn):
@@ -126,13 +122,6 @@ class _Eta(TimeRemainingColumn):
 
     def render(self, task: Row) -> Text:
         return Text("eta ") + super().render(task) if task.total is not None else Text()
-
-
-def _bars(console: Console) -> Progress:
-    width = min(30, max(8, console.width - 64))  # leaves room for the description and the numbers
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(bar_width=width), _Count(), TimeElapsedColumn(), _Eta())
-    return Progress(*columns, console=console, transient=True)
 
 
 @contextmanager
@@ -156,11 +145,7 @@ class Runtime:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peak memory of this process so far, in GB (10^9 bytes), over all jobs that it has run.
-
-    process_peak_resident_gb  resident memory (see `peak_resident_gb`)
-    process_peak_cuda_gb      tensors on the current CUDA device, if there is one
-    """
+    """Return the peak memory of this process over all its jobs, in GB (10^9 bytes): resident, and CUDA tensors."""
     import torch
 
     resident = peak_resident_gb()

@@ -1,22 +1,28 @@
-"""Scorers and selectors as configured functions, and the sources that they ask for.
-
-The positional parameters of such a function name its sources, and the pipeline computes only these sources. The
-function's keyword-only parameters are constants, which come from its YAML file.
-"""
+"""Scorers and selectors: functions whose positional parameters name inputs (sources), with constants from a YAML."""
 
 from __future__ import annotations
 
+import ast
+import dis
+import functools
 import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from types import CodeType, EllipsisType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-from gradsift.artifacts import Artifact
 from gradsift.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradsift.artifacts import Artifact
+
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, range, EllipsisType, PurePath)
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,7 @@ class Method:
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
-        if self.code:
-            settings["source"] = self.code
-        return settings
+        return settings | ({"source": self.code} if self.code else {})
 
     def __call__(self, *leading: Any, sources: Mapping[str, Source]) -> Any:
         return self.function(*leading, *(sources[parameter].value() for parameter in self.asked), **self.constants)
@@ -60,14 +64,30 @@ class Method:
 _texts: dict[str, str] = {}  # source text that each module of the user was imported with
 
 
-def method(kind: str, config: Any, known: Sequence[str], leading: Sequence[str] = ()) -> Method:
-    """Return the scorer or selector whose function `config._target_` names, after a check of the function's parameters.
+@functools.cache
+def asked_by(target: str) -> frozenset[str] | None:
+    """Return the names of the positional parameters of a function of gradsift; None if it has no function `target`.
+
+    The source text is read without an import: the config is checked before numpy and torch, which most methods import.
+    """
+    module, _, function = target.rpartition(".")
+    package, *path = module.split(".")
+    file = Path(__file__).parent.joinpath(*path).with_suffix(".py")
+    if package == "gradsift" and file.is_file():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == function:
+                return frozenset(argument.arg for argument in node.args.args)
+    return None
+
+
+def method(kind: str, config: Any, known: Sequence[str], function: FunctionType | None = None) -> Method:
+    """Return a scorer or selector with its constants.
 
     Args:
-        kind: `scorer` or `selector`; names the options in errors.
+        kind: `scorer` or `selector`. The first parameters of a selector are not sources, but `scores` and `size`.
         config: a dataclass of gradsift or a user's mapping, with `_target_`, `name` and the constants.
         known: names of the sources.
-        leading: names of the first positional parameters, which are not sources.
+        function: the function that `config._target_` names; by default it is imported.
 
     Raises:
         ConfigError: the function does not exist, a source or a constant is not known, or a constant has no value.
@@ -77,35 +97,17 @@ def method(kind: str, config: Any, known: Sequence[str], leading: Sequence[str] 
         if not isinstance(options.get(key), str):
             raise ConfigError(f"{kind}.{key} is missing; a {kind}'s YAML names its function and itself")
     target, name = options.pop("_target_"), options.pop("name")
-    function, code = _resolve(kind, target)
-    return method_of(kind, name, function, options, known, leading, target=target, code=code)
-
-
-def method_of(
-    kind: str,
-    name: str,
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
-    known: Sequence[str],
-    leading: Sequence[str] = (),
-    *,
-    target: str,
-    code: str,
-) -> Method:
-    """Return a function as a scorer or selector, with `options` as its constants.
-
-    Args:
-        target: name of the function in the fingerprint of its results.
-        code: SHA-256 of its code; empty for a function of gradsift.
-
-    Raises:
-        ConfigError: see `method`.
-    """
+    code = ""
+    if function is None:
+        function, code = _resolve(kind, target)
+    elif not target.startswith("gradsift."):
+        code = code_hash(function)
     parameters = inspect.signature(function).parameters
     keyword_only = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     positional = [n for n in parameters if n not in keyword_only]
-    if positional[: len(leading)] != list(leading):
-        raise ConfigError(f"{kind}={name} must take {', '.join(leading)} first; see gradsift.selection")
+    leading = ["scores", "size"] if kind == "selector" else []
+    if positional[: len(leading)] != leading:
+        raise ConfigError(f"{kind}={name} must take scores, size first; see gradsift.selection")
     asked = positional[len(leading) :]
     for parameter in asked:
         if parameter not in known:
@@ -120,21 +122,28 @@ def method_of(
     return Method(name, target, function, tuple(asked), options, code)
 
 
-def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], str]:
+def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
     """Return the function `target` and the SHA-256 of its module's source text ('' for a function of gradsift)."""
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a user's file never hides an installed package
     try:
         module = importlib.import_module(module_name)
-        function: Callable[..., Any] = getattr(module, function_name)
+        function = getattr(module, function_name)
         if not inspect.isfunction(function):
             raise ConfigError(f"{kind}._target_={target} is no function; a {kind} is one")
         if target.startswith("gradsift."):
             return function, ""
-        text = _text_of(kind, target, function)
+        defined_in = sys.modules[function.__module__]  # `module` may only import the function
+        try:
+            text = inspect.getsource(defined_in)
+        except (TypeError, OSError) as error:
+            raise ConfigError(
+                f"{kind}._target_={target}: the source text of {function.__module__} cannot be read ({error}), and it "
+                "is part of the identity of the scores; put the function into a .py file"
+            ) from error
         if _texts.setdefault(function.__module__, text) != text:  # edited since its import, as in a notebook
-            importlib.reload(sys.modules[function.__module__])
+            importlib.reload(defined_in)
             _texts[function.__module__] = text
             function = getattr(importlib.reload(module), function_name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
@@ -144,12 +153,82 @@ def _resolve(kind: str, target: str) -> tuple[Callable[..., Any], str]:
     return function, hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text_of(kind: str, target: str, function: Callable[..., Any]) -> str:
-    """Return the source text of the module that defines the function."""
-    try:
-        return inspect.getsource(sys.modules[function.__module__])
-    except (TypeError, OSError) as error:
+def code_hash(function: Callable[..., Any]) -> str:
+    """Return a SHA-256 that changes if `function` may compute something else; files that it reads are not covered.
+
+    A function of a notebook has no module file that could be hashed. So the hash covers its bytecode (which differs
+    between versions of Python), its defaults, its closure, and the globals that it reads, among them other functions of
+    the user.
+
+    Raises:
+        ConfigError: the content of a value that the function reads from outside cannot be hashed, such as a model's.
+    """
+    return hashlib.sha256("\n".join(_described(function, "the function", set())).encode()).hexdigest()
+
+
+def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
+    """Yield texts that identify a value that the function reads under `name`."""
+    import numpy as np  # imported here, because the check of a config needs this module, but not numpy
+
+    if isinstance(value, (*_PLAIN, np.generic)):
+        yield f"{type(value).__name__} {value!r}"
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    elif isinstance(value, Mapping):
+        yield from _described([list(pair) for pair in value.items()], name, seen)
+    elif isinstance(value, set | frozenset):  # their order differs from process to process
+        yield from sorted("\n".join(_described(item, name, seen)) for item in value)
+    elif isinstance(value, list | tuple):
+        yield f"{type(value).__name__} of {len(value)}"
+        for item in value:
+            yield from _described(item, name, seen)
+    elif isinstance(value, ModuleType):
+        yield f"module {value.__name__}"
+    elif hasattr(value, "__name__") and _is_installed(value):
+        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    elif isinstance(value, FunctionType):
+        if id(value) not in seen:  # a function may call itself
+            seen.add(id(value))
+            yield from _of_function(value, seen)
+    else:
         raise ConfigError(
-            f"{kind}._target_={target}: the source text of {function.__module__} cannot be read ({error}), and it is "
-            "part of the identity of the scores; put the function into a .py file"
-        ) from error
+            f"the scorer reads {name}, a {type(value).__name__}, whose content cannot be part of the identity of the "
+            "scores; make it within the function, from names and numbers that are keyword-only arguments"
+        )
+
+
+def _is_installed(value: Any) -> bool:
+    """Return whether a function or class belongs to Python or an installed package, so that its name identifies it."""
+    if not isinstance(getattr(value, "__self__", None), ModuleType | type | None):
+        return False  # a method of an object, which has a state
+    module = getattr(value, "__module__", None) or "builtins"
+    if module.startswith("gradsift."):
+        return True
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename.startswith(_INSTALLED)
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return module != "__main__" and (not file or file.startswith(_INSTALLED))
+
+
+def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    yield from _described(defaults, f"a default of {function.__name__}", seen)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield from _described(cell.cell_contents, f"{name!r} of the function around it", seen)
+    for code in _codes(function.__code__):
+        yield f"{code.co_name} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
+        for constant in code.co_consts:
+            if not isinstance(constant, CodeType):
+                yield from _described(constant, "a constant", seen)
+        for name in dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"):
+            if name in function.__globals__:  # all other names are builtins
+                yield name
+                yield from _described(function.__globals__[name], f"the global name {name!r}", seen)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code objects of a function and of the functions defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

@@ -42,16 +42,15 @@ class Tracker:
             group: W&B group of the run if the config names none.
             about: settings that identify the run.
         """
-        self._config = config
-        self._folder = folder
+        self._config, self._folder = config, folder
         self._group = config.group or group
-        self._about = about
+        self._about = without_folders(dict(about))
         self._wandb: Any = None
 
     def __enter__(self) -> Tracker:
         if self._config.name == "wandb":
-            about = without_folders(dict(self._about))
-            self._wandb = _start(self._config, self._folder, self._group, str(about.get("name")), about, "run")
+            name = str(self._about.get("name"))
+            self._wandb = _start(self._config, self._folder, self._group, name, self._about, "run")
         return self
 
     def curve(self, name: str, curve: list[dict[str, float]]) -> None:
@@ -91,17 +90,14 @@ class Tracker:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
 
-def log_report(folder: Path) -> bool:
-    """Log the figures (PNG) and tables (CSV) of a report to W&B, as a run of the job type `report`.
+def log_report(folder: Path) -> None:
+    """Log the figures (PNG) and tables (CSV) of a report to W&B, if its runs are tracked there.
 
-    The report is a W&B run of its own (in the sweep's group, if there is one), because the runs that it shows have
-    ended and may already be uploaded.
-
-    Returns:
-        Whether the report was logged; False if the runs are not tracked by W&B.
+    The report is a W&B run of its own of the job type `report` (in the sweep's group, if there is one), because the
+    runs that it shows have ended and may already be uploaded.
     """
     if not is_logged(folder):
-        return False
+        return
     config = TrackerConfig(**_config_of(folder)["tracker"])
     is_sweep = not (folder / CONFIG_FILE).is_file()
     group = config.group or (group_of(folder) if is_sweep else None)
@@ -115,7 +111,6 @@ def log_report(folder: Path) -> bool:
             header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
             logged[f"tables/{path.stem}"] = wandb.Table(columns=header, data=rows)
         run.log(logged)
-    return True
 
 
 def is_logged(folder: Path) -> bool:
@@ -132,12 +127,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _start(
     config: TrackerConfig, folder: Path, group: str | None, name: str, about: dict[str, Any], job_type: str
 ) -> Any:
-    """Start a W&B run.
-
-    Raises:
-        ConfigError: `tracker.mode=online`, and nobody is logged in.
-        GradsiftError: W&B did not start; the message says why.
-    """
+    """Start a W&B run; raise GradsiftError if W&B does not start, or is to be online and nobody is logged in."""
     if config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
@@ -151,10 +141,10 @@ def _start(
 
     options: dict[str, Any] = {"project": config.project, "entity": config.entity, "mode": config.mode}
     options |= {"id": run_id, "group": group, "name": name, "job_type": job_type, "config": about, "dir": str(folder)}
-    quiet: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _INIT_TIMEOUT}
-    private: dict[str, Any] = {"save_code": False, "disable_git": True, "x_disable_meta": True}  # no paths or arguments
+    settings: dict[str, Any] = {"silent": True, "console": "off", "init_timeout": _INIT_TIMEOUT}
+    settings |= {"save_code": False, "disable_git": True, "x_disable_meta": True}  # no paths or arguments
     try:
-        return wandb.init(**options, settings=wandb.Settings(**quiet, **private))
+        return wandb.init(**options, settings=wandb.Settings(**settings))
     except wandb.Error as error:
         raise GradsiftError(
             f"W&B did not start ({first_line(error)}); take tracker.mode=offline or tracker=none"
@@ -162,10 +152,10 @@ def _start(
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
-    """Return the W&B id of a run in this folder. It is drawn at random the first time, and stored in the folder.
+    """Return the W&B id of a run in this folder, which is drawn at random once, so that no two jobs share an id.
 
-    So jobs never share an id, whatever machine they run on. A job that runs again in its folder (requeued by Slurm, for
-    example) replaces its earlier W&B run; what that run has not uploaded yet is deleted.
+    A job that runs again in its folder (requeued by Slurm, for example) replaces its earlier W&B run; what that run has
+    not uploaded yet is deleted.
     """
     file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
     run_id = file.read_text(encoding="utf-8") if file.is_file() else ""

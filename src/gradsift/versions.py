@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_SOURCES = (".py", ".cpp")
 _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
@@ -23,13 +22,10 @@ def differences(manifest: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Return 12 hex digits of a hash of this package's source files.
-
-    Unlike a commit, the hash also covers edits that are not committed, and is known for an installed wheel.
-    """
+    """Return 12 hex digits of a hash of this package's sources; unlike a commit, it is known for a wheel and edits."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in _SOURCES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):
         digest.update(
             f"{path.relative_to(folder).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
         )

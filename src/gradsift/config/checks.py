@@ -1,4 +1,4 @@
-"""Dataclass fields that state their range or choices, and checks of single values.
+"""Dataclass fields that state their range or choices, bounds of all integers, and checks of single values.
 
     members: int = option(5, least=1)
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
@@ -10,43 +10,56 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from gradsift.config.bounds import require_bound
 from gradsift.errors import ConfigError
 
+SCHEMAS: dict[str, dict[str, type]] = {}  # the dataclasses by group and by the name in `/schema/<group>@_here_: <name>`
 FROM_ENVIRONMENT = "env:"  # prefix of a value that names an environment variable, which is read when needed
 _SECRET_NAME = re.compile(
     r"auth|key|token|secret|passw|cookie|session|credential|signature|^(sig|code)$", re.IGNORECASE
 )
+# A larger value is taken for a typing error: each bound is far above what was ever published or can be computed, and a
+# value above it could exhaust the memory. No bound depends on the machine, as a sweep's jobs may run on another one.
+_BOUNDS = (
+    ("seed projection_seed", 2**32 - 1, "the largest seed that numpy and scikit-learn take"),
+    ("max_length max_new_tokens max_tokens", 2**24, "more than the context of any model"),
+    ("batch_size", 2**16, "more than any training or generation takes at once"),
+    ("epochs snapshots", 10_000, "which nobody could train"),
+    ("steps warmup_steps", 1_000_000, "which nobody could train; the batches of all steps are known before the first"),
+    ("members", 1000, "as every member is trained by itself; the paper has 5"),
+    ("rank", 4096, "above the ranks that were ever published; beyond a layer's smaller side a rank adds nothing"),
+    ("shards shard", 10_000, "more jobs than a sweep may have"),
+    ("size", 10_000_000, "as the embedded world is made in memory"),
+    ("benchmark_items target_set.limit", 1_000_000, "as the embedded world is made in memory"),
+    ("dimensions", 2**20, "above which a projection saves nothing"),
+    ("concurrency", 1000, "as each request has a thread"),
+    ("retries", 1000, "which would last for days"),
+    ("clusters", 1_000_000, "more than k-means could tell apart"),
+    ("threads num_nodes", 4096, "more than any machine or cluster has"),
+    ("devices", 1024, "more than any machine has"),
+    ("tokens", 2**30, "more than any memory holds at once"),
+)
+# by the full name of an option, or by its last part
+MOST = {name: (most, reason) for names, most, reason in _BOUNDS for name in names.split()}
+_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words for errors, and the condition
+    "least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("up to", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
-def option(
-    default: Any,
-    *,
-    choices: tuple[str, ...] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Return a dataclass field whose value is checked.
+def option(default: Any, *, choices: tuple[str, ...] | None = None, **limits: float) -> Any:
+    """Return a dataclass field whose value must be one of `choices`, or a number within the limits (see `in_range`).
 
     In a list, every item is checked. The value None is accepted unless there are `choices`.
-
-    Args:
-        default: the default value.
-        choices: the words that can be given.
-        least: the smallest number that can be given.
-        above: a number that the value must exceed.
-        most: the largest number that can be given.
-        below: a number that the value must stay below.
     """
-    limits = {"choices": choices, "least": least, "above": above, "most": most, "below": below}
-    metadata = {name: limit for name, limit in limits.items() if limit is not None}
+    metadata = limits if choices is None else {"choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,9 +70,16 @@ class Group:
 
     _option: ClassVar[str] = ""  # path of the group in the config, for errors
 
-    def __init_subclass__(cls, option: str | None = None) -> None:
+    def __init_subclass__(cls, option: str | None = None, schema: str | None = None) -> None:
+        """
+        Args:
+            option: path of the group in the config; by default that of the base class.
+            schema: name by which a file in `conf/<group>/` takes this dataclass as its schema; None: no file does.
+        """
         if option is not None:
             cls._option = option
+        if schema is not None:
+            SCHEMAS.setdefault(cls._option, {})[schema] = cls
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
@@ -71,6 +91,18 @@ class Group:
                     one_of(name, each, field.metadata["choices"])
                 elif field.metadata and each is not None:
                     in_range(name, each, **field.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError if the values do not go together; subclasses override it."""
+
+
+def require_bound(option: str, value: int) -> None:
+    """Raise ConfigError if `value` is above the bound of the option in `MOST`, or above 10^12 if it has none there."""
+    most, reason = MOST.get(option) or MOST.get(option.rpartition(".")[2], (10**12, "more than any data has"))
+    if value > most:
+        shown = value if value < 10**30 else "(a number of more than 30 digits)"
+        raise ConfigError(f"{option}={shown} is more than {most:,}, {reason}; give less")
 
 
 def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -79,28 +111,25 @@ def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{option}={value!r} is not known; choose one of: {', '.join(choices)}")
 
 
-def in_range(
-    option: str,
-    value: float,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """Raise ConfigError unless `value` is finite and within the limits."""
-    if -math.inf < value < math.inf and least <= value <= most and above < value < below:
+def each_once(option: str, values: list[Any]) -> None:
+    """Raise ConfigError if a list is empty or has equal items."""
+    if not values or len(set(values)) < len(values):
+        raise ConfigError(f"{option}={list(values)} must name at least one, and each once")
+
+
+def in_range(option: str, value: float, **limits: float) -> None:
+    """Raise ConfigError unless `value` is finite and within the limits, each given by a name in `_LIMITS`."""
+    if -math.inf < value < math.inf and all(_LIMITS[name][1](value, limit) for name, limit in limits.items()):
         return
-    limits = {"of at least": least, "above": above, "up to": most, "below": below}
-    wanted = " and ".join(f"{words} {limit:,g}" for words, limit in limits.items() if math.isfinite(limit))
+    wanted = " and ".join(f"{_LIMITS[name][0]} {limit:,g}" for name, limit in limits.items())
     raise ConfigError(f"{option}={value} is out of range; give a finite number {wanted}")
 
 
 def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a value's name suggests a secret, and the value does not have the form `env:NAME`.
+    """Raise ConfigError for a value that is no printable text, or a secret by its name and not of the form `env:NAME`.
 
     `env:NAME` stands for the value of an environment variable. A secret itself would be written, with the config, to
-    the run's folder and to the tracker. A value that is not printable text is refused too.
+    the run's folder and to the tracker.
     """
     for name, value in values.items():
         if not isinstance(value, str):
@@ -130,10 +159,7 @@ def require_no_typed_secret(option: str, value: str) -> None:
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Raise ConfigError if an address cannot be used, or may hold a secret.
-
-    A secret in an address would be written to manifests.
-    """
+    """Raise ConfigError if an address cannot be used, or may hold a secret, which would be written to manifests."""
     if "@" in url or "?" in url:
         query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.config.checks import Group, option
+from gradsift.config.checks import Group, each_once, option
 from gradsift.errors import ConfigError, first_line
 from gradsift.names import LONGEST_NAME, slug
 
@@ -49,13 +49,8 @@ class CorruptionConfig(Group, option="data.corruption"):
     kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)  # kinds of corruption, each named once
     seed: int = option(0, least=0)  # seed of the corruption
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise ConfigError(
-                f"data.corruption.kinds={list(self.kinds)} must name at least one kind, and each once; known: "
-                f"{', '.join(CORRUPTIONS)}"
-            )
+    def check(self) -> None:
+        each_once("data.corruption.kinds", self.kinds)
 
 
 @dataclass
@@ -77,22 +72,19 @@ class DataConfig(Group, option="data"):
     # random_clean); rows without a score are rejected
     scores: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.scores is not None and self.corruption.share:
-            raise ConfigError(
-                "data.scores knows no score of a corrupted text; leave out data.corruption.share, or data.scores"
-            )
+            raise ConfigError("data.scores has no score of a corrupted text; give either it or data.corruption.share")
 
 
-def check_paths(option: str, value: Any) -> None:
+def _check_paths(option: str, value: Any) -> None:
     """Raise ConfigError unless the value is a path or a list of paths."""
     paths = value if isinstance(value, list) else [value]
     if not paths or not all(isinstance(path, str) and path for path in paths):
         raise ConfigError(f"{option}={value!r} names no file; give a path, or a list as in {option}=[A,B]")
 
 
-def check_id(option: str, id: str) -> None:
+def _check_id(option: str, id: str) -> None:
     """Raise ConfigError unless a text can name a dataset of the hub."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id):
         raise ConfigError(
@@ -101,7 +93,7 @@ def check_id(option: str, id: str) -> None:
 
 
 @dataclass
-class JsonDataConfig(DataConfig):
+class JsonDataConfig(DataConfig, schema="json"):
     """Local files: .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow."""
 
     # a file, a list of files, a pattern as in 'folder/*.jsonl', a folder of shards, a folder written by
@@ -110,13 +102,13 @@ class JsonDataConfig(DataConfig):
     format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_paths("data.path", self.path)
+    def check(self) -> None:
+        super().check()
+        _check_paths("data.path", self.path)
 
 
 @dataclass
-class HubDataConfig(DataConfig):
+class HubDataConfig(DataConfig, schema="hub"):
     """A dataset of the Hugging Face hub."""
 
     name: str = ""  # empty: made of the id and the subset
@@ -129,9 +121,9 @@ class HubDataConfig(DataConfig):
 
     streaming: bool = False  # read only the first `limit` + `holdout` rows, for datasets that do not fit on the disk
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_id("data.id", self.id)
+    def check(self) -> None:
+        super().check()
+        _check_id("data.id", self.id)
         if self.streaming and self.limit is None:
             raise ConfigError("data.streaming=true needs the number of rows to read, as in data.limit=10000")
         self.name = self.name or slug("-".join(filter(None, (self.id, self.subset))))[:LONGEST_NAME]
@@ -150,35 +142,17 @@ class SourceConfig(Group, option="data.sources.NAME"):
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            if not self.id:
-                raise ConfigError(
-                    "data.sources: a source has neither path nor id; give one, as in {code: {path: FILE}}"
-                )
-            check_id("data.sources.NAME.id", self.id)
-            return
-        if self.id:
+    def check(self) -> None:
+        if (self.path is None) == (not self.id):
             raise ConfigError(f"a source of data.sources has path={self.path} and id={self.id}; give one of the two")
-        check_paths("data.sources.NAME.path", self.path)
-
-
-def _source(name: Any, entry: Any) -> SourceConfig:
-    """Return the source that `entry` describes; OmegaConf checks the names and types of its options."""
-    if isinstance(entry, SourceConfig):
-        return entry
-    try:
-        source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), entry))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"data.sources.{name}: {reason}; give a source as in {{path: FILE}} or {{id: ID}}") from error
-    assert isinstance(source, SourceConfig)  # noqa: S101 - for the type checker
-    return source
+        if self.id:
+            _check_id("data.sources.NAME.id", self.id)
+        else:
+            _check_paths("data.sources.NAME.path", self.path)
 
 
 @dataclass
-class MixtureDataConfig(DataConfig):
+class MixtureDataConfig(DataConfig, schema="mixture"):
     """Several sources as one dataset: all of their rows, or a sample in which their shares follow their weights."""
 
     # the options of each source by its name, as in
@@ -186,14 +160,22 @@ class MixtureDataConfig(DataConfig):
     sources: Any = MISSING
     source_column: str = "source"  # name of an added column, which holds the name of each row's source
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if not isinstance(self.sources, dict) or not self.sources:
             raise ConfigError(
                 f"data.sources={self.sources!r} names no sources; give them as in "
                 "'data.sources={code: {path: FILE}, chat: {id: OWNER/NAME}}'"
             )
-        self.sources = {str(name): _source(name, entry) for name, entry in self.sources.items()}
+        sources = {}
+        for name, entry in self.sources.items():
+            try:  # OmegaConf checks the names and types of the source's options
+                source: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), entry))
+            except (OmegaConfBaseException, ValueError, TypeError) as error:
+                example = "give a source as in {path: FILE} or {id: ID}"
+                raise ConfigError(f"data.sources.{name}: {first_line(error)}; {example}") from error
+            sources[str(name)] = source
+        self.sources = sources
         unweighted = [name for name, source in self.sources.items() if source.weight is None]
         if unweighted and len(unweighted) < len(self.sources):
             raise ConfigError(
@@ -202,7 +184,7 @@ class MixtureDataConfig(DataConfig):
 
 
 @dataclass
-class VerifiableDataConfig(DataConfig):
+class VerifiableDataConfig(DataConfig, schema="verifiable"):
     """The embedded world: generated examples with exactly checkable answers."""
 
     size: int = option(3000, least=1)  # rows
@@ -212,16 +194,14 @@ class VerifiableDataConfig(DataConfig):
     delayed: float = option(0.0, least=0, most=0.5)
     benchmark_items: int = option(780, least=1)  # number of held-out questions
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.holdout:
-            raise ConfigError(
-                "data.holdout has no use for data=verifiable: its benchmark is the held-out set; leave it 0"
-            )
+            raise ConfigError("data.holdout has no use: the benchmark of data=verifiable is held out; leave it 0")
 
 
 @dataclass
-class TargetSetConfig(Group, option="target_set"):
+class TargetSetConfig(Group, option="target_set", schema="target_set"):
     """Examples of what the finetuned model should be good at, grouped into tasks. Some methods select towards them."""
 
     name: str = MISSING
@@ -230,7 +210,7 @@ class TargetSetConfig(Group, option="target_set"):
 
 
 @dataclass
-class FilesTargetSetConfig(TargetSetConfig):
+class FilesTargetSetConfig(TargetSetConfig, schema="files"):
     """Target rows from files: one file per task, or one file whose column names each row's task."""
 
     path: str | None = None  # a local file, or a folder that holds the files of `urls`; used instead of `urls`
@@ -240,22 +220,19 @@ class FilesTargetSetConfig(TargetSetConfig):
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if not self.path and not self.urls:
             raise ConfigError("target_set.path is empty; name a file with rows of what the model should be good at")
 
 
 @dataclass
-class VerifiableTargetSetConfig(TargetSetConfig):
+class VerifiableTargetSetConfig(TargetSetConfig, schema="verifiable_tasks"):
     """Questions from the embedded world, each with its correct answer; not in `data=verifiable` or its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ConfigError(f"target_set.tasks={list(self.tasks)} must name at least one family, and each once")
+    def check(self) -> None:
+        each_once("target_set.tasks", self.tasks)
         if self.limit is None:
             raise ConfigError("target_set.limit is empty; the embedded world needs the number of rows per task")

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import Group, endpoint_address, one_of, option, require_secrets_elsewhere
+from gradsift.config.checks import Group, each_once, endpoint_address, one_of, option, require_secrets_elsewhere
 from gradsift.config.data import EMBEDDED, TERSE
 from gradsift.config.machine import ComputeConfig
 from gradsift.config.models import ModelConfig
@@ -55,7 +55,7 @@ def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
 
 
 @dataclass
-class BenchmarkConfig(Group, option="benchmark"):
+class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
     """Which questions the finetuned models answer, and how."""
 
     sets: list[str] = field(default_factory=list)  # names of sets in the catalogue
@@ -72,33 +72,25 @@ class BenchmarkConfig(Group, option="benchmark"):
     lm_eval_tasks: list[str] = field(default_factory=list)  # tasks of lm-eval, answered before and after the finetune
     lm_eval_folder: str | None = None  # folder with YAML files of further lm-eval tasks, and their data
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if not self.sets:
             raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
         self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
-        for key, kind in (("sets", "set"), ("general", "set"), ("lm_eval_tasks", "task")):
+        for key in ("sets", "general", "lm_eval_tasks"):
             names = list(getattr(self, key))
             if len(set(names)) < len(names):
-                raise ConfigError(f"benchmark.{key}={names} names a {kind} twice; name each once")
-        for key, name in [("sets", n) for n in self.sets] + [("general", n) for n in self.general]:
-            if name not in (EMBEDDED, TERSE) and name not in self.catalog:
-                known = ", ".join([EMBEDDED, TERSE, *self.catalog])
-                raise ConfigError(
-                    f"benchmark.{key} names {name!r}, which benchmark.catalog does not hold; known: {known}"
-                )
+                raise ConfigError(f"benchmark.{key}={names} has a name twice; name each once")
+        known = [EMBEDDED, TERSE, *self.catalog]
+        for name in [*self.sets, *self.general]:
+            if name not in known:
+                key = "sets" if name in self.sets else "general"
+                raise ConfigError(f"benchmark.{key} names {name!r}, not in the catalog; known: {', '.join(known)}")
         if self.lm_eval_folder is not None and not self.lm_eval_tasks:
             raise ConfigError(
                 f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, and benchmark.lm_eval_tasks names none"
             )
-        self._check_references()
-
-    def _check_references(self) -> None:
         if both := [name for name in self.general if name in self.sets]:
-            raise ConfigError(
-                f"benchmark.general={both} is in benchmark.sets too, which the untouched target answers anyway; "
-                "name it in one of them"
-            )
+            raise ConfigError(f"benchmark.general={both} is in benchmark.sets too; name it in one of them")
         if bare := self.without_reference(self.general):
             raise ConfigError(
                 f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name their "
@@ -116,19 +108,7 @@ class BenchmarkConfig(Group, option="benchmark"):
 
     def match_of(self, name: str) -> str:
         """Return the rule by which answers to the set `name` are compared with the reference."""
-        entry = self.catalog.get(name)  # None for the embedded world's sets
-        return "exact" if entry is None else str(entry.match)
-
-
-# parameters that judge.extra_body must not hold, and why
-_RESERVED = {
-    "messages": "which the judge's prompt makes; leave it out",
-    "model": "which has an option of its own: judge.model",
-    "stream": "and replies are read whole; leave it out",
-    "n": "and one reply per request is read; leave it out",
-    "max_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
-    "max_completion_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
-}
+        return self.catalog[name].match if name in self.catalog else "exact"  # exact for the embedded world's sets
 
 
 @dataclass
@@ -141,12 +121,12 @@ class JudgeConfig(Group, option="judge"):
 
 
 @dataclass
-class VerifierJudgeConfig(JudgeConfig):
+class VerifierJudgeConfig(JudgeConfig, schema="verifier"):
     """Grades an answer 1 if it equals the reference answer, else 0."""
 
 
 @dataclass
-class LocalJudgeConfig(JudgeConfig):
+class LocalJudgeConfig(JudgeConfig, schema="local"):
     """Compares a local model's log-probabilities of A and B, the answers' names. A small model only tests the setup."""
 
     model: ModelConfig = MISSING
@@ -155,7 +135,7 @@ class LocalJudgeConfig(JudgeConfig):
 
 
 @dataclass
-class EndpointOptions:
+class EndpointOptions(Group):
     """How requests are sent to an OpenAI-compatible endpoint, and what they may cost."""
 
     base_url: str | None = None  # null: OPENAI_BASE_URL, or else the default of the OpenAI client
@@ -171,14 +151,16 @@ class EndpointOptions:
     max_usd: float | None = option(None, above=0)
     max_calls: int | None = option(None, least=1)  # cap on a stage's requests, resumed runs included
 
-    def _check_endpoint(self, group: str) -> None:
+    def check(self) -> None:
+        super().check()
+        group = self._option
         if self.base_url:
             endpoint_address(f"{group}.base_url", self.base_url, self.api_key_env)
         if (self.price_input is None) != (self.price_output is None):
             raise ConfigError(f"give both {group}.price_input and {group}.price_output, or neither")
         if self.max_usd is not None and self.price_input is None:
             raise ConfigError(
-                f"{group}.max_usd={self.max_usd:g} needs {group}.price_input and {group}.price_output (USD a million "
+                f"{group}.max_usd={self.max_usd:g} needs {group}.price_input and {group}.price_output (USD per million "
                 f"tokens); give them, or cap the requests with {group}.max_calls"
             )
 
@@ -199,21 +181,24 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
     extra_query: Any = None  # mapping of the address's query parameters, such as Azure's api-version
     dry_run: bool = False  # print what would be sent and what it would cost, and stop there
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_endpoint("judge")
+    def check(self) -> None:
+        super().check()
         for name in ("extra_body", "extra_headers", "extra_query"):
             value = getattr(self, name) or {}
             if not isinstance(value, dict):
                 raise ConfigError(f"judge.{name}={value!r} is no mapping; give it as in judge.{name}={{NAME: VALUE}}")
             if name != "extra_body":
                 require_secrets_elsewhere(f"judge.{name}", value)
-        if reserved := [name for name in _RESERVED if name in (self.extra_body or {})]:
-            raise ConfigError(f"judge.extra_body holds {reserved[0]}, {_RESERVED[reserved[0]]}")
+        for name in ("messages", "model", "stream", "n", "max_tokens", "max_completion_tokens"):
+            if name in (self.extra_body or {}):
+                raise ConfigError(
+                    f"judge.extra_body holds {name}, which gradsift sets itself; leave it out, or use judge.model, "
+                    "judge.max_tokens and judge.token_parameter"
+                )
 
 
 @dataclass
-class OpenaiJudgeConfig(EndpointJudgeConfig):
+class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
     """A protocol (prompt and parser) at an OpenAI-compatible endpoint; the default is the paper's (scores of 1-10)."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
@@ -226,15 +211,15 @@ class OpenaiJudgeConfig(EndpointJudgeConfig):
 
 
 @dataclass
-class AlpacaEvalJudgeConfig(EndpointJudgeConfig):
+class AlpacaEvalJudgeConfig(EndpointJudgeConfig, schema="alpaca_eval"):
     """One of alpaca_eval's annotators. It judges every pair in both orders."""
 
     annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # name in the package, or your own folder or file
     model: str | None = None  # name of the model at the endpoint; null: the annotator's own
     max_tokens: int | None = option(None, least=1)  # most tokens of a reply; null: the annotator's own
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         # imported here, since only this judge reads files that the config names
         from gradsift.evaluation.judges.annotators import read_annotator
 
@@ -264,20 +249,19 @@ class CompareConfig(Group):
     compute: ComputeConfig = MISSING
     artifacts: str = "artifacts"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         require_trained(self.judge)
 
 
 @dataclass
-class GeneratorConfig(Group, option="generator"):
+class GeneratorConfig(Group, option="generator", schema="local"):
     """What computes the answers: this process (`local`), or an endpoint."""
 
     name: str = "local"
 
 
 @dataclass
-class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
+class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig, schema="endpoint"):
     """An OpenAI-compatible server computes the answers. It must serve a tuned target under its artifact's name."""
 
     model: str | None = None  # the server's name for the untuned target; null: target.model.path
@@ -290,13 +274,11 @@ class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig):
     serve_arguments: list[str] = field(default_factory=list)  # further arguments of `serve`
     start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until the started server must answer
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_endpoint("generator")
+    def check(self) -> None:
+        super().check()
         if self.serve and self.base_url:
             raise ConfigError(
-                f"generator.serve={self.serve} starts a server, and generator.base_url={self.base_url} names one; "
-                "give generator.serve=[] to ask that one"
+                f"generator.serve={self.serve} starts a server; give generator.serve=[] to ask generator.base_url"
             )
         if not self.serve and not self.base_url:
             raise ConfigError(f"generator={self.name} needs the address of a server: generator.base_url=URL")
@@ -310,7 +292,5 @@ class AuditConfig(Group, option="audit"):
     alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # alphas of selections that only the audit makes
     clusters: int = option(30, least=2)  # number of prompt clusters, used as task families if the data names none
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.alphas or len(set(self.alphas)) < len(self.alphas):
-            raise ConfigError(f"audit.alphas={list(self.alphas)} must name at least one share, and each once")
+    def check(self) -> None:
+        each_once("audit.alphas", self.alphas)

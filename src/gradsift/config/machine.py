@@ -1,7 +1,8 @@
-"""The tracker of metrics, and the machine that computes."""
+"""The tracker of metrics, what a run writes for other tools, and the machine that computes."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from gradsift.errors import ConfigError
 
 
 @dataclass
-class TrackerConfig(Group, option="tracker"):
+class TrackerConfig(Group, option="tracker", schema="tracker"):
     """Where metrics are sent, besides being written to the run's folder."""
 
     name: str = option(MISSING, choices=("wandb", "none"))
@@ -22,14 +23,36 @@ class TrackerConfig(Group, option="tracker"):
     group: str | None = None  # W&B group; null: the sweep's day and time
     artifacts: bool = False  # also log scores and selection as W&B artifacts; copies are in the run's folder
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.artifacts and self.name == "none":
             raise ConfigError("tracker.artifacts=true sends files to W&B; give tracker=wandb, or leave it out")
 
 
 @dataclass
-class ComputeConfig(Group, option="compute"):
+class ExportConfig(Group, option="export", schema="export"):
+    """Writes the selection for other trainers or to the hub, and the target with its adapter as one model."""
+
+    trl: bool = False  # write rows and configs for TRL to `export/trl` in the run's folder; export=[trl,...] sets this
+    llama_factory: bool = False  # as `trl`, but for LLaMA-Factory
+    axolotl: bool = False  # as `trl`, but for axolotl
+    merged: bool = False  # write target and adapter as one model (safetensors, tokenizer) to `export/merged`
+    # OWNER/NAME of a dataset of the hub, to which the selection is pushed with a dataset card at the end of the run.
+    # The token is read from HF_TOKEN
+    push_to_hub: str | None = None
+    private: bool = True  # if the push creates the dataset, only its owner can see it
+
+    def check(self) -> None:
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ConfigError(f"export.push_to_hub={self.push_to_hub!r} is no dataset of the hub; give OWNER/NAME")
+
+    @property
+    def formats(self) -> list[str]:
+        """The trainers for which the selection is written."""
+        return [name for name in ("trl", "llama_factory", "axolotl") if getattr(self, name)]
+
+
+@dataclass
+class ComputeConfig(Group, option="compute", schema="compute"):
     """The machine: device, precision, memory, and processes that share the work."""
 
     device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda if there is a GPU, else cpu
@@ -53,15 +76,13 @@ class ComputeConfig(Group, option="compute"):
     devices: int = option(1, least=1)
     num_nodes: int = option(1, least=1)  # machines that share the work and the store; the same command runs on each
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number = isinstance(self.threads, int) and not isinstance(self.threads, bool) and self.threads >= 1
-        if not number and self.threads not in ("auto", None):
+    def check(self) -> None:
+        is_number = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        if self.threads not in ("auto", None) and not (is_number and self.threads >= 1):
             raise ConfigError(f"compute.threads={self.threads!r} is not known; give auto, null or a number from 1 on")
         if self.strategy == "single" and self.ranks > 1:
             raise ConfigError(
-                f"compute.devices={self.devices} and compute.num_nodes={self.num_nodes} need a strategy, but "
-                "compute.strategy=single; take compute=ddp or compute=fsdp"
+                f"compute.devices={self.devices}, compute.num_nodes={self.num_nodes} need compute=ddp or compute=fsdp"
             )
 
     @property

@@ -14,7 +14,7 @@ FIDELITIES = ("original", "fixed")
 
 
 @dataclass
-class ScorerConfig(Group, option="scorer"):
+class ScorerConfig(Group, option="scorer", schema="scorer"):
     """A scorer: `_target_` names a function whose positional parameters say what it needs (see gradsift.scoring)."""
 
     _target_: str = MISSING
@@ -22,7 +22,7 @@ class ScorerConfig(Group, option="scorer"):
 
 
 @dataclass
-class PublishedConfig(ScorerConfig):
+class PublishedConfig(ScorerConfig, schema="published"):
     """The scores of the file `data.scores`; this scorer is chosen by setting that option."""
 
     _target_: str = "gradsift.scoring.published.published"
@@ -30,7 +30,7 @@ class PublishedConfig(ScorerConfig):
 
 
 @dataclass
-class GsnrConfig(ScorerConfig):
+class GsnrConfig(ScorerConfig, schema="gsnr"):
     """The Gradient Signal-to-Noise Ratio and its ablations."""
 
     # added to the mean early norm G_s, and to the variance V_t of the late norm over the members (in units of a norm
@@ -39,7 +39,7 @@ class GsnrConfig(ScorerConfig):
 
 
 @dataclass
-class GsnrDirectionConfig(GsnrConfig):
+class GsnrDirectionConfig(GsnrConfig, schema="gsnr_direction"):
     """Cosine between an example's gradient and the mean gradient of the pool, alone or combined with G-SNR."""
 
     # gsnr: multiply the cosine by the share of examples whose G-SNR is not above the example's
@@ -47,7 +47,7 @@ class GsnrDirectionConfig(GsnrConfig):
 
 
 @dataclass
-class ContrastConfig(ScorerConfig):
+class ContrastConfig(ScorerConfig, schema="contrast"):
     """Contrast of an answer's loss with the losses of answers to similar prompts."""
 
     neighbours: int = option(50, least=2)  # k, number of most similar other prompts
@@ -62,21 +62,21 @@ class ContrastConfig(ScorerConfig):
 
 
 @dataclass
-class G2isConfig(ScorerConfig):
+class G2isConfig(ScorerConfig, schema="g2is"):
     """Agreement of gradients with the target set's core knowledge: principal components of its gradients (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components
 
 
 @dataclass
-class RandomScorerConfig(ScorerConfig):
+class RandomScorerConfig(ScorerConfig, schema="random"):
     """Uniform random scores."""
 
     seed: int = option(0, least=0)  # seed of the scores
 
 
 @dataclass
-class SuperfilterConfig(ScorerConfig):
+class SuperfilterConfig(ScorerConfig, schema="superfilter"):
     """Instruction-following difficulty under the proxy's backbone (Superfiltering)."""
 
     max_length: int = option(1024, least=2)  # tokens; L of the published code
@@ -84,17 +84,16 @@ class SuperfilterConfig(ScorerConfig):
     # high: high difficulty first, as published; low: low difficulty first, which ranks clean rows higher in noisy data
     keep: str = option("high", choices=("high", "low"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if (self.fidelity, self.keep) == ("original", "low"):
             raise ConfigError(
-                "scorer.keep=low would put first the rows that scorer.fidelity=original gives an IFD of 0 because they "
-                "could not be scored; take scorer.fidelity=fixed"
+                "scorer.keep=low puts first the rows that could not be scored, which scorer.fidelity=original gives an "
+                "IFD of 0; take scorer.fidelity=fixed"
             )
 
 
 @dataclass
-class GradsConfig(ScorerConfig):
+class GradsConfig(ScorerConfig, schema="grads"):
     """Representativeness, diversity and redundancy (GrADS). The paper gives no values for these options."""
 
     # weights w_g, w_d and w_s of representativeness, diversity and redundancy; a factor with weight 0 is left out
@@ -109,12 +108,10 @@ class GradsConfig(ScorerConfig):
     neighbours: int = option(1, least=1)  # redundancy is the mean cosine to this many most similar examples
     scale: str = option("rank", choices=("rank", "minmax"))  # how each factor is mapped to 0..1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if len(self.weights) != 3 or not any(self.weights):
             raise ConfigError(
-                f"scorer.weights={list(self.weights)} must be three numbers, w_g, w_d and w_s, of which one is not 0, "
-                "as in [1,1,1]"
+                f"scorer.weights={list(self.weights)} must be three numbers, w_g, w_d and w_s, not all 0, as in [1,1,1]"
             )
         if self.bandwidth != "scott":
             if isinstance(self.bandwidth, bool) or not isinstance(self.bandwidth, int | float):
@@ -123,7 +120,7 @@ class GradsConfig(ScorerConfig):
 
 
 @dataclass
-class CherryConfig(ScorerConfig):
+class CherryConfig(ScorerConfig, schema="cherry"):
     """Instruction-following difficulty as a ratio of losses (Cherry)."""
 
     max_length: int = option(512, least=2)  # tokens; L of the published command
@@ -132,14 +129,14 @@ class CherryConfig(ScorerConfig):
 
 
 @dataclass
-class PerplexityConfig(ScorerConfig):
+class PerplexityConfig(ScorerConfig, schema="perplexity"):
     """Perplexity of the response under the proxy's backbone, without training."""
 
     prefer: str = option("low", choices=("low", "high", "middle"))  # middle: nearest to the median rank
 
 
 @dataclass
-class LengthConfig(ScorerConfig):
+class LengthConfig(ScorerConfig, schema="length"):
     """Length of the response, of the prompt, or of both."""
 
     unit: str = option("tokens", choices=("tokens", "characters"))  # tokens of the proxy; characters need no model
@@ -148,14 +145,14 @@ class LengthConfig(ScorerConfig):
 
 
 @dataclass
-class SbertConfig(ScorerConfig):
+class SbertConfig(ScorerConfig, schema="sbert"):
     """Cosine of an example's embedding to the embeddings of a target set."""
 
     over: str = option("mean", choices=("mean", "max"))  # mean or largest cosine to the target rows
 
 
 @dataclass
-class RatingConfig(ScorerConfig):
+class RatingConfig(ScorerConfig, schema="llm_rating"):
     """Grades that the run's judge gives to each example (AlpaGasus, DEITA)."""
 
     # alpagasus: accuracy 0-5; deita: complexity 1-6 times quality 1-6
@@ -163,7 +160,7 @@ class RatingConfig(ScorerConfig):
 
 
 @dataclass
-class SelectorConfig(Group, option="selector"):
+class SelectorConfig(Group, option="selector", schema="selector"):
     """A selector: `_target_` names a function of scores, budget and further inputs (see gradsift.selection)."""
 
     _target_: str = MISSING
@@ -171,7 +168,7 @@ class SelectorConfig(Group, option="selector"):
 
 
 @dataclass
-class FacilityLocationConfig(SelectorConfig):
+class FacilityLocationConfig(SelectorConfig, schema="facility_location"):
     """Selects a subset that represents all candidates, the examples with the highest scores (Superfiltering.D)."""
 
     # similarity of two embeddings; exp_distance: exp(-distance / dimensions), as in the published code
@@ -180,14 +177,14 @@ class FacilityLocationConfig(SelectorConfig):
 
 
 @dataclass
-class ReprFilterConfig(SelectorConfig):
+class ReprFilterConfig(SelectorConfig, schema="repr_filter"):
     """Selects the highest scores, but skips examples that are too similar to a selected example (DEITA)."""
 
     threshold: float = option(0.9, least=-1, most=1)  # largest cosine to a selected example
 
 
 @dataclass
-class ClustersConfig(SelectorConfig):
+class ClustersConfig(SelectorConfig, schema="clusters"):
     """Selects the examples with the highest scores in each k-means cluster of the embeddings."""
 
     clusters: int = option(100, least=1)  # k of k-means
@@ -197,15 +194,14 @@ class ClustersConfig(SelectorConfig):
 
 
 @dataclass
-class QuotasConfig(SelectorConfig):
+class QuotasConfig(SelectorConfig, schema="quotas"):
     """Selects the highest scores in each group of rows. Each group has a given share of the selection."""
 
     column: str = "source"  # column of the data that names a row's group; data=mixture writes `source`
     # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: each group has its share in the pool
     shares: Any = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.shares is None:
             return
         numbers = isinstance(self.shares, dict) and all(isinstance(each, int | float) for each in self.shares.values())
@@ -219,7 +215,7 @@ class QuotasConfig(SelectorConfig):
 
 
 @dataclass
-class GumbelConfig(SelectorConfig):
+class GumbelConfig(SelectorConfig, schema="gumbel"):
     """A random draw without replacement that favours high scores."""
 
     # a row whose score is this many standard deviations higher has e times the odds of being drawn
@@ -228,7 +224,7 @@ class GumbelConfig(SelectorConfig):
 
 
 @dataclass
-class RoundRobinQueriesConfig(SelectorConfig):
+class RoundRobinQueriesConfig(SelectorConfig, schema="round_robin_queries"):
     """Selects, for one target row after another, the pool row whose embedding has the largest cosine to it (RDS+)."""
 
     # what happens if the pool row that is next for a target row is selected already. original: nothing is selected in
@@ -237,7 +233,7 @@ class RoundRobinQueriesConfig(SelectorConfig):
 
 
 @dataclass
-class GradientWalkConfig(SelectorConfig):
+class GradientWalkConfig(SelectorConfig, schema="gradient_walk"):
     """Selects examples one by one, so that their gradients agree with each other and with target gradients (G2IS)."""
 
     explained: float = option(0.5, above=0, most=1)  # share of the target gradients' variance in the components

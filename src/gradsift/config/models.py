@@ -8,14 +8,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from gradsift.config.checks import Group, one_of, option
+from gradsift.config.checks import Group, option
 from gradsift.errors import ConfigError
 from gradsift.names import LONGEST_NAME, slug_of_path
 
 TEMPLATES = ("alpaca", "chat", "plain")
 SCHEDULES = ("constant", "linear", "cosine")
 BATCHINGS = ("bucketed", "random")
-POOLINGS = ("mean", "weighted_mean", "last")
 
 
 @dataclass
@@ -34,7 +33,7 @@ class NanoConfig(Group, option="model.nano"):
 
 
 @dataclass
-class ModelConfig(Group, option="model"):
+class ModelConfig(Group, option="model", schema="model"):
     """A causal language model: its backbone, without adapters."""
 
     # pretrained: from the hub or a folder; nano: pretrained by gradsift; smollm2: from the package that holds it;
@@ -48,22 +47,13 @@ class ModelConfig(Group, option="model"):
     trust_remote_code: bool = False  # run code from the model's files
     nano: NanoConfig = field(default_factory=NanoConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.kind == "pretrained" and not self.path:
-            raise ConfigError(
-                "model.path is empty; give the hub id or the folder of a causal language model, as in proxy.model=ID "
-                "or target.model=ID"
-            )
+            raise ConfigError("model.path is empty; give a hub id or a folder, as in proxy.model=ID or target.model=ID")
         if self.kind != "pretrained" and self.path:
             raise ConfigError(
-                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf or target=hf"
+                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf, target=hf"
             )
-
-    @property
-    def short_name(self) -> str:
-        """The last part of the hub id or folder, in lower case and with at most `LONGEST_NAME` characters."""
-        return slug_of_path(str(self.path))[:LONGEST_NAME]
 
 
 @dataclass
@@ -80,14 +70,12 @@ class LoraConfig(Group, option="lora"):
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
     use_dora: bool = False  # true is refused: per-sample norms cover A and B only
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if not self.targets:
             raise ConfigError("lora.targets is empty; name the linear layers, or [all-linear]")
         if self.use_dora:
             raise ConfigError(
-                "lora.use_dora=true is not offered: DoRA trains a magnitude of each output beside A and B, and the "
-                "norms here are those of A and B; leave it out"
+                "lora.use_dora=true is not offered: DoRA also trains magnitudes, and norms are of A and B; leave it out"
             )
 
     @property
@@ -104,20 +92,8 @@ class LoraConfig(Group, option="lora"):
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "targets": list(self.targets)} | later
 
 
-def _check_template(option: str, template: str) -> None:
-    if template not in TEMPLATES and not template.endswith(".jinja"):
-        raise ConfigError(
-            f"{option}={template!r} is not known; choose one of: {', '.join(TEMPLATES)}, or name the file of a chat "
-            "template, as in FILE.jinja"
-        )
-
-
-def warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, the number of steps in which the learning rate rises from 0.
-
-    Raises:
-        ConfigError: the warm-up takes all `steps`, so that the learning rate would never reach its full value.
-    """
+def _warmup_fits(option: str, warmup: int, steps: int) -> int:
+    """Return `warmup`, after a check that it ends before the training, so that the rate reaches its full value."""
     if 0 < steps <= warmup:
         raise ConfigError(
             f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
@@ -127,14 +103,28 @@ def warmup_fits(option: str, warmup: int, steps: int) -> int:
 
 
 @dataclass
-class ProxyConfig(Group, option="proxy"):
-    """The proxy ensemble: `members` LoRA adapters on one frozen backbone (GRADFILTERING, section 3)."""
+class AdaptedModelConfig(Group):
+    """A model with a low-rank adapter, and how examples become its tokens."""
 
     name: str = MISSING
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
     template: str = "alpaca"  # alpaca or plain; chat: the tokenizer's chat template; FILE.jinja: your own chat template
     max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
+
+    def check(self) -> None:
+        self.name = self.name or slug_of_path(str(self.model.path))[:LONGEST_NAME]
+        if self.template not in TEMPLATES and not self.template.endswith(".jinja"):
+            raise ConfigError(
+                f"{self._option}.template={self.template!r} is not known; choose one of: {', '.join(TEMPLATES)}, or "
+                "name the file of a chat template, as in FILE.jinja"
+            )
+
+
+@dataclass
+class ProxyConfig(AdaptedModelConfig, option="proxy", schema="proxy"):
+    """The proxy ensemble: `members` LoRA adapters on one frozen backbone (GRADFILTERING, section 3)."""
+
     members: int = option(5, least=1)  # M of the paper
     together: int = option(1, least=1)  # members that train side by side, in one pass over the frozen weights
     # how members differ: lora_seeds (initial A and data order), bootstrap (resample and order of the data), mc_dropout
@@ -158,49 +148,33 @@ class ProxyConfig(Group, option="proxy"):
     # bucketed: a batch holds examples of similar length; random: batches do not depend on length
     batching: str = option("bucketed", choices=BATCHINGS)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.name = self.name or self.model.short_name
-        _check_template("proxy.template", self.template)
-        self._check_ensemble()
-        self._check_shards()
-        early_late = self.snapshots
-        if len(early_late) != 2 or not 1 <= early_late[0] < early_late[1]:
-            raise ConfigError(
-                f"proxy.snapshots={list(early_late)} must be two increasing epochs, the first at least 1, as in [1,2]"
-            )
-        if self.epochs is not None and self.epochs < early_late[1]:
-            raise ConfigError(
-                f"proxy.snapshots={list(early_late)} reach beyond proxy.epochs={self.epochs}; "
-                f"raise proxy.epochs to {early_late[1]} or leave it empty"
-            )
-
-    def _check_ensemble(self) -> None:
-        if self.ensemble != "lora_seeds" and self.collect == "during_training":
-            reason = {
-                "bootstrap": "a resample leaves out about a third of the rows, which would have no norm",
-                "mc_dropout": "its members are passes over weights that stay as they are",
-            }[self.ensemble]
-            raise ConfigError(
-                f"proxy.ensemble={self.ensemble} does not go with proxy.collect=during_training: {reason}; "
-                "take proxy.collect=epoch_end"
-            )
+    def check(self) -> None:
+        super().check()
+        if self.collect == "during_training":  # the norms come from the trainings themselves
+            refused, remedy = "does not go with proxy.collect=during_training", "take proxy.collect=epoch_end"
+            if self.ensemble != "lora_seeds":
+                is_resample = self.ensemble == "bootstrap"
+                reason = "a resample leaves rows out" if is_resample else "its members are not trained"
+                raise ConfigError(f"proxy.ensemble={self.ensemble} {refused}: {reason}; {remedy}")
+            if self.shards > 1:
+                raise ConfigError(f"proxy.shards={self.shards} {refused}: a training has no shards; {remedy}")
         if self.ensemble == "mc_dropout" and not self.lora.dropout:
             raise ConfigError(
-                "proxy.ensemble=mc_dropout needs dropout, but proxy.lora.dropout=0.0: all members would be one; "
-                "give a probability, as in proxy.lora.dropout=0.1"
-            )
-
-    def _check_shards(self) -> None:
-        if self.shards > 1 and self.collect == "during_training":
-            raise ConfigError(
-                f"proxy.shards={self.shards} does not go with proxy.collect=during_training: there the training itself "
-                "gives the norms; take proxy.collect=epoch_end, or proxy.shards=1"
+                "proxy.ensemble=mc_dropout with proxy.lora.dropout=0.0 makes members equal; give proxy.lora.dropout=0.1"
             )
         if self.shard is not None and not 0 <= self.shard < self.shards:
             raise ConfigError(
-                f"proxy.shard={self.shard} is none of proxy.shards={self.shards}, which count from 0 to "
-                f"{self.shards - 1}; give one of these, or leave it empty (null) for all"
+                f"proxy.shard={self.shard} is none of proxy.shards={self.shards}, counted from 0; null stands for all"
+            )
+        epochs = list(self.snapshots)
+        if len(epochs) != 2 or not 1 <= epochs[0] < epochs[1]:
+            raise ConfigError(
+                f"proxy.snapshots={epochs} must be two increasing epochs, the first at least 1, as in [1,2]"
+            )
+        if self.epochs is not None and self.epochs < epochs[1]:
+            raise ConfigError(
+                f"proxy.snapshots={epochs} reach beyond proxy.epochs={self.epochs}; raise proxy.epochs to {epochs[1]} "
+                "or leave it empty"
             )
 
     @property
@@ -209,18 +183,13 @@ class ProxyConfig(Group, option="proxy"):
 
 
 @dataclass
-class TargetConfig(Group, option="target"):
+class TargetConfig(AdaptedModelConfig, option="target", schema="target"):
     """The model that is finetuned on the selection.
 
     The defaults of `loss`, `max_grad_norm` and `schedule`, and AdamW's betas and eps, are those of transformers'
     Trainer.
     """
 
-    name: str = MISSING
-    model: ModelConfig = MISSING
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    template: str = "alpaca"  # as proxy.template
-    max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
     epochs: int | None = option(None, least=1)  # give either epochs or steps
     steps: int | None = option(None, least=1)  # optimiser steps, the same for every selection: equal compute
     # token: mean loss over all response tokens of an optimiser step; example: mean loss of each example,
@@ -237,10 +206,8 @@ class TargetConfig(Group, option="target"):
     # of similar length pass through the model together in any case
     batching: str = option("random", choices=BATCHINGS)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.name = self.name or self.model.short_name
-        _check_template("target.template", self.template)
+    def check(self) -> None:
+        super().check()
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("give either target.epochs or target.steps, and leave the other empty (null)")
         if self.warmup_steps and self.warmup_ratio:
@@ -249,14 +216,10 @@ class TargetConfig(Group, option="target"):
             self.warmup_of(self.steps)
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps.
-
-        Raises:
-            ConfigError: the warm-up takes all steps.
-        """
+        """Return the number of warm-up steps in a training of `steps` optimiser steps; ConfigError if it is all."""
         if self.warmup_ratio:
-            return warmup_fits(f"target.warmup_ratio={self.warmup_ratio}", math.ceil(self.warmup_ratio * steps), steps)
-        return warmup_fits(f"target.warmup_steps={self.warmup_steps}", self.warmup_steps, steps)
+            return _warmup_fits(f"target.warmup_ratio={self.warmup_ratio}", math.ceil(self.warmup_ratio * steps), steps)
+        return _warmup_fits(f"target.warmup_steps={self.warmup_steps}", self.warmup_steps, steps)
 
 
 @dataclass
@@ -269,33 +232,24 @@ class EmbedderConfig(Group, option="embedder"):
 
 
 @dataclass
-class HiddenStatesConfig(EmbedderConfig):
+class HiddenStatesConfig(EmbedderConfig, schema="hidden_states"):
     """Last hidden states of the proxy's backbone, pooled over the tokens."""
 
     # what is embedded. prompt_and_response, prompt: in the proxy's template; instruction_input_output: one per line,
     # without a template
     text: str = option("prompt_and_response", choices=("prompt_and_response", "prompt", "instruction_input_output"))
     # weighted_mean: token t of 1..T has weight t; last: only the last token
-    pooling: str = option("mean", choices=POOLINGS)
+    pooling: str = option("mean", choices=("mean", "weighted_mean", "last"))
 
 
 @dataclass
-class SentenceTransformersConfig(EmbedderConfig):
+class SentenceTransformersConfig(EmbedderConfig, schema="sentence_transformers"):
     """A model of the package sentence-transformers, which pools the tokens itself."""
 
     # instruction_input_output, or prompt, which leaves out the response; neither uses a template
-    text: str = "instruction_input_output"
+    text: str = option("instruction_input_output", choices=("instruction_input_output", "prompt"))
     model: str = MISSING  # hub id, or a folder that sentence-transformers saved
     revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text == "prompt_and_response":
-            raise ConfigError(
-                "embedder.text=prompt_and_response is in the proxy's template, which a sentence encoder was not made "
-                "for; take embedder.text=instruction_input_output"
-            )
-        one_of("embedder.text", self.text, ("instruction_input_output", "prompt"))
 
 
 @dataclass
@@ -320,25 +274,18 @@ class WarmupConfig(Group, option="features.warmup"):
     )
     seed: int | None = option(None, least=0)  # seed of rows, order and initial A; null: the run's seed
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if (self.share is None) == (self.rows is None):
-            raise ConfigError(
-                "give either features.warmup.share or features.warmup.rows, and leave the other empty (null)"
-            )
+            raise ConfigError("give either features.warmup.share or features.warmup.rows; leave the other empty (null)")
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps.
-
-        Raises:
-            ConfigError: the warm-up takes all steps.
-        """
+        """Return the number of warm-up steps in a training of `steps` optimiser steps; ConfigError if it is all."""
         name = f"features.warmup.warmup_ratio={self.warmup_ratio}"
-        return warmup_fits(name, math.ceil(self.warmup_ratio * steps), steps)
+        return _warmup_fits(name, math.ceil(self.warmup_ratio * steps), steps)
 
 
 @dataclass
-class FeaturesConfig(Group, option="features"):
+class FeaturesConfig(Group, option="features", schema="features"):
     """Gradients of the examples as vectors, for the methods that compare their directions (LESS, G2IS)."""
 
     name: str = MISSING
@@ -353,10 +300,26 @@ class FeaturesConfig(Group, option="features"):
     adam: bool = True  # turn the pool's gradients into Adam's updates; the target set's gradients are used unchanged
     normalise: bool = True  # compare by cosine; false: by inner product, where larger norms count more
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.adam and self.gradient_params == "full":
             raise ConfigError(
-                "features.adam=true needs Adam's moments, which the warm-up has of the LoRA parameters alone; with "
-                "features.gradient_params=full give features.adam=false"
+                "features.adam=true needs features.gradient_params=lora (Adam's moments); or give features.adam=false"
             )
+
+
+# Short names: `proxy=NAME` and `target=NAME` stand for `hf` with this id and the model's chat template
+KNOWN_MODELS = {
+    "qwen3_0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3_1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3_8b": "Qwen/Qwen3-8B",
+    "llama3_1b": "meta-llama/Llama-3.2-1B-Instruct",  # gated, like all models of Meta and Google
+    "llama3_8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "gemma3_270m": "google/gemma-3-270m-it",
+    "gemma3_1b": "google/gemma-3-1b-it",
+    "smollm3_3b": "HuggingFaceTB/SmolLM3-3B",
+    "olmo2_1b": "allenai/OLMo-2-0425-1B-Instruct",
+    "olmo2_7b": "allenai/OLMo-2-1124-7B-Instruct",
+    "olmo3_7b": "allenai/Olmo-3-7B-Instruct",
+    "mistral_7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "gpt_oss_20b": "openai/gpt-oss-20b",
+}

@@ -1,33 +1,28 @@
-"""Everything that a run depends on, and the checks across groups."""
+"""Everything that a run depends on, the checks across groups, and the conversion of composed configs."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from gradsift.config.checks import Group, option
-from gradsift.config.data import (
-    EMBEDDED,
-    NO_TARGET_SET,
-    TERSE,
-    DataConfig,
-    FilesTargetSetConfig,
-    TargetSetConfig,
-    VerifiableDataConfig,
-    VerifiableTargetSetConfig,
-)
+from gradsift.config.checks import SCHEMAS, Group, one_of, option
+from gradsift.config.data import EMBEDDED, NO_TARGET_SET, TERSE, DataConfig, TargetSetConfig, VerifiableTargetSetConfig
 from gradsift.config.evaluation import (
     AlpacaEvalJudgeConfig,
     AuditConfig,
     BenchmarkConfig,
+    CompareConfig,
     GeneratorConfig,
     JudgeConfig,
+    LocalJudgeConfig,
     require_trained,
 )
-from gradsift.config.export import ExportConfig
-from gradsift.config.machine import ComputeConfig, TrackerConfig
+from gradsift.config.machine import ComputeConfig, ExportConfig, TrackerConfig
 from gradsift.config.methods import FacilityLocationConfig, GsnrDirectionConfig, PublishedConfig
 from gradsift.config.models import (
     EmbedderConfig,
@@ -37,23 +32,19 @@ from gradsift.config.models import (
     SentenceTransformersConfig,
     TargetConfig,
 )
-from gradsift.errors import ConfigError
+from gradsift.errors import ConfigError, first_line
 from gradsift.names import require_name
-from gradsift.signatures import asked_by
+from gradsift.sources import asked_by
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
 OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that computes each
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
 BASELINES = ("full", "random", "random_clean")  # scorers that data.scores does not replace
-_EMBEDDINGS = {"embeddings", "target_embeddings"}
 OF_PROXY = {  # sources (inputs of scorers and selectors) that are computed with the proxy, whatever the embedder
     *("statistics", "late_losses", "answer_losses", "directions", "embedding_gradients"),
     *("gradients", "target_gradients", "backbone", "proxy_inputs"),
 }
-
-
-def _name_of(method: Any) -> str:
-    return str(method.get("name", "unnamed") if isinstance(method, dict) else method.name)
+Root = TypeVar("Root", "Config", CompareConfig)
 
 
 @dataclass
@@ -85,37 +76,30 @@ class Config(Group):
     artifacts: str = "artifacts"  # folder of the store, which keeps the results of stages for all runs
     report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stop_after is not None and self.stop_after not in STAGES:
-            raise ConfigError(f"stop_after={self.stop_after!r} is not known; choose one of: {', '.join(STAGES)}")
+    def check(self) -> None:
+        if self.stop_after is not None:
+            one_of("stop_after", self.stop_after, STAGES)
         if self.data.scores is not None and self.scorer_name not in BASELINES:
             self.scorer = PublishedConfig()
         self._check_names()
         self._check_ensemble()
-        self._check_candidates()
-        self._check_turns()
+        self._check_selector()
         self._check_embedded_parts()
-        self._check_random_weights()
-        self._check_quantization()
+        self._check_models()
         self._check_target_set()
-        self._check_export()
-        if self.audit.enabled:
-            self._check_audit()
+        self._check_outputs()
         if self.has_rater:
             self.check_rater()
-        if self.reaches("judge") and self.scorer_name != "full":  # full would be compared with itself
-            self._check_judge()
 
     @property
     def scorer_name(self) -> str:
         """The name of the scorer, which may be a user's own."""
-        return _name_of(self.scorer)
+        return str(_option_of(self.scorer, "name"))
 
     @property
     def selector_name(self) -> str:
         """The name of the selector, which may be a user's own."""
-        return _name_of(self.selector)
+        return str(_option_of(self.selector, "name"))
 
     @property
     def models(self) -> list[ModelConfig]:
@@ -125,9 +109,8 @@ class Config(Group):
         """
         models = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
         models += [self.target.model] if self.reaches("finetune") else []
-        judge = getattr(self.judge, "model", None)
-        judges = self.has_rater or (self.reaches("judge") and self.scorer_name != "full")
-        return [*models, judge] if judges and isinstance(judge, ModelConfig) else models
+        judges = self.has_rater or self._judges
+        return [*models, self.judge.model] if judges and isinstance(self.judge, LocalJudgeConfig) else models
 
     @property
     def has_rater(self) -> bool:
@@ -148,16 +131,34 @@ class Config(Group):
                 f"stop_after={self.stop_after}; take a later stage, or another objective"
             )
 
+    def check_rater(self) -> None:
+        """Raise ConfigError for a judge that cannot rate single examples of this run's data."""
+        knows_no_answers = self.judge.name == "verifier" and not self._is_embedded
+        if knows_no_answers or isinstance(self.judge, AlpacaEvalJudgeConfig):
+            raise ConfigError(
+                f"scorer={self.scorer_name} needs a judge that can rate one example of data={self.data.name}, and "
+                f"judge={self.judge.name} cannot; choose judge=openai or judge=local"
+            )
+        require_trained(self.judge)
+
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return the inputs that a scorer or selector asks for; None for a user's own, which is inspected later."""
-        target = method.get("_target_", "") if isinstance(method, dict) else method._target_
-        return asked_by(str(target))
+        """Return the sources that a scorer or selector asks for; None for a user's own, which is inspected later."""
+        return asked_by(str(_option_of(method, "_target_")))
+
+    @property
+    def _is_embedded(self) -> bool:
+        return self.data.name == EMBEDDED
 
     @property
     def _selects(self) -> bool:
         """Whether the run uses a selector; scorer=full needs none."""
         return self.reaches("selection") and self.scorer_name != "full"
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the run judges pairs of answers; scorer=full would be compared with itself."""
+        return self.reaches("judge") and self.scorer_name != "full"
 
     @property
     def _needs_proxy(self) -> bool:
@@ -166,7 +167,7 @@ class Config(Group):
             return self.stop_after == "statistics"
         with_proxy = set(OF_PROXY)
         if not isinstance(self.embedder, SentenceTransformersConfig):
-            with_proxy |= _EMBEDDINGS
+            with_proxy |= {"embeddings", "target_embeddings"}
         scorer, selector = self._asked(self.scorer), self._asked(self.selector)
         if scorer is None or scorer & with_proxy:
             return True
@@ -186,7 +187,7 @@ class Config(Group):
         divides |= isinstance(self.scorer, GsnrDirectionConfig) and self.scorer.weigh == "gsnr"
         if divides and self.proxy.members < 2:
             raise ConfigError(
-                f"scorer={self.scorer.name} divides by a variance over members, but proxy.members="
+                f"scorer={self.scorer_name} divides by a variance over members, but proxy.members="
                 f"{self.proxy.members}; give at least 2 (the paper has 5)"
             )
         if self.proxy.shard is not None and self.stop_after != "statistics":
@@ -195,45 +196,19 @@ class Config(Group):
                 f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
             )
 
-    def _check_target_set(self) -> None:
-        if isinstance(self.target_set, FilesTargetSetConfig | VerifiableTargetSetConfig):
-            return
-        methods = {f"scorer={self.scorer_name}": self.scorer} if self.reaches("scores") else {}
-        methods |= {f"selector={self.selector_name}": self.selector} if self._selects else {}
-        for name, method in methods.items():
-            if any(source.startswith("target_") for source in self._asked(method) or ()):
-                raise ConfigError(NO_TARGET_SET.format(method=name))
-
-    def _check_export(self) -> None:
-        if (self.export.formats or self.export.push_to_hub) and not self.reaches("selection"):
-            raise ConfigError(
-                f"export is of the selection, but stop_after={self.stop_after}; take stop_after=selection or a later "
-                "stage"
-            )
-        if self.export.merged and not self.reaches("finetune"):
-            raise ConfigError(
-                f"export.merged=true writes the finetuned target, but stop_after={self.stop_after}; take "
-                "stop_after=finetune or a later stage"
-            )
-
-    def _check_candidates(self) -> None:
-        if not isinstance(self.selector, FacilityLocationConfig) or not self.reaches("selection"):
-            return
-        if self.budget_base != "accepted":
-            return
-        name, most = "alpha", self.alpha
-        if self.audit.enabled and max(self.audit.alphas) > self.alpha:
-            name, most = "audit.alphas", max(self.audit.alphas)
-        if self.selector.candidates < most:
-            raise ConfigError(
-                f"selector.candidates={self.selector.candidates} lets fewer examples enter than {name}={most} "
-                f"selects; raise selector.candidates, or lower {name} below it"
-            )
-
-    def _check_turns(self) -> None:
-        """Check that round_robin gets scores by task; the scores of a user's own scorer are checked by the selector."""
-        known = self._asked(self.scorer) is not None
-        if self._selects and self.selector_name == "round_robin" and known and self.scorer_name not in SCORES_BY_TASK:
+    def _check_selector(self) -> None:
+        selector = self.selector
+        if isinstance(selector, FacilityLocationConfig) and self.reaches("selection"):
+            shares = {"alpha": self.alpha, "audit.alphas": max(self.audit.alphas) if self.audit.enabled else 0.0}
+            name = max(shares, key=lambda each: shares[each])
+            if self.budget_base == "accepted" and selector.candidates < shares[name]:
+                raise ConfigError(
+                    f"selector.candidates={selector.candidates} lets fewer examples enter than {name}={shares[name]} "
+                    f"selects; raise selector.candidates, or lower {name} below it"
+                )
+        # the scores of a user's own scorer are checked by the selector
+        without_tasks = self._asked(self.scorer) is not None and self.scorer_name not in SCORES_BY_TASK
+        if self._selects and self.selector_name == "round_robin" and without_tasks:
             raise ConfigError(
                 f"selector=round_robin takes turns between tasks, and scorer={self.scorer_name} gives no score "
                 f"per task; choose scorer={', '.join(SCORES_BY_TASK)} with a target_set, or selector=topk"
@@ -246,12 +221,12 @@ class Config(Group):
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
         foreign_sets = [name for name in asked if name not in embedded_sets and self.benchmark.catalog[name].url]
         foreign_sets += [] if self.benchmark.lm_eval_folder else self.benchmark.lm_eval_tasks
-        if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets and self._is_embedded:
-            raise ConfigError(
-                f"target=nano knows the embedded world's words alone and cannot answer {foreign_sets}; "
-                "take benchmark=verifiable or another target"
-            )
         if self._is_embedded:
+            if self.reaches("generate") and self.target.model.kind == "nano" and foreign_sets:
+                raise ConfigError(
+                    f"target=nano knows the embedded world's words alone and cannot answer {foreign_sets}; "
+                    "take benchmark=verifiable or another target"
+                )
             return
         foreign = []
         if isinstance(self.target_set, VerifiableTargetSetConfig):
@@ -267,68 +242,124 @@ class Config(Group):
         if foreign:
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
-    def _check_random_weights(self) -> None:
-        """Check that a model with random weights is used for scoring only: its answers and judgments mean nothing."""
-        if self.reaches("finetune") and self.target.model.kind == "tiny_bytes":
-            raise ConfigError(
-                "target.model.kind=tiny_bytes has random weights, so no answer of it means anything; "
-                "take another target, or stop_after=selection"
-            )
-        if self.reaches("judge"):
-            require_trained(self.judge)
-
-    def _check_quantization(self) -> None:
-        target = f"target.quantization={self.target.model.quantization} does not go with "
-        of_target = self.target.model.quantization != "none" and self.reaches("finetune")
-        if of_target and self.compute.strategy == "fsdp":
-            raise ConfigError(f"{target}compute=fsdp, which divides float weights; take compute=ddp")
-        if of_target and self.generator.name != "local" and self.reaches("generate"):
-            raise ConfigError(
-                f"{target}generator={self.generator.name}, which answers with the weights of the model's files; take "
-                "generator=local"
-            )
-        of_proxy = self.proxy.model.quantization != "none" and self._needs_proxy
-        if of_proxy and self.features.gradient_params == "full":
+    def _check_models(self) -> None:
+        """Check that models with random weights only score, and that quantised weights are used where they can be."""
+        if self.reaches("finetune"):
+            model = self.target.model
+            if model.kind == "tiny_bytes":
+                raise ConfigError(
+                    "target.model.kind=tiny_bytes has random weights; take another target, or stop_after=selection"
+                )
+            refused = f"target.quantization={model.quantization} does not go with"
+            if model.quantization != "none" and self.compute.strategy == "fsdp":
+                raise ConfigError(f"{refused} compute=fsdp, which divides float weights; take compute=ddp")
+            if model.quantization != "none" and self.reaches("generate") and self.generator.name != "local":
+                name = self.generator.name
+                raise ConfigError(f"{refused} generator={name}, which reads the model's files; take generator=local")
+        full_gradients = self._needs_proxy and self.features.gradient_params == "full"
+        if full_gradients and self.proxy.model.quantization != "none":
             raise ConfigError(
                 f"proxy.quantization={self.proxy.model.quantization} does not go with features.gradient_params=full: "
                 "quantised weights have no gradient; take features.gradient_params=lora"
             )
-
-    def _check_audit(self) -> None:
-        if not self.reaches("selection"):
+        if self.reaches("judge"):
+            require_trained(self.judge)
+        bare = self.benchmark.without_reference(self.benchmark.sets)
+        if self._judges and self.judge.name == "verifier" and bare:
             raise ConfigError(
-                f"audit.enabled looks at selections, but stop_after={self.stop_after}; take stop_after=selection"
+                f"judge=verifier needs reference answers, which benchmark.sets={bare} lack; take judge=openai or local"
             )
-        spoilt = self.data.spoilt if isinstance(self.data, VerifiableDataConfig) else 0.0
-        if not self.data.corruption.share and not spoilt:
+
+    def _check_target_set(self) -> None:
+        methods = {f"scorer={self.scorer_name}": self.scorer} if self.reaches("scores") else {}
+        methods |= {f"selector={self.selector_name}": self.selector} if self._selects else {}
+        for name, method in methods.items():
+            towards_target = any(source.startswith("target_") for source in self._asked(method) or ())
+            if towards_target and type(self.target_set) is TargetSetConfig:  # the schema of target_set=none
+                raise ConfigError(NO_TARGET_SET.format(method=name))
+
+    def _check_outputs(self) -> None:
+        """Check that the run reaches what it exports and audits, and that there is known corruption to audit."""
+        ends = f"stop_after={self.stop_after}"
+        if (self.export.formats or self.export.push_to_hub) and not self.reaches("selection"):
+            raise ConfigError(f"export is of the selection, but {ends}; take stop_after=selection or a later stage")
+        if self.export.merged and not self.reaches("finetune"):
+            raise ConfigError(
+                f"export.merged=true writes the finetuned target, but {ends}; take stop_after=finetune or a later stage"
+            )
+        if not self.audit.enabled:
+            return
+        if not self.reaches("selection"):
+            raise ConfigError(f"audit.enabled looks at selections, but {ends}; take stop_after=selection")
+        if not self.data.corruption.share and not getattr(self.data, "spoilt", 0):
             raise ConfigError(
                 f"audit.enabled compares scores with known corruption, of which data={self.data.name} has none; inject "
-                "some with data.corruption.share, as in data.corruption.share=0.3"
+                "some, as in data.corruption.share=0.3"
             )
 
-    def check_rater(self) -> None:
-        """Raise ConfigError for a judge that cannot rate single examples of this run's data."""
-        name = self.judge.name
-        if isinstance(self.judge, AlpacaEvalJudgeConfig):
-            raise ConfigError(f"scorer={self.scorer_name} needs a judge that can rate one example; judge={name} cannot")
-        if name == "verifier" and not self._is_embedded:
-            raise ConfigError(
-                f"judge=verifier knows the right answers of data={EMBEDDED} alone and cannot rate "
-                f"data={self.data.name} for scorer={self.scorer_name}; choose judge=openai or judge=local"
-            )
-        model = getattr(self.judge, "model", None)
-        if isinstance(model, ModelConfig) and model.kind == "tiny_bytes":
-            raise ConfigError("judge.model.kind=tiny_bytes has random weights and cannot rate; take another judge")
 
-    @property
-    def _is_embedded(self) -> bool:
-        return self.data.name == EMBEDDED
+def _option_of(method: Any, option: str) -> Any:
+    """Return an option of a scorer or selector: a dataclass, or the mapping of a user's own method."""
+    return method.get(option, "unnamed") if isinstance(method, dict) else getattr(method, option)
 
-    def _check_judge(self) -> None:
-        if self.judge.name != "verifier":
-            return
-        if bare := self.benchmark.without_reference(self.benchmark.sets):
-            raise ConfigError(
-                f"judge=verifier needs reference answers, which benchmark.sets={bare} do not have; "
-                "choose judge=openai or judge=local"
-            )
+
+def load_config(composed: DictConfig) -> Config:
+    """Convert the composed config of a run into a checked `Config`; see `load_root`."""
+    return load_root(composed, Config)
+
+
+def load_root(composed: DictConfig, kind: type[Root]) -> Root:
+    """Convert a composed config into checked dataclasses, of which `kind` is the outermost.
+
+    Raises:
+        ConfigError: an option is missing, unknown or has a value that cannot be used.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        reason = first_line(error)
+        if match := re.search(r"Environment variable '(\w+)' not found", reason):
+            reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
+        raise ConfigError(reason) from error
+    if not isinstance(config, kind):
+        raise ConfigError(f"the config is no {kind.__name__}; the first default of its YAML file must be its schema")
+    _require_known("", config)
+    return config
+
+
+def _require_known(option: str, value: Any) -> None:
+    """Raise ConfigError for unknown options added with `+` or `++`, which would be attributes that nothing reads."""
+    if not dataclasses.is_dataclass(value):
+        return
+    known = [field.name for field in dataclasses.fields(value)]
+    for name, each in vars(value).items():
+        if name not in known:
+            raise ConfigError(f"{option}{name} is no option; known: {', '.join(known)}")
+        _require_known(f"{option}{name}.", each)
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """Return a config as plain values, with the schema of each group, so that `restore_config` can read it."""
+    kinds = {group: type(getattr(config, group, None)) for group in SCHEMAS}
+    schemas = {group: name for group in SCHEMAS for name, kind in SCHEMAS[group].items() if kind is kinds[group]}
+    return {"schemas": schemas, "values": dataclasses.asdict(config)}
+
+
+def restore_config(dumped: Any) -> Config:
+    """Return the config that `dump_config` described, checked again.
+
+    Raises:
+        ConfigError: `dumped` does not describe a config, or was written by a version with other options.
+    """
+    if not isinstance(dumped, dict) or not all(isinstance(dumped.get(part), dict) for part in ("schemas", "values")):
+        raise ConfigError("this run's config has no readable schemas and values; give another run, or its options")
+    try:
+        composed = OmegaConf.structured(Config)
+        for group, schema in dumped["schemas"].items():
+            composed[group] = OmegaConf.structured(SCHEMAS[group][schema])
+        return load_config(OmegaConf.merge(composed, dumped["values"]))  # type: ignore[arg-type]
+    except (KeyError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"this run's config cannot be read by this version of gradsift ({error})") from error

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradsift.cpu.blocks import ATTENTION, LANES, fuse_blocks
+from gradsift.cpu.blocks import ATTENTION, LANES, PackedHead, fuse_blocks
 from gradsift.cpu.compiled import available, version
-from gradsift.cpu.products import PackedHead, pack_linear_layers
 from gradsift.training.residual import residual_precision, stream_readers
 
 _ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -28,13 +27,10 @@ def accelerate(model: Any) -> bool:
     GPT-2, Llama, Mistral, Qwen2 and Qwen3 with a hidden size of at least 256 are supported, in bfloat16 with a float32
     residual stream. In float32 at most a tenth of the time would be saved, because matrix products take most of it.
 
-    Args:
-        model: on the CPU or the meta device. On the meta device no layer is changed, and only the attributes that
-            `gradsift.training.numerics` reads are set.
+    Of a model on the meta device, only the attributes that `gradsift.training.numerics` reads are set.
 
     Returns:
-        True if the model is supported and the kernels are available; `model.kernels_version` is then the version of the
-        kernels. Otherwise False, and the model is unchanged.
+        Whether the model is supported and the kernels are available. If not, the model is unchanged.
     """
     if not _is_supported(model) or not available():
         return False
@@ -45,26 +41,22 @@ def accelerate(model: Any) -> bool:
     if model.device.type == "meta":
         return True
     head = model.get_output_embeddings()
-    pack_linear_layers(model, head)
     if type(head) is nn.Linear and head.bias is None:
         head.frozen_head = PackedHead(head.weight)
-    fuse_blocks(model, stream_readers(model))
+    fuse_blocks(model, head, stream_readers(model))
     return True
 
 
 def _is_supported(model: Any) -> bool:
     if model.dtype != torch.bfloat16 or model.device.type not in ("cpu", "meta"):
         return False
-    known = stream_readers(model) and model.config.model_type in _ARCHITECTURES
-    if not known or residual_precision(model) != "float32" or not _fits(model.config):
+    config = model.config
+    known = stream_readers(model) and config.model_type in _ARCHITECTURES
+    if not known or residual_precision(model) != "float32" or config.hidden_size < _SMALLEST:
+        return False
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
+    if any(width % LANES for width in (config.hidden_size, head_width, inner_width)):
         return False
     # without AVX-512, oneDNN has no bfloat16 products
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _fits(config: Any) -> bool:
-    """Return whether all widths are multiples of LANES, and the model is wide enough for the kernels to save time."""
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inner_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0
-    widths = (config.hidden_size, head_width, inner_width)
-    return config.hidden_size >= _SMALLEST and not any(width % LANES for width in widths)

@@ -1,12 +1,17 @@
-"""The operations between the matrix products of a transformer's blocks, fused for a CPU.
+"""The layers of a frozen bfloat16 model on a CPU: packed matrix products, and fused operations between them.
+
+Without packing a weight into oneDNN's memory layout, oneDNN reorders it in every call, which takes a third of the
+product's time. It also compiles a product for every new number of rows. `PackedProducts` keeps two packed copies of a
+weight, for the product of the forward pass and for that of the backward pass. It rounds the number of rows up to a
+multiple of 32 (`kernels.cpp`).
 
 transformers reads and writes whole tensors for every sum, product and cast, which takes half of a step's time. Here a
 normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), with
-float32 arithmetic. Layers that train or are adapted, and attention with a mask, a cache or dropout, use transformers'
-code.
+float32 arithmetic. Layers that train or are adapted, and attention with a mask, a cache, dropout or positions that
+differ between rows, use transformers' code.
 
-Shape letters: M tokens of a batch, D width, F inner width of an MLP, B examples, H heads, T tokens of an
-example, E width of a head.
+Shape letters: M tokens of a batch, I inputs of a layer, O outputs, D width, F inner width of an MLP, B examples, H
+heads, T tokens of an example, E width of a head, P places (tokens whose successor is predicted), V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,45 +26,136 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from gradsift.cpu.compiled import kernels
-from gradsift.cpu.products import PackedConv1D, PackedLinear, PackedProducts, is_packed
-from gradsift.training.frozen import trains
+from gradsift.training.adapted import FrozenProducts, trains
+from gradsift.training.device import become
 
 ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' registry
 LANES = 16  # numbers that a kernel processes at once; all widths must be multiples of this
+BLOCK = 32  # rows are padded to a multiple of this, as oneDNN compiles a product for each number of rows
+_CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
 
 
-def fuse_blocks(model: nn.Module, norms: list[Any]) -> None:
-    """Replace the forward passes of a frozen model's normalisation layers, MLPs and rotary attention.
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
 
-    Args:
-        norms: the normalisation layers that read the float32 residual stream
-            (`gradsift.training.residual.stream_readers`).
+
+def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return y
+
+
+class PackedProducts(FrozenProducts):
+    """The products of a layer, computed by oneDNN from packed copies of its weight (I, O) bfloat16."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.inputs, self.width = weight.shape
+        # oneDNN takes a weight as (outputs, inputs); the backward pass is the same product with the two exchanged
+        self.forward_weight = _pack(weight.detach().t())
+        self.backward_weight = _pack(weight.detach())
+        self.bias = None if bias is None else bias.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedProducts:
+        return self  # immutable
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = kernels().product(x, self.forward_weight, self.bias, self.width)
+        return y
+
+    def to_inputs(self, backprops: torch.Tensor) -> torch.Tensor:
+        to_x: torch.Tensor = kernels().product(backprops, self.backward_weight, None, self.inputs)
+        return to_x
+
+
+class PackedLayer:
+    """`nn.Linear` or `Conv1D` with packed weights."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.frozen_products(x) if _is_packed(self) else super().forward(x)  # type: ignore[misc, no-any-return]
+
+
+def _is_packed(layer: Any) -> bool:
+    """Return whether the layer uses packed weights; False if it trains, has an adapter or has been merged."""
+    return isinstance(layer, PackedLayer) and "frozen_products" in vars(layer) and not trains(layer)
+
+
+class PackedHead:
+    """Token losses from an output embedding (V, D) bfloat16 without bias, which is packed at first use.
+
+    The weight gets an additional column of ones, and each hidden state an additional number, the negative offset of its
+    logits (see `_less_rounded` in `gradsift.training.head`). So the product subtracts the offset before the logits are
+    rounded.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._plain = weight.detach()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedHead:
+        return self  # immutable
+
+    @functools.cached_property
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The weight, packed for the forward and for the backward product, and the size of the padded vocabulary."""
+        # AMX is twice as fast with a multiple of 64
+        weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
+        # the ones need a single column; a whole block of 32 keeps the inner width a multiple of 32
+        ones = weight.new_zeros(len(weight), BLOCK)
+        ones[:, 0] = 1
+        return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
+
+    def chunk(self, count: int) -> int:
+        """Return how many places' logits are computed at once (a multiple of BLOCK), if there are `count` places."""
+        most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
+        each = -(-count // max(1, -(-count // most)))
+        return max(BLOCK, -(-each // BLOCK) * BLOCK)
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+        """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
+
+        Unless it is None, `gradient` (P, D) is filled with each loss's gradient with respect to its hidden state.
+        """
+        forward_weight, backward_weight, _ = self._weights
+        count, width = hidden.shape
+        own = (hidden.float() * self._plain[targets].float()).sum(1)  # (P,)
+        # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
+        offset = own.to(hidden.dtype)
+        wider = hidden.new_zeros(count + -count % BLOCK, width + BLOCK)  # (P rounded up, D + 32)
+        wider[:count, :width] = hidden
+        wider[:count, width] = -offset
+        logits = _product(wider, forward_weight)  # (P rounded up, padded V)
+        losses: torch.Tensor = kernels().cross_entropy_(
+            logits[:count], targets, own - offset.float(), len(self._plain), gradient is not None
+        )
+        if gradient is not None:
+            # cross_entropy_ has left softmax minus one-hot in `logits`, and zeros in the padding of the vocabulary
+            gradient.copy_(_product(logits, backward_weight)[:count])
+        return losses
+
+
+def fuse_blocks(model: nn.Module, head: nn.Module | None, norms: list[Any]) -> None:
+    """Replace the forward passes of a frozen model's `norms`, which read the residual stream, MLPs and attention.
+
+    The weights of all linear layers except the output embedding `head` are packed.
     """
     for norm in norms:
-        _become(norm, _FusedNorm)
+        become(norm, _FusedNorm)
     module: Any
     for module in model.modules():
-        if isinstance(getattr(module, "act", None), GELUTanh):
-            _become(module, _GeluMlp)
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            weight = module.weight if isinstance(module, Conv1D) else module.weight.t()
+            module.frozen_products = PackedProducts(weight, module.bias)
+            become(module, PackedLayer)
+        elif isinstance(getattr(module, "act", None), GELUTanh):
+            become(module, _GeluMlp)
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
-            _become(module, _GatedMlp)
+            become(module, _GatedMlp)
         elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * LANES)):
             # Not for Qwen3, which normalises queries and keys before it rotates them. The kernel rotates a head's two
             # halves into each other, so the width of a half must be a multiple of LANES.
-            _become(module, _RotaryAttention)
-
-
-def _become(module: Any, mixin: type) -> None:
-    """Change a module's class to a subclass that has the forward pass of `mixin`."""
-    if not isinstance(module, mixin):
-        module.__class__ = _with(mixin, module.__class__)
-
-
-@functools.cache
-def _with(mixin: Any, kind: Any) -> type:
-    return type(f"Fused{kind.__name__}", (mixin, kind), {})
+            become(module, _RotaryAttention)
 
 
 class _FusedNorm:
@@ -69,17 +165,15 @@ class _FusedNorm:
         if trains(self):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         eps = self.eps if isinstance(self, nn.LayerNorm) else self.variance_epsilon
-        y: torch.Tensor = _Norm.apply(x.contiguous(), self.weight, getattr(self, "bias", None), eps, torch.bfloat16)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Norm.apply(x.contiguous(), self.weight, getattr(self, "bias", None), eps)  # type: ignore[no-untyped-call]
         return y
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, precision: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         y: torch.Tensor
-        y, means, scales = kernels().norm(x, weight, bias, eps, precision)
+        y, means, scales = kernels().norm(x, weight, bias, eps, torch.bfloat16)
         ctx.save_for_backward(x, weight, means, scales)
         ctx.centred = bias is not None
         return y
@@ -89,7 +183,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # weight and bias are frozen (`trains`), so x alone has a gradient
         to_x = kernels().norm_backward(gradients[0].contiguous(), *ctx.saved_tensors, ctx.centred)
-        return to_x, None, None, None, None
+        return to_x, None, None, None
 
 
 class _GeluMlp:
@@ -99,7 +193,7 @@ class _GeluMlp:
         first, second = self.c_fc, self.c_proj
         if self.training and self.dropout.p:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        if not (type(first) is type(second) is PackedConv1D and is_packed(first) and is_packed(second)):
+        if not (_is_packed(first) and _is_packed(second)):
             return second(_Gelu.apply(first(x)))  # type: ignore[no-untyped-call, no-any-return]
         y: torch.Tensor = _ProductsAroundGelu.apply(x, first.frozen_products, second.frozen_products)  # type: ignore[no-untyped-call]
         return y
@@ -137,14 +231,11 @@ class _ProductsAroundGelu(torch.autograd.Function):
 
 
 class _GatedMlp:
-    """Llama's MLP, down(silu(gate x) * up x), with gate and up as one product.
-
-    If one of its layers is adapted, transformers' code is used.
-    """
+    """Llama's MLP, down(silu(gate x) * up x), with gate and up as one product, unless one of its layers is adapted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if not all(type(layer) is PackedLinear and is_packed(layer) for layer in layers):
+        if not all(map(_is_packed, layers)):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         # packed at the first pass, because only then is it known which layers are adapted
         if (both := self.__dict__.get("_both")) is None:
@@ -202,11 +293,7 @@ def _attention(
 
 
 class _RotaryAttention:
-    """Llama's attention, which rotates queries and keys by their positions.
-
-    Plain causal attention is one kernel, which includes the rotation. With a mask, a cache, dropout, or positions that
-    differ between rows, transformers' code is used.
-    """
+    """Llama's attention with its rotation of queries and keys in one kernel, where it is plain causal attention."""
 
     def forward(
         self: Any,

@@ -26,11 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def kernels() -> Any:
-    """Return the compiled functions, `torch.ops.gradsift`.
-
-    Raises:
-        GradsiftError: the functions cannot be compiled here.
-    """
+    """Return the compiled functions, `torch.ops.gradsift`, which must be `available`."""
     if not available():
         raise GradsiftError("kernels.cpp cannot be compiled here; call `available` before using the kernels")
     return torch.ops.gradsift
@@ -67,7 +63,6 @@ def available() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why compiling or loading failed: the compiler's first error message, if there is one."""
     if isinstance(error, subprocess.TimeoutExpired | Timeout):
         return f"the compiler did not end within {_PATIENCE:.0f} s"
     text = (getattr(error, "stderr", None) or "").strip() or str(error).strip() or type(error).__name__
@@ -80,17 +75,14 @@ def _key(compiler: list[str]) -> str:
     described = subprocess.run(  # noqa: S603 - the user's own compiler
         [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
-    # A library for another torch may not load, and a library for another processor (-march=native) ends the process
-    # with an illegal instruction, which Python cannot catch. So each combination has its own file.
+    # A library for another torch may not load, and one for another processor (-march=native) ends the process with an
+    # illegal instruction, which Python cannot catch. Machines that share a home folder may differ in their processors.
     parts = [version(), *compiler[1:], described, torch.__version__, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """Return the processor's instruction sets or, if they cannot be read, what `platform.processor` returns.
-
-    The instruction sets may differ between machines that share a home folder.
-    """
+    """Return the processor's instruction sets or, if they cannot be read, what `platform.processor` returns."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

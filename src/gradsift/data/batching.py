@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from gradsift.data.tokens import Encoded
-from gradsift.errors import ConfigError
 
 T = TypeVar("T")
 _STRETCH = 50  # largest number of batches whose examples are sorted by length together
@@ -26,25 +25,16 @@ class Batch:
 
     Only `attention_mask` shows which tokens are padding, since the pad id may also be a real token. Places are indices
     into the flattened B x T tokens. They are computed on the CPU, so that no step has to wait for a device.
-
-    input_ids       (B, T) int64
-    attention_mask  (B, T) int64, 1 at real tokens
-    position_ids    (B, T) int64, positions among the real tokens, which do not depend on the padding side
-    places          (P,) int64, tokens whose successor is a response token
-    targets         (P,) int64, the response token that follows each place
-    counts          (B,) float32, number of response tokens that are predicted in each example
-    rows            (B,) int64, `Encoded.row` of each example
-    padding_side    right or left
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    places: torch.Tensor
-    targets: torch.Tensor
-    counts: torch.Tensor
-    rows: torch.Tensor
-    padding_side: str = "right"
+    input_ids: torch.Tensor  # (B, T) int64
+    attention_mask: torch.Tensor  # (B, T) int64, 1 at real tokens
+    position_ids: torch.Tensor  # (B, T) int64, positions among the real tokens
+    places: torch.Tensor  # (P,) int64, tokens whose successor is a response token
+    targets: torch.Tensor  # (P,) int64, the response token that follows each place
+    counts: torch.Tensor  # (B,) float32, number of response tokens that are predicted in each example
+    rows: torch.Tensor  # (B,) int64, `Encoded.row` of each example
+    padding_side: str = "right"  # or left
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device; the host does not wait for the copy."""
@@ -57,8 +47,9 @@ class Batch:
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments for a causal language model.
 
-        With causal attention, no token of an example attends to padding on its right. With right padding, mask and
-        positions are therefore left out, so that attention can use its fast implementations.
+        With causal attention, no token attends to padding on its right. With right padding, mask and positions are
+        therefore
+        left out, so that attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -67,17 +58,10 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
-    """Return a batch of the examples, padded to the length of the longest.
+    """Return a batch of the examples, padded to the length of the longest on the `left` or the `right`.
 
     An example's first token is never predicted, even if it is marked as response: nothing precedes it.
-
-    Raises:
-        ConfigError: there is no example, or the padding side is neither left nor right.
     """
-    if padding_side not in ("left", "right"):
-        raise ConfigError(f"padding_side={padding_side!r} is not known; choose left or right")
-    if not examples:
-        raise ConfigError("a batch needs at least one example")
     width = max(len(example.input_ids) for example in examples)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(examples), width), dtype=np.int64)
@@ -88,20 +72,17 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
         ids[row, start : start + length] = example.input_ids
         mask[row, start : start + length] = 1
         predicted[row, start + 1 : start + length] = example.is_response[1:]
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     following = np.flatnonzero(predicted)
-    counts = predicted.sum(axis=1, dtype=np.float32)
-    rows = np.array([example.row for example in examples], dtype=np.int64)
-    return Batch(
-        input_ids=torch.from_numpy(ids),
-        attention_mask=torch.from_numpy(mask),
-        position_ids=torch.from_numpy(positions),
-        places=torch.from_numpy(following - 1),
-        targets=torch.from_numpy(ids.ravel()[following]),
-        counts=torch.from_numpy(counts),
-        rows=torch.from_numpy(rows),
-        padding_side=padding_side,
-    )
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0),
+        "places": following - 1,
+        "targets": ids.ravel()[following],
+        "counts": predicted.sum(axis=1, dtype=np.float32),
+        "rows": np.array([example.row for example in examples], dtype=np.int64),
+    }
+    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, padding_side=padding_side)
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -121,10 +102,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
-    """Return the batches of `length_batches`, cut into batches of at most `batch_size` positions.
-
-    If `max_tokens` is None, the number of tokens is not limited.
-    """
+    """Return the batches of `length_batches` (None: no limit of tokens), cut into batches of `batch_size`."""
     batches = length_batches(lengths, sys.maxsize if max_tokens is None else max_tokens)
     return [batch[start : start + batch_size] for batch in batches for start in range(0, len(batch), batch_size)]
 
@@ -132,18 +110,19 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    Use it for batches that are sorted from the longest to the shortest examples. Their random order lets the remaining
-    time be estimated from the batches that are done. The batch that needs the most memory still comes first.
+    If the longest examples come first, this order lets the remaining time be estimated, and the batch that needs the
+    most memory still comes first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Divide the examples into `shards` parts that take similar time, and return the part `shard`, counted from 0.
+    """Return the part `shard`, counted from 0, of `shards` parts that take similar time.
 
-    If the examples are sorted from the longest to the shortest, the part consists of the examples at the positions
-    `shard`, `shard` + `shards`, ... They are returned in their order in `examples`.
+    Of the examples sorted from the longest to the shortest, these are the ones at `shard`, `shard` + `shards`, ..., in
+    the
+    order of `examples`.
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]
@@ -162,16 +141,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
     bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into
               batches, and all batches are shuffled. With at least 4 x `batch_size` examples there are at least four
               stretches: with a single stretch, every epoch would have nearly the same batches
-
-    If the number of examples is not a multiple of `batch_size`, one batch is smaller.
-
-    Raises:
-        ConfigError: `batching` is unknown, or the batch size is below 1.
     """
-    if batching not in ("bucketed", "random"):
-        raise ConfigError(f"batching={batching!r} is not known; choose bucketed or random")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} is too small; give at least 1")
     rng = np.random.default_rng(seed)
     order: list[int] = rng.permutation(len(lengths)).tolist()
     if batching == "random":

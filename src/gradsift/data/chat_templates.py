@@ -31,7 +31,6 @@ from gradsift.data.examples import Turn
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 
-FILE_SUFFIX = ".jinja"
 DATE = datetime.date(2024, 7, 26)  # the date that Llama 3's templates write if no date is known
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
@@ -43,15 +42,12 @@ _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text that is either all prompt or all response.
-
-    is_response  whether the piece carries loss
-    is_markup    whether the piece comes from a chat template, so that special tokens in it are tokenised as such. In
-                 other pieces "</s>" is plain text, so that no example can end a turn or start another one
-    """
+    """A piece of text that is either all prompt or all response."""
 
     text: str
-    is_response: bool
+    is_response: bool  # whether the piece carries loss
+    # whether the piece comes from a chat template, so that special tokens in it are tokenised as such. In other pieces
+    # "</s>" is plain text, so that no example can end a turn or start another one
     is_markup: bool = False
 
 
@@ -62,15 +58,11 @@ def is_chat(template: str) -> bool:
 
 def is_file(template: str) -> bool:
     """Return whether `template` names a file with a chat template."""
-    return template.endswith(FILE_SUFFIX)
+    return template.endswith(".jinja")
 
 
 def template_of(template: str, tokenizer: Any) -> str:
-    """Return the Jinja text of a chat template.
-
-    Raises:
-        ConfigError: the file cannot be read, or the tokenizer has no chat template.
-    """
+    """Return the Jinja text of a chat template; raise ConfigError if there is none."""
     if template != "chat":
         return file_text(template)
     if not getattr(tokenizer, "chat_template", None):
@@ -87,11 +79,7 @@ def template_of(template: str, tokenizer: Any) -> str:
 
 
 def file_text(path: str) -> str:
-    """Return the content of a template's file.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Return the content of a template's file; raise ConfigError if it cannot be read."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -120,8 +108,7 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
     if turns[-1].role == "user":
         return chat.segments(chat.rendered(len(turns), generate=True)[0], [])
     text, spans = chat.whole()
-    for number in range(len(turns)):
-        chat.require_shown(text, number)
+    chat.require_shown(text)
     replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
     places = {number: chat.response(text, spans, number) for number in replies}
     return chat.segments(text, [places[number] for number in replies if turns[number].is_trained])
@@ -138,15 +125,14 @@ class _Chat:
         self._control = _control_tokens(tokenizer, template)
         self._stand_ins = dict(zip([token for token in self._control if token in said], unused, strict=False))
         self._marks = [(next(unused), next(unused)) for _ in turns]
-        self._texts = [self._with_stand_ins(turn) for turn in turns]
+        self._texts = []
+        for turn in turns:
+            text = turn.content
+            for token, stand_in in self._stand_ins.items():
+                if self._control[token] or turn.role != "assistant":  # tags of an assistant's think block stay
+                    text = text.replace(token, stand_in)
+            self._texts.append(text)
         self.thinks = any(turn.role == "assistant" and _THOUGHT in turn.content for turn in turns)
-
-    def _with_stand_ins(self, turn: Turn) -> str:
-        text = turn.content
-        for token, stand_in in self._stand_ins.items():
-            if self._control[token] or turn.role != "assistant":  # tags of a think block in an assistant's text stay
-                text = text.replace(token, stand_in)
-        return text
 
     def whole(self) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the conversation, and the (start, end) of each part in `{% generation %}` marks.
@@ -174,13 +160,19 @@ class _Chat:
 
     def rendered(self, count: int, *, generate: bool) -> tuple[str, list[tuple[int, int]]]:
         """Render the first `count` turns; return the text, and the (start, end) of each part in generation marks."""
-        turns = enumerate(self._turns[:count])
-        messages = [{"role": turn.role, "content": self._marked(number)} for number, turn in turns]
+        messages: list[dict[str, Any]] = []
+        for number, turn in enumerate(self._turns[:count]):
+            text = self._marked(number)
+            content = [{"type": "text", "text": text}] if _takes_parts(self._template) else text
+            messages.append({"role": turn.role, "content": content})
         options = {**self._tokenizer.special_tokens_map, "enable_thinking": self.thinks}
-        return _rendered(self._template, messages, generate=generate, **options)
+        try:
+            return _render(self._template, messages, generate=generate, **options)
+        except Unusable as error:
+            raise Unusable(f"the chat template refuses the conversation ({str(error)[:200]})") from error
 
     def _marked(self, number: int) -> str:
-        """Return the text of a turn with marks around its core. A system turn or an empty text gets no marks."""
+        """Return the text of a turn with marks around its core, unless it is a system turn or empty."""
         text, core = self._texts[number], self._core(number)
         if self._turns[number].role == "system" or not core:
             return text
@@ -188,35 +180,34 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return the core of a turn's text: without thoughts and outer white space, which templates may strip.
-
-        If the turn consists of thoughts only, return the whole text.
-        """
+        """Return the text of a turn without thoughts (unless it has nothing else) and outer white space."""
         text = self._texts[number].strip()
         answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
         return answer or text
 
-    def require_shown(self, text: str, number: int) -> None:
+    def require_shown(self, text: str) -> None:
         """Raise Unusable if the template changes a turn's text (apart from white space) or adds a think block."""
-        turn, said = self._turns[number], _squeezed(self._texts[number])
-        start, end = self._marks[number]
-        marked = f"{start}{self._core(number)}{end}"
-        if turn.role == "system":
-            shown = _squeezed(text)
-        else:
-            begin = max(0, text.find(self._marks[number - 1][1]) if number else 0)  # a system turn has no marks
-            shown = _squeezed(text[begin : text.find(end)].replace(start, ""))
-        if said not in shown or (turn.role != "system" and marked not in text):
-            raise Unusable(f"the chat template leaves out or changes the text of turn {number + 1} (the {turn.role}'s)")
-        if turn.role == "assistant" and _THOUGHT in said and shown.count(_THOUGHT) > said.count(_THOUGHT):
-            raise Unusable(f"the chat template adds a think block to that of turn {number + 1}")
+        for number, turn in enumerate(self._turns):
+            said, (start, end) = _squeezed(self._texts[number]), self._marks[number]
+            if turn.role == "system":
+                is_shown = said in _squeezed(text)
+            else:
+                begin = max(0, text.find(self._marks[number - 1][1]) if number else 0)  # a system turn has no marks
+                shown = _squeezed(text[begin : text.find(end)].replace(start, ""))
+                is_shown = said in shown and f"{start}{self._core(number)}{end}" in text
+            if not is_shown:
+                raise Unusable(
+                    f"the chat template leaves out or changes the text of turn {number + 1} (the {turn.role}'s)"
+                )
+            if turn.role == "assistant" and _THOUGHT in said and shown.count(_THOUGHT) > said.count(_THOUGHT):
+                raise Unusable(f"the chat template adds a think block to that of turn {number + 1}")
 
     def response(self, text: str, spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
         """Return the start and the end of a response in the text of the whole conversation.
 
         Raises:
-            Unusable: the text before the response is not the generation prompt, or the template has generation marks,
-                but none around the response.
+            Unusable: the text before the response is not the generation prompt, or it has no generation marks around it
+                although the template has such marks.
         """
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
         prompt = self._prompt(number)
@@ -278,7 +269,6 @@ class _Chat:
 
 
 def _squeezed(text: str) -> str:
-    """Return the text without white space."""
     return "".join(text.split())
 
 
@@ -288,17 +278,6 @@ def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
     return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may be part of another
-
-
-def _rendered(
-    template: str, messages: list[dict[str, Any]], *, generate: bool, **options: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    if _takes_parts(template):
-        messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    try:
-        return _render(template, messages, generate=generate, **options)
-    except Unusable as error:
-        raise Unusable(f"the chat template refuses the conversation ({str(error)[:200]})") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -336,10 +315,7 @@ def _render(
 
 @functools.lru_cache(maxsize=4)
 def _with_date(template: str) -> str:
-    """Return the template with a macro `strftime_now` that formats `DATE`.
-
-    It is a macro because transformers passes no functions to templates.
-    """
+    """Return the template with a macro `strftime_now` that formats `DATE`; transformers passes it no functions."""
     if "strftime_now" not in template:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))

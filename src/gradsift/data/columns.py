@@ -10,7 +10,7 @@ A column is matched with a field in three steps:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -41,7 +41,6 @@ _NEEDED = {
 _PREFERENCE = ("chosen", "rejected")
 KNOWN = frozenset({*_PROMPTS, *_RESPONSES, *_PREFERENCE, "messages", "conversations", "conversation"})
 _DEFAULTS = FieldsConfig()
-_EXACT, _FOLDED, _OTHER = _STEPS = range(3)
 
 
 @lru_cache(maxsize=1024)  # called for every column of every row
@@ -52,43 +51,34 @@ def folded(name: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A format and the columns of its fields. Columns that the format needs are the same for all rows.
+    """A format and the columns of its fields.
 
-    format  alpaca, messages, sharegpt or prompt_completion
-    fields  the column names: as found in the data for the columns that the format needs, as configured for the others
-    needed  the names, as in the data, of the columns that the format needs
-
-    The other columns are looked up in each row (see `optional`). If the format was given and no columns fit it,
-    `needed` has the configured names.
+    The columns that the format needs are the same for all rows. Their names in `needed` and in `fields` are those of
+    the data, or the configured names if the format was given and no columns fit it. The other columns are looked up in
+    each row (see `optional`).
     """
 
-    format: str
+    format: str  # alpaca, messages, sharegpt or prompt_completion
     fields: FieldsConfig
     needed: tuple[str, ...]
-    _known: dict[tuple[tuple[str, ...], str], list[str]] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def prefers(self) -> bool:
-        """Whether the response is the chosen response of a preference pair."""
-        return any(folded(name) == "chosen" for name in self.needed)
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
-        """Return the column of `row` for `part` (input, system or history): the first matching one that is not blank.
-
-        If all matching columns are blank, return the first of them. If no column matches, return None.
-        """
+        """Return the column for `part` (input, system or history): the closest match, a blank one only if all are."""
         configured = getattr(self.fields, part)
-        key = (tuple(row), part)
-        if key not in self._known:
-            columns = [column for column in row if column not in self.needed]
-            steps = [] if configured is None else [_matching(columns, configured, part, step) for step in _STEPS]
-            self._known[key] = list(dict.fromkeys(column for names in steps for column in names))
-        names = self._known[key]
+        if configured is None:
+            return None
+        names = [name for name in _optional_columns(tuple(row), configured, part) if name not in self.needed]
         return next((name for name in names if not _is_blank(row[name])), names[0] if names else None)
 
 
 def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+@lru_cache(maxsize=1024)  # called for every row
+def _optional_columns(columns: tuple[str, ...], configured: str, part: str) -> list[str]:
+    """Return the columns that match an optional field, the closest match first."""
+    return list(dict.fromkeys(chain(*_matches(columns, configured, part))))
 
 
 def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
@@ -100,8 +90,7 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the format of a dataset and the columns of its fields.
 
-    The three steps (see the module) are tried in turn. At each step, the rows are searched for the first row
-    that has all columns of a format.
+    At each of the three steps (see the module) in turn, the first row that has all columns of a format decides.
 
     Args:
         format: auto, or the only format to look for.
@@ -116,32 +105,28 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
     if format == "auto" and given:  # only formats with a column that the user named
         formats = {name: needed for name, needed in _NEEDED.items() if given & set(needed)}
     headers = list(dict.fromkeys(tuple(row.content) for row in rows if isinstance(row.content, dict)))
-    for step in _STEPS:
+    for step in (1, 2, 3):
         for columns in headers:
             for name, needed in formats.items():
-                shape = _fitting(columns, name, needed, fields, step, source, group)
-                if shape:
-                    return shape
-            if step == _OTHER and format == "auto" and not given and (chosen := _chosen_turns(columns, rows)):
+                matches = {part: _matches(columns, getattr(fields, part), part)[:step] for part in needed}
+                candidates = {part: next(filter(None, names), []) for part, names in matches.items()}
+                if all(candidates.values()):
+                    return _shape(name, fields, candidates, source, group)
+            if step == 3 and format == "auto" and not given and (chosen := _chosen_turns(columns, rows)):
                 return Shape("messages", replace(fields, messages=chosen), (chosen,))
     if format != "auto":  # each row is rejected for the column that it lacks
         return Shape(format, fields, tuple(getattr(fields, part) for part in _NEEDED[format]))
-    raise DataError(_unknown(rows, fields, source, group))
+    wanted = [f"{name}: {', '.join(getattr(fields, part) for part in needed)}" for name, needed in _NEEDED.items()]
+    raise DataError(
+        f"{source} is in no format that {group}.format=auto knows: its columns are {columns_of(rows)}, a format needs "
+        f"({'; '.join(wanted)}; or other names in use for these); {_advice(rows, group)}"
+    )
 
 
-def _fitting(
-    columns: tuple[str, ...],
-    format: str,
-    needed: tuple[str, ...],
-    fields: FieldsConfig,
-    last: int,
-    source: str,
-    group: str,
-) -> Shape | None:
-    """Return the shape if each needed field matches a column at one of the steps up to `last`, otherwise None."""
-    candidates = {part: _needed_columns(columns, getattr(fields, part), part, last) for part in needed}
-    if not all(candidates.values()):
-        return None
+def _shape(
+    format: str, fields: FieldsConfig, candidates: Mapping[str, Sequence[str]], source: str, group: str
+) -> Shape:
+    """Return the shape whose needed fields have the candidate columns; raise DataError if a field has several."""
     for part, names in candidates.items():
         if len(names) > 1:
             choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)
@@ -150,25 +135,14 @@ def _fitting(
     return Shape(format, replace(fields, **chosen), tuple(chosen.values()))
 
 
-def _needed_columns(columns: Sequence[str], configured: str, part: str, last: int) -> list[str]:
-    """Return the columns that match a needed field at the first step with a match; empty if none up to `last` has."""
-    for step in range(last + 1):
-        names = _matching(columns, configured, part, step)
-        is_default = configured == getattr(_DEFAULTS, part)
-        if step == _OTHER and is_default and part in ("output", "completion") and (pair := pair_of(columns)):
-            names = [*names, pair[0]]
-        if names:
-            return names
-    return []
-
-
-def _matching(columns: Iterable[str], configured: str, part: str, step: int) -> list[str]:
-    if step == _EXACT:
-        return [column for column in columns if column == configured]
-    if step == _OTHER and configured != getattr(_DEFAULTS, part):  # a name that the user gave has no substitutes
-        return []
-    wanted = (folded(configured),) if step == _FOLDED else _OTHER_NAMES[part]
-    return [column for column in columns if folded(column) in wanted]
+def _matches(columns: Sequence[str], configured: str, part: str) -> list[list[str]]:
+    """Return the columns that match a field, as one list for each of the three steps."""
+    is_default = configured == getattr(_DEFAULTS, part)  # a name that the user gave has no substitutes
+    others = [column for column in columns if is_default and folded(column) in _OTHER_NAMES[part]]
+    if is_default and part in ("output", "completion") and (pair := pair_of(columns)):
+        others.append(pair[0])
+    exact = [column for column in columns if column == configured]
+    return [exact, [column for column in columns if folded(column) == folded(configured)], others]
 
 
 def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | None:
@@ -180,25 +154,8 @@ def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | No
     return None if isinstance(value, str) and not value.lstrip().startswith("[") else pair[0]
 
 
-# ---------------------------------------------------------------------------------------- messages
-
-
-def _unknown(rows: Sequence[SourceRow], fields: FieldsConfig, source: str, group: str) -> str:
-    wanted = "; ".join(
-        f"{format}: {', '.join(getattr(fields, part) for part in needed)}" for format, needed in _NEEDED.items()
-    )
-    advice = _advice(rows, group) or (
-        f"set {group}.format, and the names of its columns as in {group}.fields.instruction=NAME "
-        f"{group}.fields.output=NAME"
-    )
-    return (
-        f"{source} is in no format that {group}.format=auto knows: its columns are {columns_of(rows)}, a format needs "
-        f"({wanted}; or other names in use for these); {advice}"
-    )
-
-
-def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
-    """Return advice on rows in a common layout that `format=auto` does not recognise; None for any other layout."""
+def _advice(rows: Sequence[SourceRow], group: str) -> str:
+    """Return advice on rows that `format=auto` does not recognise."""
     remedy = 'write each conversation as one row {"messages": [...]}'
     if _are_turns(rows[0].content):
         return f"the rows are lists of turns: {remedy}"
@@ -220,7 +177,10 @@ def _advice(rows: Sequence[SourceRow], group: str) -> str | None:
             f"the text of column {text!r} does not say where the prompt ends and the response begins: "
             'split it, and write rows like {"instruction": ..., "output": ...} or {"messages": [...]}'
         )
-    return None
+    return (
+        f"set {group}.format, and the names of its columns as in {group}.fields.instruction=NAME "
+        f"{group}.fields.output=NAME"
+    )
 
 
 def _are_turns(value: Any) -> bool:

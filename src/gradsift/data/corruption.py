@@ -1,22 +1,9 @@
 """Corruption of a known share of a dataset, to audit scorers with (see `selection/audit.py`).
 
-There are six kinds. Four change an example's answer in place:
-
-    wrong_answer       changes every number, reverses a verdict (yes, no, true, false) at the start, and negates every
-                       English sentence with a verb such as `is` or `can`; an answer with none of these is replaced
-                       with another example's answer of similar length
-    mismatched_answer  replaces the answer with another example's
-    truncated          cuts the answer after a random word
-    garbled            puts the words of the answer, and the letters of each word, in random order
-
-Two kinds append copies after the last example. The copies are redundant rather than spoilt:
-
-    exact_duplicate    the same example
-    near_duplicate     the example, with a tenth of the words of its instruction left out, repeated or swapped
-
-`original` of a changed example holds the columns from before the change. The file of a selection contains these
-columns, and names the kind of corruption beside them. For the embedded world, the caller of `corrupt` passes other
-functions in `changes`, which make wrong answers, garbled answers and rewordings within the world's vocabulary.
+Of the six kinds, which docs/methods.md describes, four change an example's answer in place: wrong_answer,
+mismatched_answer, truncated and garbled. Two append copies, which are redundant rather than spoilt: exact_duplicate and
+near_duplicate. `original` of a changed example holds the columns from before the change. For the embedded world, the
+caller of `corrupt` passes other functions in `changes`, which keep to the world's vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gradsift.config import COPIES
+from gradsift.config import COPIES, CorruptionConfig
 from gradsift.data.examples import Example, make_example
 from gradsift.data.verifiable import divided
 from gradsift.errors import ConfigError
@@ -40,6 +27,8 @@ _TRIES = 20  # draws for a text that differs from the original
 _NEIGHBOURS = 10  # an answer of similar length is one of this many next shorter or next longer answers
 _EACH_WORDS = 10  # one edit for this many words of an instruction
 VERSION = 1  # raised whenever the same options give another result
+# kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated
+_ORDER = ("truncated", "garbled", "near_duplicate", "mismatched_answer", "wrong_answer", "exact_duplicate")
 # Numbers that begin the items of a list stay. Python converts at most 4,300 digits to an integer, so a number of more
 # than 1,000 digits is changed in pieces.
 _NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
@@ -64,35 +53,36 @@ class Corrupted:
 def corrupt(
     examples: Sequence[Example],
     changes: Mapping[str, Change],
-    *,
-    share: float,
-    kinds: Sequence[str],
-    seed: int,
+    config: CorruptionConfig,
     next_row: int,
-    sound: Sequence[int] | None = None,
+    sound: Sequence[int],
 ) -> Corrupted:
-    """Corrupt or copy round(share x N) of N examples, each at most once.
-
-    The kinds get equal numbers of examples, or numbers that differ by one.
+    """Corrupt or copy round(share x N) of N examples, each at most once, in equal numbers (up to one) for each kind.
 
     Args:
         changes: the function of each kind (see `changes_of_text`).
         next_row: the first `row_index` that no row of the source has; copies are numbered from there.
-        sound: positions that may be corrupted or copied; None for all positions.
+        sound: positions that may be corrupted or copied.
 
     Raises:
         ConfigError: round(share x N) is below the number of kinds, or too few examples can be changed.
     """
-    order = list(range(len(examples))) if sound is None else list(sound)
-    counts = _counts(len(examples), share, kinds)
-    rng = random.Random(f"corruption {seed}")
+    share, total = config.share, round(config.share * len(examples))
+    if total < len(config.kinds):
+        raise ConfigError(
+            f"data.corruption.share={share} of {len(examples)} rows is {total}, too few for {len(config.kinds)} kinds; "
+            "give more rows, a larger share, or fewer data.corruption.kinds"
+        )
+    counts = divided(total, config.kinds)
+    order = list(sound)
+    rng = random.Random(f"corruption {config.seed}")
     rng.shuffle(order)
     occurrences: Counter[str] = Counter()  # content hash: first occurrence number that is free
     for example in examples:
         number = int(example.example_id.rpartition("-")[2])
         occurrences[example.content_hash] = max(occurrences[example.content_hash], number + 1)
     result = Corrupted(list(examples), [None for _ in examples], [None for _ in examples])
-    for name in sorted(kinds, key=_MOST_RESTRICTED_FIRST.index):
+    for name in sorted(config.kinds, key=_ORDER.index):
         chosen: dict[int, Texts] = {}  # new texts by position
         for position in order:
             if len(chosen) < counts[name] and (texts := changes[name](examples[position], rng)) is not None:
@@ -118,38 +108,13 @@ def corrupt(
     return result
 
 
-# kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated
-_MOST_RESTRICTED_FIRST = (
-    "truncated",
-    "garbled",
-    "near_duplicate",
-    "mismatched_answer",
-    "wrong_answer",
-    "exact_duplicate",
-)
-
-
-def _counts(rows: int, share: float, kinds: Sequence[str]) -> dict[str, int]:
-    """Return the number of rows of each kind: equal parts of round(share x rows); the first kinds get the remainder."""
-    total = round(share * rows)
-    if total < len(kinds):
-        raise ConfigError(
-            f"data.corruption.share={share} of {rows} rows is {total}, too few for {len(kinds)} kinds; give more rows, "
-            "a larger share, or fewer data.corruption.kinds"
-        )
-    return divided(total, kinds)
-
-
-# ---------------------------------------------------------------------------------------- the kinds
-
-
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """Return, for each kind, the function that corrupts free text. Replacement answers are taken from `examples`."""
-    answers = sorted((example.output for example in examples), key=_words)
-    lengths = [_words(answer) for answer in answers]
+    """Return the function of each kind for free text. Replacement answers are taken from `examples`."""
+    answers = sorted((example.output for example in examples), key=lambda answer: len(answer.split()))
+    lengths = [len(answer.split()) for answer in answers]
 
     def like(output: str, rng: random.Random) -> str | None:
-        middle = bisect.bisect_left(lengths, _words(output))
+        middle = bisect.bisect_left(lengths, len(output.split()))
         near = answers[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
         others = [answer for answer in near if answer != output]
         return rng.choice(others) if others else foreign(output, rng)
@@ -176,14 +141,7 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
 
 
 def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
-    """Return how many examples of kind `wrong_answer` got another example's answer.
-
-    For these, `contradicted` found nothing to change in the original answer.
-
-    Args:
-        examples: the examples before the corruption.
-        kind: the kind of each example after the corruption.
-    """
+    """Return how many of the original `examples` have the `kind` wrong_answer and got another example's answer."""
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
 
@@ -198,20 +156,13 @@ def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
     return changed
 
 
-def _words(text: str) -> int:
-    return len(text.split())
-
-
 def contradicted(answer: str, rng: random.Random) -> str | None:
     """Return the answer with other numbers, the opposite verdict and negated sentences; None if nothing changes.
 
     Only English sentences are negated: the first verb such as `is`, `can` or `will` gains or loses a `not`.
     """
 
-    def other_number(match: re.Match[str]) -> str:
-        return match[0] if match["place"] else _other_number(match[0], rng)
-
-    text = _NUMBER.sub(other_number, answer)
+    text = _NUMBER.sub(lambda match: match[0] if match["place"] else _other_number(match[0], rng), answer)
     text = _VERDICT.sub(lambda match: match[1] + _in_case_of(match[2], _OPPOSITE[match[2].lower()]), text)
     text = _SENTENCE.sub(lambda match: _VERB.sub(_negated, match[0], count=1), text)
     return None if text == answer else text
@@ -254,10 +205,7 @@ def garbled(answer: str, rng: random.Random) -> str | None:
 
 
 def edited(instruction: str, rng: random.Random) -> str | None:
-    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped.
-
-    Return None if the instruction has no word.
-    """
+    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped."""
     words = re.findall(r"\S+\s*", instruction)
     if not words:
         return None

@@ -7,7 +7,7 @@ resembles rows 1 and 3, but row 1 does not resemble row 3, rows 1 and 3 are ther
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gradsift.data.examples import Example, Rejected
@@ -39,32 +39,29 @@ def deduplicated(
         if (original := first.setdefault(example.content_hash, position)) != position:
             reasons[position] = f"duplicate of row {examples[original].row_index}"
     if dedup == "near":
-        near = near_duplicates(examples, list(first.values()), threshold, progress)
+        near = near_duplicates(examples, first.values(), threshold, progress)
         for position, (original, similarity) in near.items():
             reasons[position] = f"near duplicate of row {examples[original].row_index} (Jaccard {similarity:.2f})"
-    kept = [example for position, example in enumerate(examples) if position not in reasons]
-    dropped = [
-        Rejected(examples[position].row_index, reasons[position], None, examples[position].original)
-        for position in sorted(reasons)
-    ]
+    kept, dropped = [], []
+    for position, example in enumerate(examples):
+        if position in reasons:
+            dropped.append(Rejected(example.row_index, reasons[position], None, example.original))
+        else:
+            kept.append(example)
     return kept, dropped
 
 
 def near_duplicates(
     examples: Sequence[Example],
-    positions: Sequence[int],
+    positions: Iterable[int],
     threshold: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, tuple[int, float]]:
-    """Find the examples that are similar to an earlier, kept example.
+    """Find the examples at `positions` (ascending) that are similar to an earlier, kept example.
 
     Candidates come from locality-sensitive hashing of MinHash signatures (Leskovec et al., Mining of Massive Datasets,
-    chapter 3). They are then compared exactly, so the similarity of every pair that is returned is at least the
-    threshold. A pair at the threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a
-    smaller probability.
-
-    Args:
-        positions: positions to compare, ascending.
+    chapter 3). They are then compared exactly, so every pair that is returned reaches the threshold. A pair at the
+    threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a smaller probability.
 
     Returns:
         For the position of each near duplicate, the position of the kept example and the pair's Jaccard similarity.
@@ -100,12 +97,12 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def shingles(example: Example) -> Shingles:
-    """Return the shingles of an example's history, instruction, input and output."""
+    """Return the shingles of history, instruction, input and output."""
     return shingles_of([*prompt_texts(example), example.output])
 
 
 def prompt_texts(example: Example) -> list[str]:
-    """Return the texts of an example's prompt: history, instruction and input."""
+    """Return the texts of history, instruction and input."""
     return [*(turn.content for turn in example.history), example.instruction, example.input]
 
 
@@ -118,6 +115,6 @@ def shingles_of(texts: Sequence[str]) -> Shingles:
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Return the Jaccard similarity: the size of the intersection divided by the size of the union."""
+    """Return the size of the intersection divided by the size of the union."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)

@@ -25,70 +25,44 @@ _BLOCK = 2**15  # rows read at once, about 50 MB of text
 
 
 class SourceRow(NamedTuple):
-    """A row of a data source.
+    """A row of a data source."""
 
-    row      position among the rows, from 0
-    content  the columns as a dict; if the source has another JSON value in place of an object, that value
-    line     line in the file, from 1, if the format has lines
-    """
-
-    row: int
-    content: Any
-    line: int | None = None
+    row: int  # position among the rows, from 0
+    content: Any  # the columns as a dict; if the source has another JSON value in place of an object, that value
+    line: int | None = None  # line in the file, from 1, if the format has lines
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation.
+    """One message of a conversation."""
 
-    role        system, user or assistant
-    content     the text
-    is_trained  whether an assistant turn carries loss; not used for other roles
-    """
-
-    role: str
+    role: str  # system, user or assistant
     content: str
-    is_trained: bool = True
+    is_trained: bool = True  # whether an assistant turn carries loss; not used for other roles
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row that can be trained on.
+    """One row that can be trained on; instruction, input ("" if there is none) and output are its last exchange."""
 
-    row_index     position in the source, from 0; rejected rows are counted too
-    example_id    content hash and occurrence number; unique
-    content_hash  hash of history, instruction, input and output; equal for exact duplicates
-    history       turns before the last exchange; an assistant turn in it carries loss too, unless its `is_trained` is
-                  False
-    instruction, input, output
-                  the last exchange; input is "" if there is none
-    original      every column of the source row, as JSON values
-    """
-
-    row_index: int
-    example_id: str
-    content_hash: str
-    history: tuple[Turn, ...]
+    row_index: int  # position in the source, from 0; rejected rows are counted too
+    example_id: str  # content hash and occurrence number; unique
+    content_hash: str  # hash of history, instruction, input and output; equal for exact duplicates
+    history: tuple[Turn, ...]  # turns before the last exchange, whose assistant turns may carry loss too
     instruction: str
     input: str
     output: str
-    original: dict[str, Any]
+    original: dict[str, Any]  # every column of the source row, as JSON values
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that cannot be used.
+    """A row that cannot be used."""
 
-    row      position in the source, from 0
-    reason   why it cannot be used
-    line     line in the file, from 1, if the format has lines
-    content  the row as it is in the source
-    """
-
-    row: int
+    row: int  # position in the source, from 0
     reason: str
-    line: int | None
-    content: Any = field(default=None, compare=False)
+    line: int | None  # line in the file, from 1, if the format has lines
+    content: Any = field(default=None, compare=False)  # the row as it is in the source
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
@@ -107,11 +81,7 @@ def make_example(
     original: dict[str, Any],
     occurrences: Counter[str],
 ) -> Example:
-    """Return an example with its ids.
-
-    Args:
-        occurrences: how often each content hash has occurred in the dataset so far; the example is added to the counts.
-    """
+    """Return an example with its ids, and count it in `occurrences`, the number of examples with each content hash."""
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
     occurrences[digest] += 1
@@ -122,11 +92,10 @@ def make_example(
 
 
 def json_value(value: Any) -> Any:
-    """Return the value of a column as a JSON value, so that a row can be written as JSON and read back unchanged.
+    """Return the value of a column as a JSON value.
 
-    JSON values are returned as they are. NaN becomes null, which is its meaning in data frames, and an infinity
-    becomes the text "Infinity" or "-Infinity". Dates and times become ISO text; durations, decimals and UUIDs become
-    their `str`; bytes become base64 text; tuples become lists.
+    NaN becomes null, which is its meaning in data frames, and an infinity becomes the text "Infinity" or "-Infinity".
+    Dates and times become ISO text; durations, decimals and UUIDs become their `str`; bytes become base64 text.
 
     Raises:
         TypeError: the value, or a value in it, has another type, such as an image.
@@ -152,14 +121,8 @@ def json_value(value: Any) -> Any:
 
 def json_type(value: Any) -> str:
     """Return the JSON type of a value with an article (`a list`), for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    names = {"str": "a text", "dict": "an object", "list": "a list"}
-    return names.get(type(value).__name__, f"a {type(value).__name__}")
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", dict: "an object", list: "a list"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -171,46 +134,22 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples to a parquet file; `read_examples` returns equal examples.
 
     `original` is written as JSON text, so that a column may have any type, and different types in different rows.
-
-    Raises:
-        DataError: `original` holds a value that is not JSON (see `json_value`), or a text holds half a surrogate pair.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    originals = []
-    for example in examples:
-        try:
-            # ASCII escapes: other columns may hold half a surrogate pair, which UTF-8 cannot encode
-            originals.append(json.dumps(example.original, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"row {example.row_index}: its original columns are not JSON values ({error}); pass them through "
-                "json_value"
-            ) from error
-    texts = {name: [getattr(example, name) for example in examples] for name in _TEXTS}
-    history = [[asdict(turn) for turn in example.history] for example in examples]
     turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("is_trained", pa.bool_())])
-    try:
-        table = pa.table(
-            {
-                "row_index": pa.array([example.row_index for example in examples], pa.int64()),
-                **{name: pa.array(values, pa.string()) for name, values in texts.items()},
-                "history": pa.array(history, pa.list_(turn)),
-                "original": pa.array(originals, pa.string()),
-            }
-        )
-    except UnicodeEncodeError as error:
-        raise DataError(f"an example's text holds half a surrogate pair ({error}); mend it in the source") from error
-    pq.write_table(table, path, compression="zstd")
+    types = {"row_index": pa.int64(), **dict.fromkeys(_TEXTS, pa.string())}
+    columns = {name: [getattr(example, name) for example in examples] for name in types}
+    columns["history"] = [[asdict(turn) for turn in example.history] for example in examples]
+    # ASCII escapes: columns that are not trained on may hold half a surrogate pair, which UTF-8 cannot encode
+    columns["original"] = [json.dumps(example.original, allow_nan=False) for example in examples]
+    schema = pa.schema({**types, "history": pa.list_(turn), "original": pa.string()})
+    pq.write_table(pa.table(columns, schema=schema), path, compression="zstd")
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Return the examples that `write_examples` wrote, in the same order.
-
-    Raises:
-        DataError: the file is missing, broken, or holds something else.
-    """
+    """Return the examples that `write_examples` wrote; raise DataError if the file is missing or broken."""
     with _reading(path):
         examples = []
         for block in read_blocks(path):
@@ -223,14 +162,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the table that `write_examples` wrote, block by block, so that the table need not fit in memory.
-
-    Args:
-        names: the columns to read; None for all.
-
-    Raises:
-        DataError: see `read_examples`.
-    """
+    """Yield the table that `write_examples` wrote, or its columns `names`, block by block to save memory."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path, pre_buffer=False) as file:
@@ -266,12 +198,11 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
     """
     with path.open("w", encoding="ascii") as stream:
         for row in rejected:
-            content = row.content
-            if isinstance(content, dict):
-                kept: Any = {str(name): _kept_value(value) for name, value in content.items()}
+            if isinstance(row.content, dict):
+                content: Any = {str(name): _kept_value(value) for name, value in row.content.items()}
             else:
-                kept = _kept_value(content)
-            fields = {"row": row.row, "reason": row.reason, "line": row.line, "content": kept}
+                content = _kept_value(row.content)
+            fields = {"row": row.row, "reason": row.reason, "line": row.line, "content": content}
             stream.write(json.dumps(fields) + "\n")
 
 
@@ -295,16 +226,10 @@ def draw(
     """Draw a seeded sample of the examples (the pool), and `holdout` other examples; both in the order of the source.
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
-    examples are drawn; with the same seed, a smaller pool is part of every larger pool. Examples with equal prompts
-    (history, instruction and input) are held out together, so held-out examples and pool share no prompt and no content
-    hash. A group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the group is
-    then neither held out nor in the pool.
-
-    Args:
-        limit: largest size of the pool; None for no limit.
-
-    Returns:
-        The pool and the held-out examples.
+    examples are drawn (None: all); with the same seed, a smaller pool is part of every larger pool. Examples with equal
+    prompts (history, instruction and input) are held out together, so held-out examples and pool share no prompt. Such
+    a
+    group is divided only if `holdout` cannot be reached otherwise; its rest is then neither held out nor in the pool.
 
     Raises:
         ConfigError: there are fewer than `holdout` examples, or none is left for the pool.
@@ -312,12 +237,9 @@ def draw(
     import numpy as np
 
     # two random streams: held-out rows must not depend on `limit`, nor the order of the pool's draw on `holdout`
-    held_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
-    priority = pool_rng.permutation(len(examples))
-    held, barred = (
-        _hold_out(examples, holdout, held_rng.permutation(len(examples)).tolist()) if holdout else ([], set())
-    )
-    free = [index for index in priority.tolist() if index not in barred]
+    held_order, pool_order = (np.random.default_rng([seed, stream]).permutation(len(examples)) for stream in (0, 1))
+    held, barred = _hold_out(examples, holdout, held_order.tolist())
+    free = [index for index in pool_order.tolist() if index not in barred]
     if not free:
         raise ConfigError(
             f"data.holdout={holdout} leaves none of the {len(examples)} accepted rows to select from "
@@ -328,11 +250,9 @@ def draw(
 
 
 def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
-    """Return the held-out positions, and the positions of all examples whose prompt is held out.
-
-    Args:
-        order: a random order of all positions.
-    """
+    """Return the held-out positions, taken in `order`, and those of all examples whose prompt is held out."""
+    if holdout == 0:
+        return [], set()
     groups: dict[tuple[object, ...], list[int]] = {}
     for index in order:
         example = examples[index]

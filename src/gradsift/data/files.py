@@ -1,4 +1,4 @@
-"""Reads the rows of data files.
+"""The files that `data.path` names, and their rows.
 
 If a file's content does not fit the type that its name states, reading it raises a `DataError` that names the place.
 Broken rows are neither repaired nor skipped.
@@ -6,13 +6,14 @@ Broken rows are neither repaired nor skipped.
 
 from __future__ import annotations
 
-import codecs
+import functools
 import gzip
 import hashlib
 import io
 import json
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -23,24 +24,110 @@ from gradsift.data.columns import KNOWN, folded, listed
 from gradsift.data.examples import SourceRow, json_type
 from gradsift.data.tables import AGAIN, column_rows, csv_rows
 from gradsift.errors import DataError
+from gradsift.manifests import file_hash
 
+STANDARD_INPUT = "-"
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
-_PACKED = (".gz", ".zst")
-_COLUMN_KINDS = ("parquet", "arrow")
 SUFFIXES = (
     *_TEXT_SUFFIXES,
-    *(suffix + packed for packed in _PACKED for suffix in _TEXT_SUFFIXES),
-    *(f".{kind}" for kind in _COLUMN_KINDS),
-)
-_WIDE_ENCODINGS = (  # UTF-32 first: its byte order mark begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
+    *(suffix + packed for packed in (".gz", ".zst") for suffix in _TEXT_SUFFIXES),
+    ".parquet",
+    ".arrow",
 )
 
 
-def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> Iterator[SourceRow]:
+def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -> list[Path]:
+    """Return the files that `data.path` names, in the order in which their rows are numbered.
+
+    Args:
+        paths: one or several of: a file, a pattern as in `folder/*.jsonl`, `-` for standard input, or a folder: one
+        that
+            `datasets.save_to_disk` wrote, or shards of one type, in the order of their names.
+        downloads: the folder for a copy of standard input.
+        group: group of the option that names the files, for errors.
+
+    Raises:
+        DataError: a file does not exist, is of an unknown type or is named twice, or a folder holds several types.
+    """
+    files: list[Path] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        place = Path(path).expanduser()
+        if path == STANDARD_INPUT:
+            files.append(_copy_of_standard_input(downloads))
+        elif place.is_dir():
+            files += _files_in(place, group)
+        elif place.exists() or not any(character in path for character in "*?["):
+            files.append(place)
+        else:
+            pattern = str(place.relative_to(place.anchor))
+            matching = sorted(file for file in Path(place.anchor or ".").glob(pattern) if file.is_file())
+            if not matching:
+                raise DataError(
+                    f"{group}.path={path}: no file has such a name; check the pattern (now in {Path.cwd()})"
+                )
+            files += matching
+    for file in files:
+        file_kind(file, group)  # raises if its type is unknown
+    if repeated := next((file for place, file in enumerate(files) if file in files[:place]), None):
+        raise DataError(f"{group}.path names {repeated} twice; name each file once")
+    return files
+
+
+def require_files(paths: str | Sequence[str], group: str = "data") -> None:
+    """Raise the DataError that `files_of` would raise; standard input is not read."""
+    named = [paths] if isinstance(paths, str) else paths
+    files_of([path for path in named if path != STANDARD_INPUT], Path(), group)
+
+
+def _files_in(folder: Path, group: str) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(each.name for each in folder.iterdir() if (each / "state.json").is_file()))
+        raise DataError(f"{group}.path={folder} holds several splits; name the folder of one: {splits}")
+    state = folder / "state.json"  # `datasets.save_to_disk` writes it
+    if state.is_file():
+        try:
+            names = [each["filename"] for each in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{state} is not as datasets.save_to_disk writes it ({error!r})") from error
+        return [folder / Path(name).name for name in names]
+    shown = (each for each in folder.iterdir() if each.is_file() and not each.name.startswith("."))
+    files = sorted(file for file in shown if file.name.lower().endswith(SUFFIXES))
+    kinds = sorted({file_kind(file) for file in files})
+    if len(kinds) != 1:
+        content = f"files of the types {', '.join(kinds)}" if kinds else "no file of a known type"
+        raise DataError(
+            f"{group}.path={folder} is a folder with {content}; give a pattern for the files that hold the rows, as in "
+            f"{group}.path='{folder}/*.{kinds[0] if kinds else 'jsonl'}'"
+        )
+    return files
+
+
+def _copy_of_standard_input(downloads: Path) -> Path:
+    content = _standard_input()
+    if not content.strip():
+        raise DataError("data.path=- reads standard input, which holds no row; pipe JSON rows into the command")
+    copy = downloads / f"stdin-{hashlib.sha256(content).hexdigest()[:16]}.json"
+    if not copy.is_file():
+        downloads.mkdir(parents=True, exist_ok=True)
+        part = copy.with_suffix(".part")
+        part.write_bytes(content)
+        part.replace(copy)
+    return copy
+
+
+@functools.cache  # standard input can be read only once, and every job of a sweep in this process needs it
+def _standard_input() -> bytes:
+    return sys.stdin.buffer.read()
+
+
+def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
+    """Yield the rows of files, numbered across all files. `SourceRow.line` is set only if there is one file."""
+    if len(files) == 1:
+        return read_rows(files[0])
+    return _numbered(row.content for file in files for row in read_rows(file))
+
+
+def read_rows(path: Path, holder: str | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow file, in order.
 
     .json     an array of objects; an object in which one value is such an array, as {"data": [...]}; or JSON lines,
@@ -54,40 +141,35 @@ def read_rows(path: Path, *, group: str = "data", holder: str | None = None) -> 
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Args:
-        group: group of the options that name the file, for errors.
         holder: key of the array of rows, if a .json file's object has several arrays.
 
     Raises:
-        DataError: the file is missing, a folder, not a regular file, empty, incomplete, of an unknown type, in another
-            encoding or broken. The message names the file, the line if there is one, and the remedy.
+        DataError: the file cannot be read. The message names the file, the line if there is one, and the remedy.
     """
-    kind = file_kind(path, group)
+    kind = file_kind(path)
     with _reading(path):
-        if kind in _COLUMN_KINDS:
-            yield from column_rows(path, kind)
-            return
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; fetch or write it again")
-        with _opened(path) as opened:
-            stream = _as_utf8(path, opened)
-            if kind == "jsonl":
-                rows = _unwrapped(path, _json_lines(path, stream))
-            else:
-                text = _decoded(path, stream.read(), 1).lstrip("\ufeff")
-                rows = _json_rows(path, text, holder) if kind == "json" else csv_rows(path, text, kind)
-            first = next(rows, None)
-            if first is None:
-                raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
-            yield first
-            yield from rows
+        rows = column_rows(path, kind) if kind in ("parquet", "arrow") else _text_rows(path, kind, holder)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
+        yield first
+        yield from rows
+
+
+def _text_rows(path: Path, kind: str, holder: str | None) -> Iterator[SourceRow]:
+    with _opened(path) as opened:
+        stream = _as_utf8(path, opened)
+        if kind == "jsonl":
+            yield from _unwrapped(path, _json_lines(path, stream))
+            return
+        text = _decoded(path, stream.read(), 1).lstrip("\ufeff")
+        yield from _json_rows(path, text, holder) if kind == "json" else csv_rows(path, text, kind)
 
 
 def file_kind(path: Path, group: str = "data") -> str:
-    """Return the type that the file's name states: json, jsonl, csv, tsv, parquet or arrow.
-
-    Raises:
-        DataError: `path` is not a regular file, or its type is unknown.
-    """
+    """Return the type that a file's name states: json, jsonl, csv, tsv, parquet or arrow; else raise DataError."""
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
     if not path.exists():
@@ -100,16 +182,11 @@ def file_kind(path: Path, group: str = "data") -> str:
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise DataError(f"{group}.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
-    kind = _without_packing(name).rsplit(".", 1)[1]
+    kind = name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[1]
     return "jsonl" if kind == "ndjson" else kind
 
 
-def _without_packing(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".zst")
-
-
 def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    """Return a stream of the file's bytes, unpacked if it is a .gz or .zst file."""
     name = path.name.lower()
     if name.endswith(".gz"):
         return gzip.open(path, "rb")
@@ -122,18 +199,13 @@ def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of the file's bytes.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    with _reading(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Return the SHA-256 of the file's bytes; raise DataError if the file cannot be read."""
+    with _reading(path):
+        return file_hash(path)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn the exceptions that a broken or unreadable file raises into a `DataError`."""
     try:
         yield
     except gzip.BadGzipFile as error:
@@ -150,10 +222,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """Return the stream, or a stream of its text in UTF-8 if a byte order mark shows that it is UTF-16 or UTF-32."""
-    start = stream.peek(4)[:4]
-    encoding = next((name for mark, name in _WIDE_ENCODINGS if start.startswith(mark)), None)
-    if encoding is None:
+    """Return the stream, or one of UTF-8 if a byte order mark shows that it is UTF-16 or UTF-32."""
+    encoding = json.detect_encoding(stream.peek(4)[:4])
+    if encoding not in ("utf-16", "utf-32"):  # without such a mark it has another name
         return stream
     try:
         text = stream.read().decode(encoding)
@@ -166,7 +237,7 @@ def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.Gzip
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """Return the text of UTF-8 bytes `data`, which begin at line `line` of the file."""
+    """Return the text of UTF-8 bytes, which begin at line `line` of the file."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
@@ -196,7 +267,7 @@ def _values(path: Path, text: str, line: int) -> list[Any]:
 
 
 def _remedy(path: Path, text: str, error: json.JSONDecodeError) -> str:
-    is_array = _without_packing(path.name.lower()).endswith(".json")
+    is_array = file_kind(path) == "json"
     rest = text[error.pos :].lstrip(outside_json.BLANK)
     before = text[: error.pos].rstrip(outside_json.BLANK)
     if not rest or error.msg.startswith("Unterminated"):
@@ -251,7 +322,7 @@ def _is_json_lines(text: str) -> bool:
     except json.JSONDecodeError:
         return False
     except outside_json.RepeatedKeyError:
-        return True  # `_json_lines` reports the error
+        pass  # `_json_lines` reports the error
     return True
 
 
@@ -266,10 +337,10 @@ def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 
 
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of a file that holds one object.
+    """Return the rows of a file that holds one object; None if it holds no list of rows.
 
     If the object has a column of a known format, the object itself is the only row. Otherwise its only list of objects
-    holds the rows. Return None if it has no such list.
+    holds the rows.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]
@@ -285,7 +356,6 @@ def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
 
 
 def _are_rows(value: Any) -> bool:
-    """Return whether a value is a list of objects that are not the turns of a conversation."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         return False
     return not any({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys() for item in value)

@@ -11,32 +11,27 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gradsift import outside_json
-from gradsift.config import DATA_FORMATS, FieldsConfig
+from gradsift.config import FieldsConfig
 from gradsift.data.columns import Shape, columns_of, folded, pair_of, recognise
 from gradsift.data.examples import Example, Rejected, SourceRow, Turn, json_type, json_value, make_example
 from gradsift.data.turns import (
+    MEDIA,
     Conversation,
     Unusable,
     conversation,
     earlier_exchanges,
-    filled_text_of,
     is_empty,
     text_of,
     turns_in,
     turns_of,
 )
-from gradsift.errors import ConfigError, DataError
+from gradsift.errors import DataError
 
 _UNSHOWN = {  # columns that change the meaning of a row and that an example cannot hold, and what they hold
     "tools": "tools",
     "functions": "tools",
     "reasoning_content": "reasoning apart from the answer",
-    "image": "images",
-    "images": "images",
-    "audio": "audio",
-    "audios": "audio",
-    "video": "videos",
-    "videos": "videos",
+    **MEDIA,
 }
 
 
@@ -57,10 +52,7 @@ def parse_rows(
     prompt_completion  prompt and completion, both text or both lists of turns
     auto               the format whose columns the data has, see `gradsift.data.columns.recognise`
 
-    An input of nothing but white space becomes "". The keys of a turn are role and content, or from and value. A
-    conversation is a system prompt, if any, and then user and assistant turns that alternate. Turns after the last
-    assistant turn that is trained are left out, because they carry no loss. A column `system` holds the system prompt,
-    and a column `history` holds earlier exchanges. All columns are kept in `Example.original`, as JSON values.
+    A column `system` holds the system prompt, and a column `history` holds earlier exchanges.
 
     Args:
         rows: rows of a reader, or pairs of a row's position and its columns.
@@ -69,12 +61,8 @@ def parse_rows(
         occurrences: how often each content hash has occurred in other sources; the examples are added to the counts.
 
     Raises:
-        DataError: there is no row, no format fits, two columns could be the same field, or no row can be used. The
-            message lists the columns.
-        ConfigError: the format is unknown.
+        DataError: there is no row, no format fits, two columns could be the same field, or no row can be used.
     """
-    if format not in DATA_FORMATS:
-        raise ConfigError(f"{group}.format={format!r} is not known; choose one of: {', '.join(DATA_FORMATS)}")
     source_rows = [SourceRow(*row) for row in rows]
     if not source_rows:
         raise DataError(f"{source} is empty: it holds no row")
@@ -103,12 +91,7 @@ def parse_rows(
 
 
 def _original(content: Any) -> dict[str, Any]:
-    """Return the columns as JSON values.
-
-    Raises:
-        Unusable: the row is not an object, a column holds content that JSON or an example cannot hold, or a column
-            marks the response as undesired.
-    """
+    """Return the columns as JSON values; raise Unusable for content that would be lost or that marks a bad response."""
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
     original = {}
@@ -125,7 +108,10 @@ def _original(content: Any) -> dict[str, Any]:
             raise Unusable(
                 f"column {name!r} holds {meaning}, which would be lost; delete the column to train on the others alone"
             )
-    _require_desired(original)
+    by_name = {folded(name): value for name, value in original.items()}
+    mark = "label" if by_name.keys() == {"prompt", "completion", "label"} else "kto_tag"
+    if by_name.get(mark) is False:  # in data for KTO, as LLaMA-Factory and TRL have it
+        raise Unusable(f"column {mark!r} is false, which marks the response as undesired")
     return original
 
 
@@ -145,32 +131,24 @@ def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
     )
 
 
-def _require_desired(row: Mapping[str, Any]) -> None:
-    """Raise Unusable if a column marks the response as undesired, as in LLaMA-Factory's or TRL's data for KTO."""
-    by_name = {folded(name): value for name, value in row.items()}
-    mark = "label" if by_name.keys() == {"prompt", "completion", "label"} else "kto_tag"
-    if by_name.get(mark) is False:
-        raise Unusable(f"column {mark!r} is false, which marks the response as undesired")
-
-
-# ------------------------------------------------------------------------------- prompt and response
-
-
 def _alpaca(row: Mapping[str, Any], shape: Shape) -> Conversation:
     fields = shape.fields
     column = shape.optional(row, "input")
     input = "" if column is None or row[column] is None else text_of(row, column)
     input = input if input.strip() else ""
-    if shape.prefers and isinstance(reply := _decoded(row[fields.output]), list | dict):
+    if folded(fields.output) == "chosen" and isinstance(reply := _decoded(row.get(fields.output)), list | dict):
         if input:
             raise Unusable(f"field {column!r} has no place beside the turns of {fields.output!r}")
         asked = _decoded(row.get(fields.instruction))
-        prompt = turns_of(asked) if isinstance(asked, list) else [Turn("user", filled_text_of(row, fields.instruction))]
+        if isinstance(asked, list):
+            prompt = turns_of(asked)
+        else:
+            prompt = [Turn("user", text_of(row, fields.instruction, filled=True))]
         return _with_reply(_with_system(row, shape, [*_history(row, shape), *prompt]), reply, fields.output)
     instruction = text_of(row, fields.instruction)
     if not instruction.strip() and not input:
         raise Unusable(f"fields {fields.instruction!r} and {column or fields.input!r} are both empty")
-    turns = [Turn("user", instruction), Turn("assistant", filled_text_of(row, fields.output))]
+    turns = [Turn("user", instruction), Turn("assistant", text_of(row, fields.output, filled=True))]
     return conversation(_with_system(row, shape, [*_history(row, shape), *turns]))._replace(input=input)
 
 
@@ -182,8 +160,8 @@ def _prompt_completion(row: Mapping[str, Any], shape: Shape) -> Conversation:
     if isinstance(prompt, list) or isinstance(completion, list):
         raise Unusable(f"fields {fields.prompt!r} and {fields.completion!r} must both be text or both be lists")
     turns = [
-        Turn("user", filled_text_of(row, fields.prompt)),
-        Turn("assistant", filled_text_of(row, fields.completion)),
+        Turn("user", text_of(row, fields.prompt, filled=True)),
+        Turn("assistant", text_of(row, fields.completion, filled=True)),
     ]
     return conversation(_with_system(row, shape, [*_history(row, shape), *turns]))
 
@@ -210,20 +188,13 @@ def _with_system(row: Mapping[str, Any], shape: Shape, turns: list[Turn]) -> lis
     return [system, *turns[1:]]
 
 
-# ------------------------------------------------------------------- conversations and preference pairs
-
-
-def _messages(row: Mapping[str, Any], shape: Shape, column: str | None = None) -> Conversation:
-    column = column or shape.fields.messages
+def _messages(row: Mapping[str, Any], shape: Shape) -> Conversation:
+    (column,) = shape.needed
     turns = _with_system(row, shape, turns_in(row, column))
     pair = pair_of(row)
     if pair is None or column in pair or is_empty(row[pair[0]]):
         return conversation(turns)
     return _with_reply(turns, _decoded(row[pair[0]]), pair[0])
-
-
-def _sharegpt(row: Mapping[str, Any], shape: Shape) -> Conversation:
-    return _messages(row, shape, shape.fields.conversations)
 
 
 def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
@@ -234,7 +205,7 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
         name: the reply's column, for the reasons of rejections.
     """
     if isinstance(reply, str):
-        answer = [Turn("assistant", filled_text_of({name: reply}, name))]
+        answer = [Turn("assistant", text_of({name: reply}, name, filled=True))]
     else:
         answer = turns_of([reply]) if isinstance(reply, dict) else turns_in({name: reply}, name)
     if answer in (prompt, prompt[-1:]):  # the prompt's column holds the chosen reply too
@@ -262,6 +233,6 @@ def _decoded(value: Any) -> Any:
 _PARSERS: dict[str, Callable[[Mapping[str, Any], Shape], Conversation]] = {
     "alpaca": _alpaca,
     "messages": _messages,
-    "sharegpt": _sharegpt,
+    "sharegpt": _messages,
     "prompt_completion": _prompt_completion,
 }

@@ -12,40 +12,34 @@ from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError, first_line
 
 _PATIENCE = 10.0  # seconds in which the hub must answer the check before a run
+_GATED = "is gated: accept its terms on its hub page, then log in with `hf auth login`"
+_UNNAMED = "is no name of a hub dataset; give it as OWNER/NAME"
 
 
 def require_dataset(id: str, revision: str | None) -> None:
     """Ask the hub whether a dataset can be read, as a check before the slow imports of a run.
 
     Raises:
-        DataError: the dataset or the revision does not exist or is gated; or the hub cannot be reached (always so with
-            HF_HUB_OFFLINE=1) and the local cache has nothing of the dataset; or a local file or folder is named `id`.
+        DataError: see `load_hub`. If the hub cannot be reached (always so with HF_HUB_OFFLINE=1), the error is raised
+            only if the local cache has nothing of the dataset.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors
 
-    if Path(id).exists():
-        raise _shadowed(id)
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    _require_no_local(id, "data")
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     api = HfApi()
     try:
         if api.dataset_info(id, revision=revision, timeout=_PATIENCE).gated:
             api.auth_check(id, repo_type="dataset")
-    except GatedRepoError as error:
-        raise _gated(id) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise _missing(id, revision) from error
-    except HFValidationError as error:
-        raise _unnamed(id) from error
+    except errors.GatedRepoError as error:
+        raise DataError(f"data.id={id} {_GATED}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise _missing(id, revision, "data") from error
+    except errors.HFValidationError as error:
+        raise DataError(f"data.id={id} {_UNNAMED}") from error
     except (http_error, OSError, ValueError) as error:  # ValueError: the reply is a web page, not the hub's JSON
         if not _may_be_cached(id):
-            raise _unreachable(id, error) from error
+            raise _unreachable(id, error, "data") from error
 
 
 def load_hub(
@@ -68,11 +62,10 @@ def load_hub(
         DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
             has several subsets (the message lists them) and `subset` is None; or a local file or folder is named `id`.
     """
-    if Path(id).exists():  # `datasets` would load the local files instead
-        raise _shadowed(id, group)
+    _require_no_local(id, group)
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # a class of httpx, or of httpx2 in later versions
     datasets.disable_progress_bars()
@@ -80,41 +73,36 @@ def load_hub(
         dataset = datasets.load_dataset(id, subset, revision=revision, split=split, streaming=first is not None)
         rows = dataset if first is None else list(islice(dataset, first))
     except DatasetNotFoundError as error:
-        gated = "gated" in str(error).lower()
-        raise (_gated(id, group) if gated else _missing(id, revision, group)) from error
+        if "gated" in str(error).lower():
+            raise DataError(f"{group}.id={id} {_GATED}") from error
+        raise _missing(id, revision, group) from error
     except HFValidationError as error:
-        raise _unnamed(id, group) from error
+        raise DataError(f"{group}.id={id} {_UNNAMED}") from error
     except DataFilesNotFoundError as error:
         raise DataError(f"{group}.id={id} holds no files of rows that can be read; check the name") from error
-    except (OfflineModeIsEnabled, http_error, OSError) as error:
+    except (http_error, OSError) as error:
         raise _unreachable(id, error, group) from error
     except (DatasetsError, ValueError, RuntimeError) as error:  # an unknown split or subset, or a script
         raise DataError(f"{group}.id={id}: {_advice(str(error), split, subset, group)}") from error
     return (SourceRow(row, content) for row, content in enumerate(rows))
 
 
-def _shadowed(id: str, group: str = "data") -> DataError:
-    return DataError(
-        f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or take another folder to run in"
-    )
+def _require_no_local(id: str, group: str) -> None:
+    """Raise DataError if a file or folder is named `id`; `datasets` would load it instead."""
+    if Path(id).exists():
+        raise DataError(
+            f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or take another folder to run in"
+        )
 
 
-def _unnamed(id: str, group: str = "data") -> DataError:
-    return DataError(f"{group}.id={id} is no name of a hub dataset; give it as OWNER/NAME")
-
-
-def _gated(id: str, group: str = "data") -> DataError:
-    return DataError(f"{group}.id={id} is gated: accept its terms on its hub page, then log in with `hf auth login`")
-
-
-def _missing(id: str, revision: str | None, group: str = "data") -> DataError:
+def _missing(id: str, revision: str | None, group: str) -> DataError:
     at = f" at {group}.revision={revision}" if revision else ""
     return DataError(
         f"{group}.id={id}{at} is no dataset of the hub (or a private one: log in with `hf auth login`); check the name"
     )
 
 
-def _unreachable(id: str, error: Exception, group: str = "data") -> DataError:
+def _unreachable(id: str, error: Exception, group: str) -> DataError:
     return DataError(
         f"{group}.id={id} is not in the local cache and the hub cannot be reached ({first_line(error)}); connect once "
         f"(with HF_HUB_OFFLINE unset), or {_files_instead(group)}"
@@ -126,10 +114,7 @@ def _files_instead(group: str) -> str:
 
 
 def _may_be_cached(id: str) -> bool:
-    """Return whether the caches of huggingface_hub or datasets may hold a dataset.
-
-    The result is also True if the cache of datasets holds another dataset of the same owner.
-    """
+    """Return whether the local caches may hold a dataset (also True for another dataset of its owner)."""
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))

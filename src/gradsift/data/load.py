@@ -5,33 +5,36 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact, Store
 from gradsift.config import (
     COPIES,
-    CorruptionConfig,
     DataConfig,
     FieldsConfig,
     HubDataConfig,
     JsonDataConfig,
     MixtureDataConfig,
+    SourceConfig,
     VerifiableDataConfig,
 )
-from gradsift.data import corruption, dedup, formats, hub, verifiable
-from gradsift.data.examples import Example, Rejected, draw, read_examples, write_examples, write_rejected
-from gradsift.data.mixture import parse_mixture, row_source, weighted
+from gradsift.data import corruption, dedup, files, hub, verifiable
+from gradsift.data.examples import Example, Rejected, SourceRow, draw, read_examples, write_examples, write_rejected
+from gradsift.data.formats import parse_rows
 from gradsift.errors import ConfigError, DataError
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
-from gradsift.scoring.published import Published
+from gradsift.scoring.published import join_scores
 from gradsift.scoring.scores import write_scores
+from gradsift.selection.budget import proportional_shares
 
 VERSION = 2  # version of the stage for the embedded world
 ROWS_VERSION = 3  # version of the stage for other data
@@ -53,15 +56,86 @@ class Labels:
     origin: list[int | None] | None = None  # position of the example that an injected copy repeats
 
 
+class RowSource(NamedTuple):
+    """Files or a hub dataset."""
+
+    name: str  # name of the data in errors
+    settings: dict[str, Any]  # what the rows depend on besides the options that name the source, as a file's hash
+    read: Callable[[], Iterator[SourceRow]]
+
+
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
     """Return the artifact of the load stage; make it if the store does not have it.
 
     Rows are read and checked, and examples get ids. Then duplicates are dropped (`config.dedup`), examples are held out
     (`config.holdout`), and a share of the other examples is corrupted (`config.corruption`).
     """
+    settings, downloads = _settings(config), runtime.store.root / "downloads"
+    slug, version = config.name, ROWS_VERSION
+    sources: dict[str, RowSource] = {}
     if isinstance(config, VerifiableDataConfig):
-        return _load_world(runtime, config)
-    return _load_rows(runtime, config)
+        slug, version = f"{config.name}-{config.size}", VERSION
+    elif isinstance(config, MixtureDataConfig):
+        sources = {name: row_source(entry, downloads, f"data.sources.{name}") for name, entry in config.sources.items()}
+        for name, source in sources.items():
+            settings["sources"][name] |= source.settings
+    elif isinstance(config, JsonDataConfig | HubDataConfig):
+        sources = {config.name: row_source(config, downloads)}
+        settings |= sources[config.name].settings
+
+    make = partial(_make, runtime, config, sources)
+    return runtime.store.obtain("load", slug, settings, [], make, version=version, light=True)
+
+
+def _make(runtime: Runtime, config: DataConfig, sources: Mapping[str, RowSource], folder: Path) -> dict[str, Any]:
+    """Write the files of the artifact, and return its counts."""
+    world = None
+    if isinstance(config, VerifiableDataConfig):
+        world = verifiable.generate(
+            size=config.size,
+            spoilt=config.spoilt,
+            duplicates=config.duplicates,
+            benchmark_items=config.benchmark_items,
+            delayed=config.delayed,
+            seed=config.seed,
+        )
+        examples, rejected = parse_rows(enumerate(world.rows), "alpaca", FieldsConfig())
+    elif isinstance(config, MixtureDataConfig):
+        examples, rejected = parse_mixture(config, sources)
+    else:
+        assert isinstance(config, JsonDataConfig | HubDataConfig)  # noqa: S101 - for the type checker
+        source = sources[config.name]
+        examples, rejected = parse_rows(source.read(), config.format, config.fields, source.name)
+    kept, repeated = _without_duplicates(runtime, config, examples)
+    chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
+    pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
+    # after the draw, so that the same rows are held out with and without scores
+    pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, [*rejected, *repeated])
+    if isinstance(config, MixtureDataConfig):
+        counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
+    labels = Labels(["clean"] * len(pool), None)
+    if world is not None:
+        labels = _world_labels(world, pool)
+        # the benchmark's questions and reference answers are the held-out examples: all are clean, unlike the pool
+        held = [{**item, "output": item["reference"]} for item in world.benchmark]
+        heldout, _ = parse_rows(enumerate(held), "alpaca", FieldsConfig())
+        (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
+    if config.corruption.share:
+        next_row = 1 + max([*(example.row_index for example in kept), *(row.row for row in rejected)])
+        pool, labels, counts["corrupted"] = _corrupt(config, pool, labels, next_row)
+    if world is not None or config.corruption.share:
+        columns = {name: values for name, values in vars(labels).items() if values is not None}
+        types = {"origin": pa.int64()}
+        arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+        pq.write_table(pa.table(arrays), folder / LABELS_FILE)
+    write_examples(folder / EXAMPLES_FILE, pool)
+    write_examples(folder / HELDOUT_FILE, heldout)
+    write_rejected(folder / "rejected.jsonl", rejected)
+    counts |= {"rows": len(pool), "heldout": len(heldout)}
+    if world is None:
+        # a hub dataset may change without a new name, so later stages depend on the content that was read
+        counts["content"] = file_hash(folder / EXAMPLES_FILE)
+    return counts
 
 
 def require_dataset(store: Store, config: HubDataConfig) -> None:
@@ -95,46 +169,79 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return settings
 
 
-def _load_rows(runtime: Runtime, config: DataConfig) -> Artifact:
-    assert isinstance(config, JsonDataConfig | HubDataConfig | MixtureDataConfig)  # noqa: S101 - for the type checker
-    settings, downloads = _settings(config), runtime.store.root / "downloads"
-    if isinstance(config, MixtureDataConfig):
-        sources = {name: row_source(entry, downloads, f"data.sources.{name}") for name, entry in config.sources.items()}
-        for name, each in sources.items():
-            settings["sources"][name] |= each.settings
-    else:
-        source = row_source(config, downloads)
-        settings |= source.settings
+# --------------------------------------------------------------------------------- reading the rows
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        if isinstance(config, MixtureDataConfig):
-            examples, rejected = parse_mixture(config, sources)
-        else:
-            examples, rejected = formats.parse_rows(source.read(), config.format, config.fields, source=source.name)
-        kept, repeated = _without_duplicates(runtime, config, examples)
-        chosen = weighted(config, kept) if isinstance(config, MixtureDataConfig) else kept
-        pool, heldout = draw(chosen, config.limit, config.holdout, config.seed)
-        # after the draw, so that the same rows are held out with and without scores
-        pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, [*rejected, *repeated])
-        if isinstance(config, MixtureDataConfig):
-            counts["sources"] = dict(Counter(example.original[config.source_column] for example in pool))
-        if config.corruption.share:
-            next_row = 1 + max([*(example.row_index for example in kept), *(row.row for row in rejected)])
-            clean, before = Labels(["clean"] * len(pool), None), pool
-            pool, labels = _corrupt(config.corruption, pool, clean, corruption.changes_of_text(pool), next_row)
-            _write_labels(folder, labels)
-            kinds = labels.corruption or ()
-            counts["corrupted"] = dict(Counter(filter(None, kinds))) | {
-                "stand_ins": corruption.stand_ins(before, kinds)
-            }
-        write_examples(folder / EXAMPLES_FILE, pool)
-        write_examples(folder / HELDOUT_FILE, heldout)
-        write_rejected(folder / "rejected.jsonl", rejected)
-        # a hub dataset may change without a new name, so later stages depend on the content that was read
-        content = file_hash(folder / EXAMPLES_FILE)
-        return counts | {"rows": len(pool), "heldout": len(heldout), "content": content}
 
-    return runtime.store.obtain("load", config.name, settings, [], make, version=ROWS_VERSION, light=True)
+def row_source(
+    config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path, group: str = "data"
+) -> RowSource:
+    """Return the source that a config describes; `group` names its options in errors."""
+    if isinstance(config, HubDataConfig) or config.path is None:
+        assert not isinstance(config, JsonDataConfig)  # noqa: S101 - for the type checker
+        id, revision, split, subset = config.id or "", config.revision, config.split, config.subset
+        first = None
+        if isinstance(config, HubDataConfig) and config.streaming:
+            first = (config.limit or 0) + config.holdout
+        return RowSource(id, {}, lambda: hub.load_hub(id, revision, split, subset, first, group))
+    named = files.files_of(config.path, downloads, group)
+    kinds, hashes = [files.file_kind(file) for file in named], [files.hash_of(file) for file in named]
+    one = len(named) == 1
+    settings = {"path": None, "kind": kinds[0] if one else kinds, "sha256": hashes[0] if one else hashes}
+    name = config.path if isinstance(config.path, str) else ", ".join(config.path)
+    return RowSource(name, settings, lambda: files.read_files(named))
+
+
+def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -> tuple[list[Example], list[Rejected]]:
+    """Return the examples and the rejected rows of all sources, with rows numbered consecutively across all sources.
+
+    The column `config.source_column` of `original` holds the name of the source. Raise DataError if it exists already.
+    """
+    examples: list[Example] = []
+    rejected: list[Rejected] = []
+    occurrences: Counter[str] = Counter()
+    first, column = 0, config.source_column
+    for name, source in sources.items():
+        entry = config.sources[name]
+        rows = [row._replace(row=first + row.row) for row in source.read()]
+        group = f"data.sources.{name}"
+        parsed, unusable = parse_rows(rows, entry.format, entry.fields, source.name, group, occurrences)
+        if any(column in example.original for example in parsed):
+            raise DataError(
+                f"{source.name} has a column {column!r} already; give the name of another one for the sources, as in "
+                "data.source_column=mixture_source"
+            )
+        examples += [replace(example, original={**example.original, column: name}) for example in parsed]
+        rejected += [replace(row, reason=f"{name}: {row.reason}") for row in unusable]
+        first += len(rows)
+    return examples, rejected
+
+
+def weighted(config: MixtureDataConfig, examples: Sequence[Example]) -> list[Example]:
+    """Return a seeded sample in which the sources' shares follow their weights; without weights, all examples.
+
+    With `config.limit` the sample has `limit` + `holdout` examples, otherwise it is as large as possible. Raise
+    ConfigError if a source has too few examples for its share.
+    """
+    weights = np.array([source.weight or 0.0 for source in config.sources.values()])
+    if not weights.all():
+        return list(examples)
+    by_source: dict[str, list[Example]] = {name: [] for name in config.sources}
+    for example in examples:
+        by_source[example.original[config.source_column]].append(example)
+    available = np.array([len(group) for group in by_source.values()])
+    most = int(np.floor((available * weights.sum() / weights).min()))
+    size = most if config.limit is None else config.limit + config.holdout
+    if size > most:
+        scarce = list(by_source)[int(np.argmin(available / weights))]
+        raise ConfigError(
+            f"data.limit={config.limit} and data.holdout={config.holdout} ask for {size:,} rows, but "
+            f"data.sources.{scarce} has {len(by_source[scarce]):,}, enough for {most:,} in these shares; give a "
+            "smaller data.limit, or leave it out for the most rows"
+        )
+    drawn: list[Example] = []
+    for group, count in zip(by_source.values(), proportional_shares(size, weights).tolist(), strict=True):
+        drawn += draw(group, count, 0, config.seed)[0] if group else []
+    return sorted(drawn, key=lambda example: example.row_index)
 
 
 def _without_duplicates(
@@ -161,72 +268,33 @@ def _with_scores(
     pool: list[Example],
     rejected: Sequence[Rejected],
 ) -> tuple[list[Example], list[Rejected], dict[str, Any]]:
-    """Write the scores of `data.scores`; return the examples with a score, all rejected rows, and the stage's counts.
+    """Write the scores of `data.scores`, if given; return the examples with a score, all rejected rows, and counts.
 
-    Without `data.scores` no scores are written, and all examples of the pool are returned.
-
-    Args:
-        kept: all accepted examples of the data, held-out examples included.
-        rejected: the rows that are rejected for other reasons.
+    `kept` are all accepted examples of the data, held-out examples included.
     """
     unscored: list[Rejected] = []
     counts: dict[str, Any] = {}
     if config.scores is not None:
-        published = Published(Path(config.scores))
-        pool, unscored = published.divide(pool)
-        write_scores(folder / PUBLISHED_FILE, published.of(pool), [[example.example_id for example in pool]])
-        counts = {"rows_without_score": len(unscored), "unused_scores": published.unused(kept)}
+        file = Path(config.scores)
+        pool, unscored, scores, unused = join_scores(file, pool, kept)
+        write_scores(folder / PUBLISHED_FILE, scores, [[example.example_id for example in pool]])
+        counts = {"rows_without_score": len(unscored), "unused_scores": unused}
         runtime.display.say(
-            f"  {published.path.name} has scores for {len(pool):,} of {len(pool) + len(unscored):,} rows; the other "
-            f"{len(unscored):,} are rejected; {counts['unused_scores']:,} of its scores are of texts that are not in "
+            f"  {file.name} has scores for {len(pool):,} of {len(pool) + len(unscored):,} rows; the other "
+            f"{len(unscored):,} are rejected; {unused:,} of its scores are of texts that are not in "
             "the data"
         )
     counts |= {"accepted": len(kept) - len(unscored), "rejected": len(rejected) + len(unscored)}
     return pool, sorted([*rejected, *unscored], key=lambda row: row.row), counts
 
 
-def _load_world(runtime: Runtime, config: VerifiableDataConfig) -> Artifact:
-    def make(folder: Path) -> Mapping[str, Any]:
-        world = verifiable.generate(
-            size=config.size,
-            spoilt=config.spoilt,
-            duplicates=config.duplicates,
-            benchmark_items=config.benchmark_items,
-            delayed=config.delayed,
-            seed=config.seed,
-        )
-        examples, rejected = formats.parse_rows(enumerate(world.rows), "alpaca", FieldsConfig())
-        if rejected:
-            raise DataError(f"the embedded world made an unusable row {rejected[0].row}: {rejected[0].reason}")
-        kept, repeated = _without_duplicates(runtime, config, examples)
-        pool, _ = draw(kept, config.limit, 0, config.seed)
-        pool, rejected, counts = _with_scores(runtime, config, folder, kept, pool, repeated)
-        known = [world.labels[example.row_index] for example in pool]
-        labels = Labels(_without_lone_copies(pool, known), [label.family for label in known])
-        if config.corruption.share:
-            changes = corruption.changes_of_text(pool) | _world_changes(world)
-            pool, labels = _corrupt(config.corruption, pool, labels, changes, len(world.rows))
-            counts["corrupted"] = dict(Counter(filter(None, labels.corruption or ())))
-        write_examples(folder / EXAMPLES_FILE, pool)
-        # the benchmark's questions and reference answers are the held-out examples: all are clean, unlike the pool
-        held = [{**item, "output": item["reference"]} for item in world.benchmark]
-        write_examples(folder / HELDOUT_FILE, formats.parse_rows(enumerate(held), "alpaca", FieldsConfig())[0])
-        _write_labels(folder, labels)
-        write_rejected(folder / "rejected.jsonl", rejected)
-        (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
-        return counts | {"rows": len(pool), "heldout": len(world.benchmark)}
-
-    return runtime.store.obtain(
-        "load", f"{config.name}-{config.size}", _settings(config), [], make, version=VERSION, light=True
-    )
+# -------------------------------------------------------------------------- labels and corruption
 
 
-def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Label]) -> list[str]:
-    """Return each example's quality label, which becomes clean for a copy of a row that is not in the pool."""
-    questions = [
-        verifiable.question_of(label.family, example.instruction, example.input)
-        for example, label in zip(pool, known, strict=True)
-    ]
+def _world_labels(world: verifiable.World, pool: Sequence[Example]) -> Labels:
+    """Return the labels of the pool; a copy of a row that is not in the pool is labelled clean."""
+    known = [world.labels[example.row_index] for example in pool]
+    questions = [verifiable.task_of(example.instruction, example.input).question for example in pool]
     asked = {question for question, label in zip(questions, known, strict=True) if label.quality == "clean"}
     quality = []
     for question, label in zip(questions, known, strict=True):
@@ -234,52 +302,35 @@ def _without_lone_copies(pool: Sequence[Example], known: Sequence[verifiable.Lab
         quality.append("clean" if alone else label.quality)
         if alone:
             asked.add(question)  # a second copy of the same row repeats this copy
-    return quality
-
-
-def _world_changes(world: verifiable.World) -> dict[str, corruption.Change]:
-    """Return, by kind of corruption, the functions that corrupt an example with words of the embedded world only."""
-
-    def reworded(example: Example, rng: random.Random) -> corruption.Texts:
-        family = world.labels[example.row_index].family
-        return (*verifiable.reworded(family, example.instruction, example.input, rng), example.output)
-
-    return {
-        "wrong_answer": corruption.of_output(verifiable.wrong_answer),
-        "garbled": corruption.of_output(verifiable.garbled),
-        "near_duplicate": reworded,
-    }
+    return Labels(quality, [label.family for label in known])
 
 
 def _corrupt(
-    config: CorruptionConfig,
-    pool: Sequence[Example],
-    labels: Labels,
-    changes: Mapping[str, corruption.Change],
-    next_row: int,
-) -> tuple[list[Example], Labels]:
-    """Corrupt a share of the pool, and label the result. Only examples labelled clean are corrupted or copied."""
-    made = corruption.corrupt(
-        pool,
-        changes,
-        share=config.share,
-        kinds=config.kinds,
-        seed=config.seed,
-        next_row=next_row,
-        sound=[position for position, quality in enumerate(labels.quality) if quality == "clean"],
-    )
+    config: DataConfig, pool: Sequence[Example], labels: Labels, next_row: int
+) -> tuple[list[Example], Labels, dict[str, int]]:
+    """Corrupt a share of the pool, and return it with its labels and the number of rows of each kind.
+
+    Only examples labelled clean are corrupted or copied. Examples of the embedded world get words of this world only.
+    """
+    is_world = isinstance(config, VerifiableDataConfig)
+
+    def reworded(example: Example, rng: random.Random) -> corruption.Texts:
+        return (*verifiable.task_of(example.instruction, example.input).reworded(rng).prompt, example.output)
+
+    changes = corruption.changes_of_text(pool)
+    if is_world:
+        changes["wrong_answer"] = corruption.of_output(verifiable.wrong_answer)
+        changes["garbled"] = corruption.of_output(verifiable.garbled)
+        changes["near_duplicate"] = reworded
+    sound = [position for position, quality in enumerate(labels.quality) if quality == "clean"]
+    made = corruption.corrupt(pool, changes, config.corruption, next_row, sound)
+    counts = dict(Counter(filter(None, made.kind)))
+    if not is_world:
+        counts["stand_ins"] = corruption.stand_ins(pool, made.kind)
     source = [position if origin is None else origin for position, origin in enumerate(made.origin)]
     quality = [kind or labels.quality[position] for kind, position in zip(made.kind, source, strict=True)]
     family = None if labels.family is None else [labels.family[position] for position in source]
-    return made.examples, Labels(quality, family, made.kind, made.origin)
-
-
-def _write_labels(folder: Path, labels: Labels) -> None:
-    """Write a table with one column for each field of `labels` that is not None."""
-    columns = {name: values for name, values in vars(labels).items() if values is not None}
-    types = {"origin": pa.int64()}
-    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
-    pq.write_table(pa.table(arrays), folder / LABELS_FILE)
+    return made.examples, Labels(quality, family, made.kind, made.origin), counts
 
 
 def pool_of(loaded: Artifact) -> list[Example]:

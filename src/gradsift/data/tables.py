@@ -18,9 +18,6 @@ AGAIN = "the file seems to be half-written; fetch or write it again"
 _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally frequent, the first is used
 
 
-# ---------------------------------------------------------------------------------------------- CSV
-
-
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a table whose first line names the columns.
 
@@ -77,29 +74,20 @@ def _first_line(text: str) -> str:
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
     """Return whether a blank follows every delimiter of the first line, and a quote follows such a blank in any line.
 
-    Such a quote opens a cell. If the blank were not skipped, the quote would be read as part of the cell's text.
+    If the blank were not skipped, the quote would be read as part of the cell's text.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
 
 
-# ---------------------------------------------------------------------------------- parquet and Arrow
-
-
 def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
-    """Yield the rows of a file that stores columns.
-
-    Args:
-        kind: parquet or arrow; an Arrow file has the stream format, as `datasets` writes it, or the file format.
+    """Yield the rows of a parquet file, or of an Arrow file in the stream format (as `datasets` writes) or file format.
 
     Raises:
-        DataError: the file is empty or broken, or a value cannot be read, such as a text that is not UTF-8. The message
-            then names row and column.
+        DataError: the file is broken, or a value cannot be read. The message then names row and column.
     """
     import pyarrow as pa
 
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty; fetch or write it again")
     index = 0
     try:
         for batch in _batches(path, kind):
@@ -108,8 +96,6 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
                 index += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole {kind} file ({first_line(error)[:120]}); {AGAIN}") from error
-    if index == 0:
-        raise DataError(f"{path} is empty: it holds no row; fetch or write it again")
 
 
 def _batches(path: Path, kind: str) -> Iterator[Any]:
@@ -124,14 +110,9 @@ def _batches(path: Path, kind: str) -> Iterator[Any]:
     with pa.memory_map(str(path)) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
-        if is_file:
-            with pa.ipc.open_file(source) as reader:
-                _require_different(path, reader.schema.names)
-                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            with pa.ipc.open_stream(source) as reader:
-                _require_different(path, reader.schema.names)
-                yield from reader
+        with pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source) as reader:
+            _require_different(path, reader.schema.names)
+            yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
 
 def _require_different(path: Path, names: Sequence[str]) -> None:

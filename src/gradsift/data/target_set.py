@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,48 +54,34 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
     Raises:
         ConfigError: the config has no target set, or the embedded world lacks one of its tasks or has too few rows.
-        DataError: a file is missing, empty or of another schema, or a row cannot be used. The message names
-            the file and, if there is one, the row.
+        DataError: a file is missing, empty or of another schema, or a row cannot be used.
     """
+    settings, parents = asdict(config), []
+    by_task: Callable[[], dict[str, list[Example]]]
     if isinstance(config, FilesTargetSetConfig):
-        return _load_files(runtime, config)
-    if isinstance(config, VerifiableTargetSetConfig):
-        return _load_world(runtime, config, loaded)
-    raise ConfigError(NO_TARGET_SET.format(method="what was chosen"))
-
-
-def _load_files(runtime: Runtime, config: FilesTargetSetConfig) -> Artifact:
-    files = _files(config, runtime.store.root / "downloads")
-    for file in files.values():
-        file_kind(file, "target_set")  # raises if the file is missing or its type unknown
-    settings = asdict(config) | {"path": None, "urls": None, "sha256": {t: hash_of(f) for t, f in files.items()}}
+        files = _files(config, runtime.store.root / "downloads")
+        for file in files.values():
+            file_kind(file, "target_set")  # raises if the file is missing or its type unknown
+        settings |= {"path": None, "urls": None, "sha256": {task: hash_of(file) for task, file in files.items()}}
+        by_task = partial(_examples_of_files, config, files)
+    elif isinstance(config, VerifiableTargetSetConfig):
+        parents.append(loaded)
+        by_task = partial(_examples_of_world, config, loaded)
+    else:
+        raise ConfigError(NO_TARGET_SET.format(method="what was chosen"))
 
     def make(folder: Path) -> Mapping[str, Any]:
-        by_task: dict[str, list[Example]] = {}
-        for name, file in files.items():
-            rows = list(read_rows(file, group="target_set", holder=config.rows))
-            tasks = [name if config.task is None else _task_of(row, config.task, file) for row in rows]
-            examples, rejected = parse_rows(rows, config.format, config.fields, source=str(file), group="target_set")
-            if rejected:
-                raise DataError(
-                    f"{file}, row {rejected[0].row}: {rejected[0].reason}; mend or delete the row, or check "
-                    "target_set.format and the names of its columns as in target_set.fields.output=NAME"
-                )
-            for task, example in zip(tasks, examples, strict=True):
-                by_task.setdefault(task, []).append(example)
-        return _write(folder, config, by_task)
+        examples: list[Example] = []
+        tasks: list[str] = []
+        for task, rows in by_task().items():
+            drawn, _ = draw(rows, config.limit, 0, config.seed)
+            examples += [replace(row, example_id=f"{task}/{row.example_id}") for row in drawn]
+            tasks += [task] * len(drawn)
+        write_examples(folder / EXAMPLES_FILE, examples)
+        (folder / TASKS_FILE).write_text(json.dumps(tasks), encoding="utf-8")
+        return {"rows": len(examples), "tasks": len(set(tasks)), "content": file_hash(folder / EXAMPLES_FILE)}
 
-    return runtime.store.obtain("target_set", config.name, settings, [], make, version=VERSION, light=True)
-
-
-def _task_of(row: SourceRow, column: str, file: Path) -> str:
-    task = row.content.get(column) if isinstance(row.content, dict) else None
-    if not isinstance(task, str) or not task.strip():
-        raise DataError(
-            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
-            "target_set.task"
-        )
-    return task
+    return runtime.store.obtain("target_set", config.name, settings, parents, make, version=VERSION, light=True)
 
 
 def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
@@ -115,29 +102,40 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
     return files
 
 
-def _load_world(runtime: Runtime, config: VerifiableTargetSetConfig, loaded: Artifact) -> Artifact:
-    def make(folder: Path) -> Mapping[str, Any]:
-        taken = {(example.instruction, example.input) for example in pool_of(loaded)}
-        taken |= {(item["instruction"], item["input"]) for item in benchmark_rows(loaded)}
-        by_task = {}
-        for task in config.tasks:
-            rows = verifiable.further_rows(task, config.limit or 1, taken, config.seed)
-            by_task[task] = parse_rows(enumerate(rows), "alpaca", FieldsConfig())[0]
-        return _write(folder, config, by_task)
+def _examples_of_files(config: FilesTargetSetConfig, files: Mapping[str, Path]) -> dict[str, list[Example]]:
+    by_task: dict[str, list[Example]] = {}
+    for name, file in files.items():
+        rows = list(read_rows(file, config.rows))
+        tasks = [name if config.task is None else _task_of(row, config.task, file) for row in rows]
+        examples, rejected = parse_rows(rows, config.format, config.fields, source=str(file), group="target_set")
+        if rejected:
+            raise DataError(
+                f"{file}, row {rejected[0].row}: {rejected[0].reason}; mend or delete the row, or check "
+                "target_set.format and the names of its columns as in target_set.fields.output=NAME"
+            )
+        for task, example in zip(tasks, examples, strict=True):
+            by_task.setdefault(task, []).append(example)
+    return by_task
 
-    return runtime.store.obtain("target_set", config.name, asdict(config), [loaded], make, version=VERSION, light=True)
+
+def _task_of(row: SourceRow, column: str, file: Path) -> str:
+    task = row.content.get(column) if isinstance(row.content, dict) else None
+    if not isinstance(task, str) or not task.strip():
+        raise DataError(
+            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
+            "target_set.task"
+        )
+    return task
 
 
-def _write(folder: Path, config: TargetSetConfig, by_task: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-    examples: list[Example] = []
-    tasks: list[str] = []
-    for task, rows in by_task.items():
-        drawn, _ = draw(rows, config.limit, 0, config.seed)
-        examples += [replace(row, example_id=f"{task}/{row.example_id}") for row in drawn]
-        tasks += [task] * len(drawn)
-    write_examples(folder / EXAMPLES_FILE, examples)
-    (folder / TASKS_FILE).write_text(json.dumps(tasks), encoding="utf-8")
-    return {"rows": len(examples), "tasks": len(by_task), "content": file_hash(folder / EXAMPLES_FILE)}
+def _examples_of_world(config: VerifiableTargetSetConfig, loaded: Artifact) -> dict[str, list[Example]]:
+    taken = {(example.instruction, example.input) for example in pool_of(loaded)}
+    taken |= {(item["instruction"], item["input"]) for item in benchmark_rows(loaded)}
+    by_task = {}
+    for task in config.tasks:
+        rows = verifiable.further_rows(task, config.limit or 1, taken, config.seed)
+        by_task[task] = parse_rows(enumerate(rows), "alpaca", FieldsConfig())[0]
+    return by_task
 
 
 def target_set_of(artifact: Artifact) -> TargetSet:
@@ -149,7 +147,7 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
     """Find target rows whose prompt is equal or similar to a prompt in the pool, and list them in `overlap.jsonl`.
 
-    If there are any, print a warning: a method could select these very rows, which would flatter its result.
+    Print a warning if there are any: a method could select these very rows, which would flatter its result.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -197,16 +195,15 @@ def overlap(
         common = Counter(place for shingle in other for place in holders.get(shingle, ()))
         for place, count in common.items():
             if count >= alike * (len(other) + len(own[place]) - count):
-                matches.append((place, example, _shared(targets[place], example)))
+                target, shared = targets[place], "similar prompt"
+                if target.history == example.history and dedup.prompt_texts(target) == dedup.prompt_texts(example):
+                    shared = "prompt and response" if target.output == example.output else "prompt"
+                matches.append((place, example, shared))
     return sorted(matches, key=lambda match: (match[0], match[1].row_index))
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Print a warning if target rows are questions of the run's benchmark.
-
-    Args:
-        asked: instruction and input of each question of the benchmark.
-    """
+    """Print a warning if target rows are among the benchmark's questions `asked`, as (instruction, input)."""
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
         runtime.display.say(
@@ -217,9 +214,3 @@ def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, s
 
 def _prompt_shingles(example: Example) -> dedup.Shingles:
     return dedup.shingles_of([text.casefold() for text in dedup.prompt_texts(example)])
-
-
-def _shared(target: Example, example: Example) -> str:
-    if (target.history, target.instruction, target.input) != (example.history, example.instruction, example.input):
-        return "similar prompt"
-    return "prompt and response" if target.output == example.output else "prompt"

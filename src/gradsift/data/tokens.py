@@ -8,8 +8,7 @@ no offsets (a slow tokenizer), or with a chat template, whose turns end at speci
 
 The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. The
 tokenizer's end token is added as the last token of the response, unless the text that a chat template rendered ends
-with a special token. A special token that is spelled out in an example's text is tokenised as plain text. A
-conversation that the chat template cannot render is left out, and the reason is reported.
+with a special token. A special token that is spelled out in an example's text is tokenised as plain text.
 """
 
 from __future__ import annotations
@@ -17,20 +16,22 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from gradsift.artifacts import Artifact
 from gradsift.data.chat_templates import DATE, Segment, file_text, is_chat
-from gradsift.data.examples import Example, Rejected, Turn
+from gradsift.data.examples import Example, Rejected, Turn, write_rejected
 from gradsift.data.templates import prompt_segments, render
-from gradsift.data.truncation import Part, shorten, tokens_in, truncate
+from gradsift.data.truncation import Part, ids_of_segments, ids_of_texts, shorten, tokens_in, truncate
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError, DataError
+from gradsift.runtime import Runtime
 
 ENCODING = 2  # raised when the same text gets other tokens, or another boundary of prompt and response
 _CHAT_ENCODING = 5  # raised instead of ENCODING when only the encoding with chat templates changes
@@ -38,26 +39,21 @@ _CHUNK = 1000  # texts tokenised in one call, to bound the memory of the tokeniz
 _CHUNK_CHARACTERS = 2_000_000  # characters tokenised in one call: the records take about 200 bytes per character
 _MOST_UNKNOWN = 0.5  # share of unknown tokens above which the tokenizer cannot be meant for the data
 
+REFUSED_FILE = "refused.jsonl"
+_REFUSED_VERSION = 1
 _REMEDY = "choose template=alpaca, or a chat template of your own, as in template=FILE.jinja"
 _Texts = TypeVar("_Texts")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """An example in tokens.
+    """An example in tokens."""
 
-    row          position in the list of examples that was encoded
-    row_index    the example's row in the data's source, for messages
-    input_ids    (T,) int32
-    is_response  (T,) bool; False for the first token, so that every response token has a token before it
-    lane         number of the adapter that the example passes through, if several adapters train side by side
-    """
-
-    row: int
-    row_index: int
-    input_ids: np.ndarray
-    is_response: np.ndarray
-    lane: int = 0
+    row: int  # position in the list of examples that was encoded
+    row_index: int  # the example's row in the data's source, for messages
+    input_ids: np.ndarray  # (T,) int32
+    is_response: np.ndarray  # (T,) bool; False for the first token, so that every response token has a token before it
+    lane: int = 0  # number of the adapter that the example passes through, if several adapters train side by side
 
     @property
     def scored(self) -> int:
@@ -67,19 +63,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What `encode` cut or left out.
+    """What `encode` cut or left out."""
 
-    truncated_prompts      number of examples that lost prompt tokens
-    truncated_responses    number of examples that lost response tokens
-    rows_without_response  positions of examples whose response has no token; they are not encoded
-    refused                maps the position of each example that the chat template cannot render to its `Rejected`,
-                           which has the reason; these examples are not encoded
-    """
-
-    truncated_prompts: int
-    truncated_responses: int
-    rows_without_response: list[int]
-    refused: dict[int, Rejected]
+    truncated_prompts: int  # number of examples that lost prompt tokens
+    truncated_responses: int  # number of examples that lost response tokens
+    rows_without_response: list[int]  # positions of examples whose response has no token; not encoded
+    refused: dict[int, Rejected]  # by position, the examples that the chat template cannot render; not encoded
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
@@ -91,9 +80,6 @@ def template_identity(template: str) -> str:
     """Return what identifies a template in the settings of a stage: its name, or the hash of its file.
 
     For chat templates, the version of the encoding and `DATE` are added.
-
-    Raises:
-        ConfigError: the file cannot be read.
     """
     if not is_chat(template):
         return template
@@ -116,11 +102,9 @@ def encode(
         progress: called with the number of examples that were just done.
 
     Raises:
-        ConfigError: `max_length`, tokenizer or template cannot be used, or the template can render none of the rows.
+        ConfigError: tokenizer or template cannot be used, or the template can render none of the rows.
         DataError: more than half of the tokens are unknown to the tokenizer.
     """
-    if max_length < 2:
-        raise ConfigError(f"max_length={max_length} is too small; give at least 2")
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end token (eos), so a model could never learn where "
@@ -131,8 +115,7 @@ def encode(
     without_response: list[int] = []
     refused: dict[int, Rejected] = {}
     cut_prompts = cut_responses = 0
-    cut = partial(shorten, count_tokens=partial(_count, tokenizer=tokenizer), max_length=max_length)
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, cut, refused)):
+    for row, parts in enumerate(_tokenised(examples, tokenizer, template, max_length, progress, refused)):
         if row in refused:
             continue
         if not tokens_in(parts, True):
@@ -159,34 +142,21 @@ def encode_prompts(
     template: str,
     max_length: int,
     progress: Callable[[int], None] = lambda done: None,
-    refused: dict[int, Rejected] | None = None,
-) -> tuple[list[np.ndarray], int]:
-    """Tokenise the text before the last response of each example.
+) -> tuple[list[np.ndarray], int, dict[int, Rejected]]:
+    """Tokenise the text before the last response of each example; arguments and errors are those of `encode`.
 
     A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
 
-    Args:
-        refused: gets an entry (position: `Rejected`) for each example that the chat template cannot render.
-
     Returns:
-        The ids (T,) int32 of each prompt (no ids if the chat template cannot render the example), and the number of
-        prompts that were cut.
-
-    Raises:
-        ConfigError: the template cannot be used.
-        DataError: more than half of the tokens are unknown to the tokenizer.
+        The ids (T,) int32 of each prompt, the number of prompts that were cut, and by position the examples that the
+        chat template cannot render, whose prompts have no ids.
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
-    refused = {} if refused is None else refused
+    refused: dict[int, Rejected] = {}
     cut = 0
-
-    def without_last_response(segments: list[Segment]) -> list[Segment]:
-        while segments and segments[-1].is_response:  # before tokenising: prompt and response may share a token
-            segments.pop()
-        return shorten(segments, partial(_count, tokenizer=tokenizer), max_length)
-
-    for row, parts in enumerate(_tokenised(examples, tokenizer, template, progress, without_last_response, refused)):
+    tokenised = _tokenised(examples, tokenizer, template, max_length, progress, refused, with_last_response=False)
+    for row, parts in enumerate(tokenised):
         if row in refused:
             prompts.append(np.array([], dtype=np.int32))
             continue
@@ -195,16 +165,13 @@ def encode_prompts(
         excess = max(0, len(first) + len(ids) - max_length)
         cut += excess > 0
         prompts.append(np.array([*first, *ids[excess:]], dtype=np.int32))
-    return prompts, cut
+    return prompts, cut, refused
 
 
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
     """Return the token ids of a prompt, not truncated, with the start token and the generation prompt if there are any.
-
-    Args:
-        history: the earlier turns, user and assistant alternating.
 
     Raises:
         ConfigError: the template cannot be used, or cannot render this prompt.
@@ -213,21 +180,18 @@ def encode_prompt(
         segments = prompt_segments(instruction, input, template, tokenizer, history)
     except Unusable as reason:
         raise ConfigError(f"template={template}: {reason}; {_REMEDY}") from reason
-    parts = [(ids, False) for ids in _ids(segments, tokenizer)]
+    parts = [(ids, False) for ids in ids_of_segments(segments, tokenizer)]
     return list(chain.from_iterable(ids for ids, _ in _with_start(parts, _start(tokenizer))))
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
     """Return the text, or only a start of at least `max_length` tokens if the text is far longer (see `shorten`)."""
-    (segment,) = shorten([Segment(text, is_response=True)], partial(_count, tokenizer=tokenizer), max_length)
+    (segment,) = shorten([Segment(text, is_response=True)], tokenizer, max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Yield the texts in short lists, each of which the caller passes to the tokenizer in one call.
-
-    Short lists bound the memory that the tokenizer takes for its own records.
-    """
+    """Yield the texts in short lists, each for one call of the tokenizer, to bound the memory of its own records."""
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -240,6 +204,39 @@ def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> I
         yield chunk
 
 
+def say_refused(runtime: Runtime, refused: Iterable[Rejected], rows: int, group: str, what: str = "rows") -> None:
+    """Print which of `rows` rows the chat template of `group` (proxy or target) cannot render, and why."""
+    by_reason: dict[str, list[int]] = {}
+    for rejected in refused:
+        by_reason.setdefault(rejected.reason, []).append(rejected.row)
+    for reason, sources in by_reason.items():
+        runtime.display.say(
+            f"  {len(sources):,} of {rows:,} {what} are left out, because {group}.template cannot show them: {reason} "
+            f"(rows {', '.join(map(str, sources[:10]))}{', ...' if len(sources) > 10 else ''})"
+        )
+
+
+def refused_rows(
+    runtime: Runtime,
+    slug: str,
+    settings: Mapping[str, Any],
+    model: Artifact,
+    loaded: Artifact,
+    report: Callable[[], EncodeReport],
+) -> Artifact:
+    """Return the artifact with the rows of the pool that the template cannot render, as `write_rejected` writes them.
+
+    `report` tokenises the pool, unless that was done before.
+    """
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        refused = report().refused
+        write_rejected(folder / REFUSED_FILE, list(refused.values()))
+        return {"refused": len(refused)}
+
+    return runtime.store.obtain("refused", slug, settings, [model, loaded], make, version=_REFUSED_VERSION)
+
+
 # --------------------------------------------------------------------------------- segments to ids
 
 
@@ -247,25 +244,28 @@ def _tokenised(
     examples: Sequence[Example],
     tokenizer: Any,
     template: str,
+    max_length: int,
     progress: Callable[[int], None],
-    cut: Callable[[list[Segment]], list[Segment]],
     refused: dict[int, Rejected],
+    *,
+    with_last_response: bool = True,
 ) -> Iterator[list[Part]]:
-    """Yield the parts (token ids, is_response) of each example; no parts if the template cannot render the example.
+    """Yield the parts of each example; one that the template cannot render has no parts, and gets into `refused`.
 
-    Args:
-        cut: shortens the segments of an example before they are tokenised.
-        refused: gets an entry (position: `Rejected`) for each example that the template cannot render.
+    If `with_last_response` is False, the text after the last prompt is left out.
     """
     as_one_text = not is_chat(template) and tokenizer.is_fast
     total = unknown = 0
 
     def segments(row: int) -> list[Segment]:
         try:
-            return cut(render(examples[row], template, tokenizer))
+            rendered = render(examples[row], template, tokenizer)
         except Unusable as reason:
             refused[row] = Rejected(examples[row].row_index, str(reason), None, examples[row].original)
             return []
+        while not with_last_response and rendered and rendered[-1].is_response:
+            rendered.pop()  # before tokenising: prompt and response may share a token
+        return shorten(rendered, tokenizer, max_length)
 
     segments_of = map(segments, range(len(examples)))
     for rendered in chunks(segments_of, lambda segments: sum(len(segment.text) for segment in segments)):
@@ -288,67 +288,33 @@ def _tokenised(
 
 
 def _apart(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
-    ids = iter(_ids(list(chain.from_iterable(rendered)), tokenizer))
+    ids = iter(ids_of_segments(list(chain.from_iterable(rendered)), tokenizer))
     for segments in rendered:
         yield [(next(ids), segment.is_response) for segment in segments]
 
 
 def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
-    texts = ["".join(segment.text for segment in segments) for segments in rendered]
-    output = _call(tokenizer, texts, split_special_tokens=True, return_offsets_mapping=True)
-    for segments, ids, offsets in zip(rendered, output["input_ids"], output["offset_mapping"], strict=True):
-        yield _divided(segments, ids, offsets)
+    """Tokenise each example as one text; a token that spans prompt and response goes to the prompt.
 
-
-def _divided(segments: Sequence[Segment], ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[Part]:
-    """Divide the tokens of one text among its segments; a token that spans prompt and response goes to the prompt.
-
-    Args:
-        offsets: (first character, character after the last) of each token. A byte-level tokenizer's offsets may leave
-            out blanks at the ends of a token. This moves no token to another segment, because no template's prompt ends
-            with a blank.
+    A byte-level tokenizer's offsets may leave out blanks at the ends of a token. This moves no token to another
+    segment, because no template's prompt ends with a blank.
     """
-    parts: list[Part] = []
-    done = boundary = 0
-    for place, segment in enumerate(segments, start=1):
-        boundary += len(segment.text)
-        if place == len(segments):
-            until = len(ids)
-        elif segment.is_response:
-            until = bisect_right(offsets, boundary, lo=done, key=lambda offset: offset[1])
-        else:
-            until = bisect_left(offsets, boundary, lo=done, key=lambda offset: offset[0])
-        parts.append((ids[done:until], segment.is_response))
-        done = until
-    return parts
-
-
-def _ids(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each segment, tokenised separately. Only markup segments may hold special tokens."""
-    ids: list[list[int]] = [[] for _ in segments]
-    for is_markup in (False, True):
-        places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
-        if places:
-            texts = [segments[place].text for place in places]
-            output = _call(tokenizer, texts, split_special_tokens=not is_markup)
-            for place, of_text in zip(places, output["input_ids"], strict=True):
-                ids[place] = of_text
-    return ids
-
-
-def _count(segments: Sequence[Segment], tokenizer: Any) -> int:
-    return sum(map(len, _ids(segments, tokenizer)))
-
-
-def _call(tokenizer: Any, texts: list[str], **options: bool) -> Any:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about texts that are too long for the model: `truncate` cuts them
-        **options,
-    )
+    texts = ["".join(segment.text for segment in segments) for segments in rendered]
+    output = ids_of_texts(texts, tokenizer, split_special_tokens=True, return_offsets_mapping=True)
+    for segments, ids, offsets in zip(rendered, output["input_ids"], output["offset_mapping"], strict=True):
+        parts: list[Part] = []
+        done = boundary = 0
+        for place, segment in enumerate(segments, start=1):
+            boundary += len(segment.text)
+            if place == len(segments):
+                until = len(ids)
+            elif segment.is_response:
+                until = bisect_right(offsets, boundary, lo=done, key=lambda offset: offset[1])
+            else:
+                until = bisect_left(offsets, boundary, lo=done, key=lambda offset: offset[0])
+            parts.append((ids[done:until], segment.is_response))
+            done = until
+        yield parts
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Truncation of encoded examples to a number of tokens, and of long texts before they are tokenised.
+"""Token ids of segments, and the truncation of examples before and after they are tokenised.
 
 Prompt tokens are cut first, from the left. At least one token is kept before the response: the start token or, if
 there is none, the last token of the first prompt.
@@ -10,9 +10,10 @@ Tokenising 100 MB of text takes 20 GB of memory. So `shorten` drops most of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
+from typing import Any
 
 from gradsift.data.chat_templates import Segment
 
@@ -22,11 +23,7 @@ _MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text change
 
 
 def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
-    """Return the parts cut to `max_length` tokens.
-
-    Args:
-        parts: the parts of an example; the first part holds the start token, or nothing.
-    """
+    """Return the parts cut to `max_length` tokens; the first part must hold the start token, or nothing."""
     start, *rest = parts
     rest = [  # adjacent parts of one kind are joined, so that a prompt of several parts is cut as a whole
         (list(chain.from_iterable(ids for ids, _ in run)), is_response)
@@ -37,9 +34,10 @@ def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
     room = max_length - 1  # for response tokens
     fitting: list[Part] = []
     for ids, is_response in rest:
-        fitting.append((ids[:room] if is_response else ids, is_response))
-        room -= len(ids) if is_response else 0
-        room = max(room, 0)
+        if is_response:
+            ids = ids[:room]
+            room -= len(ids)
+        fitting.append((ids, is_response))
     excess = len(start[0]) + sum(len(ids) for ids, _ in fitting) - max_length
     must_stay = 0 if start[0] else 1  # the first token, from which the next token is predicted
     kept = [start]
@@ -58,25 +56,46 @@ def tokens_in(parts: Iterable[Part], is_response: bool) -> int:
 
 
 def _after_first_exchange(parts: list[Part]) -> list[Part]:
-    """Return the parts after the first prompt and its response; an empty list if there are none."""
+    """Return the parts after the first prompt and its response."""
     kinds = [is_response for _, is_response in parts]
     first_response = kinds.index(True)
     return parts[kinds.index(False, first_response) :] if False in kinds[first_response:] else []
 
 
-def shorten(segments: list[Segment], count_tokens: Callable[[list[Segment]], int], max_length: int) -> list[Segment]:
+def ids_of_texts(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning about texts that are too long for the model: `truncate` cuts them
+        **options,
+    )
+
+
+def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of each segment, tokenised separately. Only markup segments may hold special tokens."""
+    ids: list[list[int]] = [[] for _ in segments]
+    for is_markup in (False, True):
+        places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
+        if places:
+            texts = [segments[place].text for place in places]
+            output = ids_of_texts(texts, tokenizer, split_special_tokens=not is_markup)
+            for place, ids_of_text in zip(places, output["input_ids"], strict=True):
+                ids[place] = ids_of_text
+    return ids
+
+
+def shorten(segments: list[Segment], tokenizer: Any, max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
     `truncate` cuts prompts on the left and responses on the right, and removes the earliest exchanges. At most
     `max_length` exchanges can stay. So a long prompt keeps only its end, and a long last response only its start, each
     with at least `max_length` + 64 tokens. `truncate` removes every earlier response that is cut here. Such a response
     keeps its end, and the next prompt also keeps its start, because one token may hold characters of both.
-
-    Args:
-        count_tokens: function that returns the number of tokens in segments.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
-    if sum(len(segment.text) for segment in segments) <= window:
+    if _characters(segments) <= window:
         return segments
     runs = [(is_response, list(run)) for is_response, run in groupby(segments, key=lambda segment: segment.is_response)]
     runs = runs[-2 * max_length :]  # a prompt and a response per exchange
@@ -85,29 +104,25 @@ def shorten(segments: list[Segment], count_tokens: Callable[[list[Segment]], int
         from_end = not is_response or number < len(runs) - 1
         with_start = from_end and not is_response and number > 0
         width = window
-        while width * (1 + with_start) < sum(len(segment.text) for segment in run):
-            cut = _last_characters(run, width) if from_end else _first_characters(run, width)
-            if count_tokens(cut) >= max_length + _MARGIN:
-                run = [*_first_characters(run, width), *cut] if with_start else cut
+        while width * (1 + with_start) < _characters(run):
+            cut = _cut(run, width, from_end=from_end)
+            if sum(map(len, ids_of_segments(cut, tokenizer))) >= max_length + _MARGIN:
+                run = [*_cut(run, width, from_end=False), *cut] if with_start else cut
                 break
             width *= 4
         kept += run
     return kept
 
 
-def _first_characters(segments: Sequence[Segment], room: int) -> list[Segment]:
-    kept = []
-    for segment in segments:
-        if room > 0:
-            kept.append(replace(segment, text=segment.text[:room]))
-            room -= len(segment.text)
-    return kept
+def _characters(segments: Iterable[Segment]) -> int:
+    return sum(len(segment.text) for segment in segments)
 
 
-def _last_characters(segments: Sequence[Segment], room: int) -> list[Segment]:
+def _cut(segments: Sequence[Segment], room: int, *, from_end: bool) -> list[Segment]:
+    """Return the first `room` characters of the segments, or the last if `from_end`."""
     kept = []
-    for segment in reversed(segments):
+    for segment in reversed(segments) if from_end else segments:
         if room > 0:
-            kept.append(replace(segment, text=segment.text[-room:]))
+            kept.append(replace(segment, text=segment.text[-room:] if from_end else segment.text[:room]))
             room -= len(segment.text)
-    return kept[::-1]
+    return kept[::-1] if from_end else kept

@@ -27,17 +27,20 @@ ROLES = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _KEYS = (("role", "content"), ("from", "value"))
+MEDIA = {  # names of columns and keys, and what they hold
+    "image": "images",
+    "images": "images",
+    "audio": "audio",
+    "audios": "audio",
+    "video": "videos",
+    "videos": "videos",
+}
 _UNSHOWN = {  # keys of a turn that change its meaning, and what they hold
     "tool_calls": "tool calls",
     "function_call": "a function call",
     "tools": "tools",
     "refusal": "a refusal apart from the answer",
-    "image": "an image",
-    "images": "images",
-    "audio": "audio",
-    "audios": "audio",
-    "video": "a video",
-    "videos": "videos",
+    **MEDIA,
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's reasoning
 _WEIGHTS = ("weight", "loss", "train")  # with the value 0 or false, a turn is context only
@@ -58,17 +61,11 @@ class Conversation(NamedTuple):
     output: str
 
 
-# ----------------------------------------------------------------------------------------- texts
-
-
-def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
-    """Return the value of `key`, which must be text.
-
-    Args:
-        name: the value's name in the reason; by default `field 'key'`.
+def text_of(row: Mapping[str, Any], key: str, name: str | None = None, *, filled: bool = False) -> str:
+    """Return the text under `key`, which must be more than white space if `filled`.
 
     Raises:
-        Unusable: the value is missing, is not text, or holds a NUL or half a surrogate pair.
+        Unusable: it is no such text; the reason calls it `name`, by default `field 'key'`.
     """
     name = name or f"field {key!r}"
     if key not in row:
@@ -80,14 +77,8 @@ def text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
         raise Unusable(f"{name} holds a NUL character")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise Unusable(f"{name} holds half a surrogate pair, which is no character")
-    return value
-
-
-def filled_text_of(row: Mapping[str, Any], key: str, name: str | None = None) -> str:
-    """Return the value of `key`, which must be text (see `text_of`) and not only white space."""
-    value = text_of(row, key, name)
-    if not value.strip():
-        raise Unusable(f"{name or f'field {key!r}'} is empty")
+    if filled and not value.strip():
+        raise Unusable(f"{name} is empty")
     return value
 
 
@@ -96,9 +87,6 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
-
-
-# ----------------------------------------------------------------------------------------- turns
 
 
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
@@ -123,14 +111,11 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Return the turns in a list of objects with role and content (or from and value).
-
-    In a list of texts, user and assistant alternate.
-    """
+    """Return the turns in a list of objects with role and content (or from and value), or in a list of texts."""
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")
-        return [Turn(roles[place % 2], filled_text_of(texts, name, name)) for place, name in enumerate(texts)]
+        return [Turn(roles[place % 2], text_of(texts, name, name, filled=True)) for place, name in enumerate(texts)]
     return [_turn(entry, number) for number, entry in enumerate(entries, start=1)]
 
 
@@ -159,14 +144,13 @@ def conversation(turns: list[Turn]) -> Conversation:
     Raises:
         Unusable: no assistant turn is trained, or user and assistant turns do not alternate.
     """
-    replies = [turn for turn in turns if turn.role == "assistant"]
-    if replies and not any(turn.is_trained for turn in replies):
-        raise Unusable("no turn of the assistant is to be trained: all have weight 0")
-    turns = list(turns)
-    while turns and not (turns[-1].role == "assistant" and turns[-1].is_trained):
-        turns.pop()
-    if not turns:
+    replies = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    if not replies:
         raise Unusable("no turn is the assistant's")
+    trained = [place for place in replies if turns[place].is_trained]
+    if not trained:
+        raise Unusable("no turn of the assistant is to be trained: all have weight 0")
+    turns = turns[: trained[-1] + 1]
     if turns[0].role == "system" and not turns[0].content.strip():
         turns = turns[1:]
     first = int(turns[0].role == "system")
@@ -195,7 +179,10 @@ def _decoded(value: Any, name: str) -> Any:
 def _turn(entry: Any, number: int) -> Turn:
     if not isinstance(entry, dict):
         raise Unusable(f"turn {number} is {json_type(entry)}, not an object")
-    role_key, content_key = _keys_of(entry, number)
+    complete = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
+    if len(complete) == 2 and entry["content"] != entry["value"]:
+        raise Unusable(f"turn {number} has both 'content' and 'value', and they differ")
+    role_key, content_key = complete[0] if complete else _KEYS["role" not in entry and "from" in entry]
     role_name = text_of(entry, role_key, f"{role_key!r} of turn {number}").strip().casefold()
     for key, meaning in _UNSHOWN.items():
         if not is_empty(entry.get(key)):
@@ -210,24 +197,16 @@ def _turn(entry: Any, number: int) -> Turn:
     content = entry
     if isinstance(parts := entry.get(content_key), list):
         content = {content_key: "".join(_part(part, f"part {place} of {name}") for place, part in enumerate(parts, 1))}
-    read = text_of if role == "system" else filled_text_of
-    text = _with_reasoning(entry, role, read(content, content_key, name), number)
-    return Turn(role, text, _is_trained(entry, role, number))
+    text = text_of(content, content_key, name, filled=role != "system")
+    return Turn(role, _with_reasoning(entry, role, text, number), _is_trained(entry, role, number))
 
 
 def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int) -> str:
-    """Return the text of a turn, preceded by its reasoning, if any, as a think block.
-
-    Chat templates of reasoning models expect the reasoning there.
-
-    Raises:
-        Unusable: a turn with reasoning is not the assistant's, has different reasoning under two keys, or already has a
-            think block.
-    """
+    """Return the text of a turn, preceded by its reasoning, if any, as a think block."""
     keys = [key for key in _REASONING if not is_empty(entry.get(key))]
     if not keys:
         return text
-    reasoning = {filled_text_of(entry, key, f"{key!r} of turn {number}") for key in keys}
+    reasoning = {text_of(entry, key, f"{key!r} of turn {number}", filled=True) for key in keys}
     if role != "assistant":
         raise Unusable(f"turn {number} holds reasoning ({keys[0]!r}), but is the {role}'s")
     if len(reasoning) > 1:
@@ -238,14 +217,6 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
             f"turn {number} holds reasoning in {keys[0]!r}, and a think block beside it; keep one of the two"
         )
     return f"<think>\n{thoughts}\n</think>\n\n{text}"
-
-
-def _keys_of(entry: Mapping[str, Any], number: int) -> tuple[str, str]:
-    """Return the keys under which a turn has its role and content."""
-    complete = [keys for keys in _KEYS if all(entry.get(key) is not None for key in keys)]
-    if len(complete) == 2 and entry["content"] != entry["value"]:
-        raise Unusable(f"turn {number} has both 'content' and 'value', and they differ")
-    return complete[0] if complete else _KEYS["role" not in entry and "from" in entry]
 
 
 def _part(part: Any, name: str) -> str:

@@ -15,19 +15,20 @@ shows what one name does, and a `chained` row applies two named operations one a
 `chained` rows only after it has learnt the names (delayed credit, an open question of GRADFILTERING).
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from gradsift.errors import ConfigError
 
 SPOILT = ("wrong_answer", "mismatched_answer", "truncated", "contradictory")
 DUPLICATES = ("exact_duplicate", "near_duplicate")
-QUALITIES = ("clean", *SPOILT, *DUPLICATES)
 
 NUMBERS = tuple(str(n) for n in range(40))
 # Syllables that are English words are left out, because instructions and answers may use them.
@@ -40,23 +41,17 @@ MAX_TASKS = 4_800  # below 13 x 400: `add` has 400 different questions, and ever
 
 @dataclass(frozen=True)
 class Label:
-    """The label of a row: `quality` is one of QUALITIES, and `family` is the name of its kind of task."""
+    """The label of a row."""
 
-    quality: str
-    family: str
-
-    @property
-    def spoilt(self) -> bool:
-        """Whether training on the row teaches a wrong answer."""
-        return self.quality in SPOILT
+    quality: str  # clean, or one of SPOILT or DUPLICATES
+    family: str  # name of the kind of task
 
 
 @dataclass(frozen=True)
 class World:
     """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark with right answers.
 
-    The keys of a row are instruction, input and output. The keys of a benchmark item are item_id, instruction, input,
-    reference and family.
+    The keys of a benchmark item are item_id, instruction, input, reference and family.
     """
 
     rows: list[dict[str, str]]
@@ -78,20 +73,46 @@ class _Family:
         return f"#{self.name}"
 
     @property
-    def wordings(self) -> tuple[str, ...]:
+    def wordings(self) -> list[str]:
         """The instructions that ask for a task of the family."""
-        return tuple(_WORDINGS[self.name].split(" / "))
+        return _WORDINGS[self.name].split(" / ")
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
+    """A question of a family, in one of its wordings."""
+
     family: _Family
     arguments: str
     wording: str
 
     @property
+    def question(self) -> tuple[str, str]:
+        """What is asked, whatever the wording."""
+        return self.family.name, self.arguments
+
+    @property
+    def prompt(self) -> tuple[str, str]:
+        """Instruction and input."""
+        if "{}" in self.wording:
+            return self.wording.replace("{}", self.arguments), ""
+        return self.wording, self.arguments
+
+    @property
     def answer(self) -> str:
+        """The right answer."""
         return self.family.solve(self.arguments)
+
+    def row(self, output: str) -> dict[str, str]:
+        return {"instruction": self.prompt[0], "input": self.prompt[1], "output": output}
+
+    def item(self, item_id: str) -> dict[str, str]:
+        """Return the task as an item of a benchmark."""
+        prompt = {"instruction": self.prompt[0], "input": self.prompt[1]}
+        return {"item_id": item_id, **prompt, "reference": self.answer, "family": self.family.name}
+
+    def reworded(self, rng: random.Random) -> Task:
+        return replace(self, wording=rng.choice([each for each in self.family.wordings if each != self.wording]))
 
 
 def _sampled(words: Sequence[str], low: int, high: int) -> Callable[[random.Random], str]:
@@ -122,30 +143,14 @@ def _draw_table(rng: random.Random) -> str:
     return " ".join([rng.choice(keys), MARK, *pairs])
 
 
-def _asked_and_list(arguments: str) -> tuple[list[str], list[str]]:
-    """Return the words before `MARK`, which the question is about, and the words after it."""
-    asked, words = arguments.split(f" {MARK} ")
-    return asked.split(), words.split()
+def _about(solve: Callable[[list[str], list[str]], list[str]]) -> Callable[[str], str]:
+    """Return the function that solves tasks whose arguments are the words asked about, `MARK` and further words."""
 
+    def solved(arguments: str) -> str:
+        asked, words = arguments.split(f" {MARK} ")
+        return " ".join(solve(asked.split(), words.split()))
 
-def _member(arguments: str) -> str:
-    (word,), words = _asked_and_list(arguments)
-    return "yes" if word in words else "no"
-
-
-def _replace(arguments: str) -> str:
-    (old, new), words = _asked_and_list(arguments)
-    return " ".join(new if word == old else word for word in words)
-
-
-def _repeat(arguments: str) -> str:
-    (times,), words = _asked_and_list(arguments)
-    return " ".join(words * int(times))
-
-
-def _look_up(arguments: str) -> str:
-    (key,), table = _asked_and_list(arguments)
-    return table[table.index(key) + 1]
+    return solved
 
 
 def _swap_ends(arguments: str) -> str:
@@ -165,15 +170,22 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 def _draw_operated(names: Sequence[str], rng: random.Random) -> str:
+    # the number of words is always 4; `randint` stays because it takes bits of the random stream
     return " ".join([*names, MARK, *rng.sample(SYLLABLES, rng.randint(4, 4))])
 
 
-def _operate(arguments: str) -> str:
-    """Apply the operations named before `MARK`, from left to right, to the words after it; return the result."""
-    names, words = _asked_and_list(arguments)
+@_about
+def _operate(names: list[str], words: list[str]) -> list[str]:
+    """Apply the named operations from left to right."""
     for name in names:
         words = OPERATIONS[name](words)
-    return " ".join(words)
+    return words
+
+
+@_about
+def _replace(pair: list[str], words: list[str]) -> list[str]:
+    old, new = pair
+    return [new if word == old else word for word in words]
 
 
 # The instructions of each family. An instruction with {} holds the arguments, and the row's input is then empty.
@@ -225,9 +237,13 @@ _FAMILIES = (
     _Family("upper", _draw_words, lambda text: text.upper()),
     _Family("last", _draw_words, lambda text: text.split()[-1]),
     _Family("replace", _draw_replacement, _replace),
-    _Family("member", _draw_membership, _member),
-    _Family("repeat", lambda rng: f"{rng.randint(2, 3)} {MARK} {_sampled(SYLLABLES, 2, 3)(rng)}", _repeat),
-    _Family("look_up", _draw_table, _look_up),
+    _Family("member", _draw_membership, _about(lambda asked, words: ["yes" if asked[0] in words else "no"])),
+    _Family(
+        "repeat",
+        lambda rng: f"{rng.randint(2, 3)} {MARK} {_sampled(SYLLABLES, 2, 3)(rng)}",
+        _about(lambda times, words: words * int(times[0])),
+    ),
+    _Family("look_up", _draw_table, _about(lambda key, table: [table[table.index(key[0]) + 1]])),
 )
 
 # Skills in the pretraining text that no instruction of the dataset asks for.
@@ -248,6 +264,7 @@ DELAYED = _CHAINED.name  # the family whose rows can only be learnt after the na
 
 FAMILIES = tuple(family.name for family in _FAMILIES)
 _BY_NAME = {family.name: family for family in (*_FAMILIES, _NAMED, _CHAINED)}
+_OTHER_SHARE = 0.1  # share of the pretraining text that is about `_OTHER_FAMILIES`
 
 VOCABULARY: tuple[str, ...] = (
     *NUMBERS,
@@ -283,21 +300,30 @@ def generate(
         duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
         benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
         delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many further tasks
-            show what one name does. With 0, the world is the same, byte for byte, as in versions without this option.
+            show what one name does.
 
     Raises:
         ConfigError: no world can have these sizes and shares.
     """
-    _refuse_impossible(size, spoilt, duplicates, benchmark_items)
+    if size + benchmark_items > MAX_TASKS:
+        raise ConfigError(
+            f"size={size}, benchmark_items={benchmark_items}: this world has {MAX_TASKS} tasks for both together; "
+            "lower one of them"
+        )
     n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
+    n_clean = size - n_spoilt - n_duplicates
     counts = divided(n_spoilt, SPOILT) | divided(n_duplicates, DUPLICATES)
-    counts["clean"] = size - n_spoilt - n_duplicates
-
+    if n_clean < max(counts["contradictory"], n_duplicates):
+        raise ConfigError(
+            f"spoilt={spoilt}, duplicates={duplicates}: {max(n_clean, 0)} clean rows are left, but "
+            f"{counts['contradictory']} contradictory rows and {n_duplicates} duplicates need a clean row each; lower "
+            "spoilt or duplicates"
+        )
     rng = random.Random(f"verifiable rows {seed}")
-    own_prompt = counts["clean"] + n_spoilt - counts["contradictory"]  # rows that do not repeat a clean row's task
+    own_prompt = n_clean + n_spoilt - counts["contradictory"]  # rows that do not repeat a clean row's task
     tasks = _draw_tasks(own_prompt + benchmark_items, delayed, rng)
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
-    clean, to_spoil = tasks[: counts["clean"]], tasks[counts["clean"] :]
+    clean, to_spoil = tasks[:n_clean], tasks[n_clean:]
 
     rows = [(task, task.answer, "clean") for task in clean]
     rows += _spoil(to_spoil, [task.answer for task in tasks], counts, rng)
@@ -305,74 +331,106 @@ def generate(
     rows += [(task, wrong_answer(task.answer, rng), "contradictory") for task in twins]
     repeated = rng.sample(clean, n_duplicates)
     rows += [(task, task.answer, "exact_duplicate") for task in repeated[: counts["exact_duplicate"]]]
-    rows += [(_reworded(task, rng), task.answer, "near_duplicate") for task in repeated[counts["exact_duplicate"] :]]
+    rows += [(task.reworded(rng), task.answer, "near_duplicate") for task in repeated[counts["exact_duplicate"] :]]
     rng.shuffle(rows)
-    benchmark = [
-        {
-            "item_id": f"verifiable-{index:04d}",
-            **dict(zip(("instruction", "input"), _asked(task), strict=True)),
-            "reference": task.answer,
-            "family": task.family.name,
-        }
-        for index, task in enumerate(asked)
-    ]
     labels = [Label(quality, task.family.name) for task, _, quality in rows]
-    return World([_row(task, output) for task, output, _ in rows], labels, benchmark)
+    benchmark = [task.item(f"verifiable-{index:04d}") for index, task in enumerate(asked)]
+    return World([task.row(output) for task, output, _ in rows], labels, benchmark)
 
 
-def pretraining_rows(
-    count: int, *, seed: int = 0, instructed_share: float = 0.006, other_share: float = 0.1
-) -> list[tuple[str, str]]:
+def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[Task]:
+    """Draw tasks from all families in turn, no two with the same family and arguments.
+
+    The share 1.5 x `delayed` of the tasks, evenly spread, is `named` and `chained`; two thirds of these are `chained`.
+    """
+    plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
+    share = Fraction(str(delayed)) * Fraction(3, 2)
+    tasks: list[Task] = []
+    seen: set[tuple[str, str]] = set()
+    for index in range(count):
+        family = next(about_names if int((index + 1) * share) > int(index * share) else plain)
+        arguments = _draw_unseen(family, seen, rng)
+        tasks.append(Task(family, arguments, rng.choice(family.wordings)))
+    return tasks
+
+
+def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random) -> str:
+    """Draw arguments of a family that are not in `seen`, and add them to `seen`."""
+    arguments = family.draw(rng)
+    while (family.name, arguments) in seen:
+        arguments = family.draw(rng)
+    seen.add((family.name, arguments))
+    return arguments
+
+
+def _spoil(
+    to_spoil: Sequence[Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
+) -> list[tuple[Task, str, str]]:
+    """Return (task, spoilt answer, kind) for each task; a mismatched answer is drawn from `answers`."""
+    order = rng.sample(to_spoil, len(to_spoil))
+    order.sort(key=lambda task: " " not in task.answer)  # answers that can be truncated come first; the sort is stable
+    others = order[counts["truncated"] :]
+    rng.shuffle(others)
+    rows = []
+    for task in order[: counts["truncated"]]:
+        words = task.answer.split()
+        rows.append((task, " ".join(words[: rng.randrange(1, len(words))]), "truncated"))
+    for task in others[: counts["wrong_answer"]]:
+        rows.append((task, wrong_answer(task.answer, rng), "wrong_answer"))
+    for task in others[counts["wrong_answer"] :]:
+        foreign = [answer for answer in answers if answer != task.answer]
+        # only a world of a few rows has no other answer
+        answer = rng.choice(foreign or ["no" if task.answer == "yes" else "yes"])
+        rows.append((task, answer, "mismatched_answer"))
+    return rows
+
+
+def pretraining_rows(count: int, *, seed: int = 0, instructed_share: float = 0.006) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs that teach a backbone to solve the tasks, but hardly to follow the instructions.
 
     A prompt names the family by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the
     arguments stand at the same positions as after an instruction. A model with absolute position embeddings learns a
-    task only for the positions at which it saw the arguments.
+    task only for the positions at which it saw the arguments. A tenth of the pairs is of families that are not in the
+    dataset.
 
     Args:
         instructed_share: share of the pairs that are worded as in the dataset; their number is rounded, not drawn.
-        other_share: share of the pairs of families that are not in the dataset; their number is rounded, not drawn.
     """
-    if instructed_share + other_share > 1:
+    if instructed_share + _OTHER_SHARE > 1:
         raise ConfigError(
-            f"instructed_share={instructed_share}, other_share={other_share}: together they are at most 1; lower one"
+            f"instructed_share={instructed_share} is too large beside the other {_OTHER_SHARE} of the pretraining "
+            f"text; give at most {1 - _OTHER_SHARE}"
         )
     rng = random.Random(f"verifiable pretraining {seed}")
-    n_instructed, n_other = round(count * instructed_share), round(count * other_share)
+    n_instructed, n_other = round(count * instructed_share), round(count * _OTHER_SHARE)
     rows = []
     for index in range(count):
         family = rng.choice(_OTHER_FAMILIES if n_instructed <= index < n_instructed + n_other else _FAMILIES)
-        arguments = family.draw(rng)
-        instruction, input = " ".join([family.operator] * rng.randint(1, 7)), arguments
+        task = Task(family, family.draw(rng), _operators(family, rng))
         if index < n_instructed:
-            instruction, input = _asked(_Task(family, arguments, rng.choice(family.wordings)))
-        rows.append((plain_prompt(instruction, input), family.solve(arguments)))
+            task = replace(task, wording=rng.choice(family.wordings))
+        rows.append((plain_prompt(*task.prompt), task.answer))
     rng.shuffle(rows)
     return rows
 
 
-def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Draw questions worded as in the pretraining text; its families alternate in a fixed order.
+def _operators(family: _Family, rng: random.Random) -> str:
+    return " ".join([family.operator] * rng.randint(1, 7))
 
-    A backbone can answer these questions before a finetune, and may lose this ability in a finetune on instructions. No
-    two rows have the same family and arguments. A row has the keys of a benchmark item.
+
+def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Draw benchmark items worded as in the pretraining text; no two have the same family and arguments.
+
+    A backbone can answer these questions before a finetune, and may lose this ability in a finetune on instructions.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
     seen: set[tuple[str, str]] = set()
-    rows = []
+    items = []
     for index, family in enumerate(itertools.islice(families, count)):
-        arguments = _draw_unseen(family, seen, rng)
-        rows.append(
-            {
-                "item_id": f"terse-{index:04d}",
-                "instruction": " ".join([family.operator] * rng.randint(1, 7)),  # repeated as in `pretraining_rows`
-                "input": arguments,
-                "reference": family.solve(arguments),
-                "family": family.name,
-            }
-        )
-    return rows
+        task = Task(family, _draw_unseen(family, seen, rng), _operators(family, rng))
+        items.append(task.item(f"terse-{index:04d}"))
+    return items
 
 
 def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
@@ -386,27 +444,29 @@ def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int
     rng = random.Random(f"verifiable further {family} {seed}")
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for _ in range(200 * count):
-        task = _Task(_BY_NAME[family], _BY_NAME[family].draw(rng), rng.choice(_BY_NAME[family].wordings))
-        if _asked(task) not in taken:
-            rows.setdefault(_asked(task), _row(task, task.answer))
+        task = Task(_BY_NAME[family], _BY_NAME[family].draw(rng), rng.choice(_BY_NAME[family].wordings))
+        if task.prompt not in taken:
+            rows.setdefault(task.prompt, task.row(task.answer))
         if len(rows) == count:
             return list(rows.values())
     raise ConfigError(f"family={family!r} has no {count} questions left beside the data's; ask for fewer")
 
 
 def plain_prompt(instruction: str, input: str) -> str:
-    """Return the prompt in the `plain` template: a line for the instruction, and a line for an input if given."""
+    """Return the prompt in the `plain` template."""
     return instruction + "\n" + (input + "\n" if input else "")
 
 
-def solve(family: str, instruction: str, input: str) -> str:
-    """Return the right answer to a prompt of this world; raise ConfigError for an unknown prompt."""
-    return _task_of(family, instruction, input).answer
-
-
-def reworded(family: str, instruction: str, input: str, rng: random.Random) -> tuple[str, str]:
-    """Return instruction and input of a question in another wording; raise ConfigError for an unknown prompt."""
-    return _asked(_reworded(_task_of(family, instruction, input), rng))
+def task_of(instruction: str, input: str) -> Task:
+    """Return the task of a prompt of this world; raise ConfigError for an unknown prompt."""
+    for family in _BY_NAME.values():
+        for wording in family.wordings:
+            head, hole, tail = wording.partition("{}")
+            if not hole and instruction == wording:
+                return Task(family, input, wording)
+            if hole and instruction.startswith(head) and instruction.endswith(tail):
+                return Task(family, instruction[len(head) : len(instruction) - len(tail)], wording)
+    raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
 
 
 def wrong_answer(answer: str, rng: random.Random) -> str:
@@ -429,39 +489,6 @@ def garbled(answer: str, rng: random.Random) -> str:
             return words
 
 
-def question_of(family: str, instruction: str, input: str) -> tuple[str, str]:
-    """Return family and arguments of a prompt of this world; they are the same for every wording of a question."""
-    task = _task_of(family, instruction, input)
-    return task.family.name, task.arguments
-
-
-def _task_of(family: str, instruction: str, input: str) -> _Task:
-    if family not in _BY_NAME:
-        raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(_BY_NAME)}")
-    for wording in _BY_NAME[family].wordings:
-        head, hole, tail = wording.partition("{}")
-        if not hole and instruction == wording:
-            return _Task(_BY_NAME[family], input, wording)
-        if hole and instruction.startswith(head) and instruction.endswith(tail):
-            return _Task(_BY_NAME[family], instruction[len(head) : len(instruction) - len(tail)], wording)
-    raise ConfigError(f"instruction={instruction!r} is no wording of family {family!r}; pass the row's own family")
-
-
-def _reworded(task: _Task, rng: random.Random) -> _Task:
-    other = rng.choice([wording for wording in task.family.wordings if wording != task.wording])
-    return _Task(task.family, task.arguments, other)
-
-
-def right_answer(instruction: str, input: str) -> str:
-    """Return the right answer to a prompt of any family; raise ConfigError for an unknown prompt."""
-    for family in _BY_NAME:  # the families of `delayed` included
-        try:
-            return solve(family, instruction, input)
-        except ConfigError:  # the instruction is no wording of this family
-            continue
-    raise ConfigError(f"instruction={instruction!r} is no wording of this world; pass an unchanged row of it")
-
-
 def answers_match(output: str, reference: str) -> bool:
     """Return whether two answers have the same words in the same order, ignoring white space."""
     return output.split() == reference.split()
@@ -473,91 +500,7 @@ def effective_families(families: Sequence[str]) -> float:
     return math.exp(-sum(share * math.log(share) for share in shares)) if shares else 0.0
 
 
-def _refuse_impossible(size: int, spoilt: float, duplicates: float, benchmark_items: int) -> None:
-    """Raise ConfigError for values that do not go together; the config has checked each value separately."""
-    if size + benchmark_items > MAX_TASKS:
-        raise ConfigError(
-            f"size={size}, benchmark_items={benchmark_items}: this world has {MAX_TASKS} tasks for both together; "
-            "lower one of them"
-        )
-    n_spoilt, n_duplicates = round(size * spoilt), round(size * duplicates)
-    clean = size - n_spoilt - n_duplicates
-    twins = divided(n_spoilt, SPOILT)["contradictory"]
-    if clean < max(twins, n_duplicates):
-        raise ConfigError(
-            f"spoilt={spoilt}, duplicates={duplicates}: {max(clean, 0)} clean rows are left, but {twins} contradictory "
-            f"rows and {n_duplicates} duplicates need a clean row each; lower spoilt or duplicates"
-        )
-
-
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
     """Return an equal part of `total` for each kind; if there is a remainder, each of the first kinds gets one more."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}
-
-
-def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[_Task]:
-    """Draw tasks from all families in turn, no two with the same family and arguments."""
-    tasks: list[_Task] = []
-    seen: set[tuple[str, str]] = set()
-    for family in itertools.islice(_families_in_turn(delayed), count):
-        arguments = _draw_unseen(family, seen, rng)
-        tasks.append(_Task(family, arguments, rng.choice(family.wordings)))
-    return tasks
-
-
-def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random) -> str:
-    """Draw arguments of a family that are not in `seen`, add them to `seen`, and return them."""
-    arguments = family.draw(rng)
-    while (family.name, arguments) in seen:
-        arguments = family.draw(rng)
-    seen.add((family.name, arguments))
-    return arguments
-
-
-def _families_in_turn(delayed: float) -> Iterator[_Family]:
-    """Yield the families in an endless cycle.
-
-    The share 1.5 x `delayed` of the cycle, evenly spread, is `named` and `chained`; two thirds of these are `chained`.
-    """
-    plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
-    share = Fraction(str(delayed)) * Fraction(3, 2)
-    for index in itertools.count():
-        yield next(about_names if int((index + 1) * share) > int(index * share) else plain)
-
-
-def _asked(task: _Task) -> tuple[str, str]:
-    """Return instruction and input of a task's prompt."""
-    if "{}" in task.wording:
-        return task.wording.replace("{}", task.arguments), ""
-    return task.wording, task.arguments
-
-
-def _row(task: _Task, output: str) -> dict[str, str]:
-    instruction, input = _asked(task)
-    return {"instruction": instruction, "input": input, "output": output}
-
-
-def _spoil(
-    to_spoil: Sequence[_Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
-) -> list[tuple[_Task, str, str]]:
-    """Return (task, spoilt answer, kind) for each task of `to_spoil`.
-
-    The spoilt answer is the right answer truncated, a wrong answer, or another task's answer, drawn from `answers`.
-    """
-    order = rng.sample(to_spoil, len(to_spoil))
-    order.sort(key=lambda task: " " not in task.answer)  # answers that can be truncated come first; the sort is stable
-    others = order[counts["truncated"] :]
-    rng.shuffle(others)
-    rows = []
-    for task in order[: counts["truncated"]]:
-        words = task.answer.split()
-        rows.append((task, " ".join(words[: rng.randrange(1, len(words))]), "truncated"))
-    for task in others[: counts["wrong_answer"]]:
-        rows.append((task, wrong_answer(task.answer, rng), "wrong_answer"))
-    for task in others[counts["wrong_answer"] :]:
-        foreign = [answer for answer in answers if answer != task.answer]
-        # only a world of a few rows has no other answer
-        answer = rng.choice(foreign or ["no" if task.answer == "yes" else "yes"])
-        rows.append((task, answer, "mismatched_answer"))
-    return rows

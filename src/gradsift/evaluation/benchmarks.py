@@ -7,56 +7,47 @@ with dots for nested fields, so a new set needs no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradsift import outside_json
 from gradsift.config import BenchmarkSetConfig
+from gradsift.data.download import fetch_url
 from gradsift.errors import ConfigError, DataError
-from gradsift.evaluation.matching import has_number
+from gradsift.evaluation.matching import last_number
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question of one benchmark. `input` is empty where the set has none.
-
-    For the second turn of a conversation, `after` is the benchmark of the first turn, which has the same id. For other
-    questions it is None.
-    """
+    """One question of one benchmark."""
 
     benchmark: str
     item_id: str
     instruction: str
-    input: str
+    input: str  # empty where the set has none
     reference: str | None
-    after: str | None = None
+    after: str | None = None  # of a second turn: the benchmark of the first turn, which has the same id
 
 
 def load_benchmark(
-    name: str,
-    spec: BenchmarkSetConfig,
-    limit: int | None = None,
-    fetch: Callable[[str], Path] | None = None,
-    folder: Path | None = None,
+    name: str, spec: BenchmarkSetConfig, downloads: Path, limit: int | None = None, folder: Path | None = None
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
     If the set has conversations, their second turns form a benchmark of their own, `<name>_turn_2`, and come last.
 
     Args:
-        name: key of the set in `benchmark.catalog`.
+        downloads: folder into which `spec.url` is downloaded (see `fetch_url`).
         limit: number of rows to read; None reads all.
-        fetch: downloads `spec.url` to a local file (see `fetch_url`); None forbids downloads.
         folder: folder with local copies of the files that would be downloaded (`benchmark.folder`).
 
     Raises:
         ConfigError: the set has neither path nor url.
-        DataError: the file is missing, is not JSON or JSONL, is empty, lacks a field in some row, has a reference that
-            `spec.match` cannot compare, or gives two rows the same id. The message names file, row, field and key.
+        DataError: the file is missing or broken, a row lacks a field or has a reference that `spec.match` cannot
+            compare, or two rows have the same id. The message names file, row, field and key.
     """
-    file = _locate(name, spec, fetch, folder)
+    file = _locate(name, spec, downloads, folder)
     key = f"benchmark.catalog.{name}"
     items: list[Item] = []
     second: list[Item] = []
@@ -80,10 +71,7 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the text of the reference field; None if no field is set.
-
-    If `spec.reference_after` is set, return only the text after the last occurrence of this marker.
-    """
+    """Return the text of the reference field after the last `spec.reference_after`; None if no field is set."""
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)
@@ -92,12 +80,12 @@ def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
         text = text.strip()
         if not marker or not text:
             raise part.error("reference_after", spec.reference, f"has nothing behind {spec.reference_after!r}")
-    if spec.match == "number" and not has_number(text):
+    if spec.match == "number" and last_number(text) is None:
         raise part.error("match", spec.reference, f"holds no number to compare with ({text[:40]!r})")
     return text
 
 
-def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | None, folder: Path | None) -> Path:
+def _locate(name: str, spec: BenchmarkSetConfig, downloads: Path, folder: Path | None) -> Path:
     remedy = f"benchmark.catalog.{name}.path=FILE"
     if spec.path is not None:
         file = Path(spec.path).expanduser()
@@ -114,10 +102,8 @@ def _locate(name: str, spec: BenchmarkSetConfig, fetch: Callable[[str], Path] | 
                 f"benchmark.catalog.{name}.file=NAME, or give {remedy}"
             )
         return file
-    if fetch is None:
-        raise DataError(f"benchmark {name} lies at {spec.url} and downloads are off; give {remedy}")
     try:
-        return fetch(spec.url)
+        return fetch_url(spec.url, downloads)
     except DataError as error:
         raise DataError(f"benchmark {name}: {error}, or give its place with {remedy}") from error
 
@@ -133,9 +119,9 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
     except ValueError as error:
         place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{file}{place}: broken JSON ({error}); check {key}.path") from error
-    rows: Any = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    content = values[0] if len(values) == 1 else values
+    rows: Any = content if isinstance(content, list) else values
     if holder is not None:
-        content = values[0] if len(values) == 1 else values
         rows = content.get(holder) if isinstance(content, dict) else None
         if not isinstance(rows, list):
             has = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"

@@ -17,12 +17,10 @@ def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
     """Measure how much the judge prefers a position, over the items that are valid in both orders.
 
     Returns:
-        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item that the
-        model wins in one order and the reference in the other, so that the same position wins twice. `to_first` counts
-        the flips in which the first position wins, `to_second` the flips in which the second position wins.
-        `first_share` is the share of wins by the first position among all judgments that are not ties; without a
-        preference it is near .5. `flip_share` is None if no item is counted. `first_share` is None if no judgment has
-        a winner.
+        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item whose first
+        position (`to_first`) or second position (`to_second`) wins in both orders. `first_share` is the share of wins
+        by the first position among all judgments that are not ties; without a preference it is near .5. A share of
+        nothing is None.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -57,25 +55,24 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     Returns:
         `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a
-        length preference the share is near .5; it is None if no item is counted. The means are mean lengths in
-        characters over all items with known lengths, None without such items. The correlation (Spearman) is between
-        the outcome (+1, 0, -1) and the difference in length over the valid items. It is None if there are fewer than
-        two valid items, or if the outcome or the difference is the same in all of them.
+        length preference the share is near .5. The means are mean lengths in characters over all items with known
+        lengths. The correlation (Spearman) is between the outcome (+1, 0, -1) and the difference in length over the
+        valid items. Values that are not defined, such as the correlation of equal outcomes, are None.
     """
     from scipy.stats import spearmanr
 
-    known = {item: kind for item, kind in outcomes.items() if item in lengths}
-    valid = [item for item, kind in known.items() if kind != "invalid"]
+    known = [item for item in outcomes if item in lengths]
+    valid = [item for item in known if outcomes[item] != "invalid"]
     sign = np.array([SIGNS[outcomes[item]] for item in valid], dtype=int)
     difference = np.array([lengths[item][0] - lengths[item][1] for item in valid], dtype=int)
-    counted = (sign != 0) & (difference != 0)
-    longer = int((sign[counted] == np.sign(difference[counted])).sum())
+    decided = (sign != 0) & (difference != 0)
+    items, longer = int(decided.sum()), int((decided & (sign == np.sign(difference))).sum())
     vary = len(valid) > 1 and np.ptp(sign) > 0 and np.ptp(difference) > 0
     means = [float(np.mean([lengths[item][side] for item in known])) if known else None for side in (0, 1)]
     return {
-        "items": int(counted.sum()),
+        "items": items,
         "longer_wins": longer,
-        "longer_share": longer / int(counted.sum()) if counted.any() else None,
+        "longer_share": longer / items if items else None,
         "mean_model": means[0],
         "mean_reference": means[1],
         "rank_correlation": float(spearmanr(sign, difference).statistic) if vary else None,
@@ -92,7 +89,7 @@ def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     Returns:
         `{"items", "pws", "slope"}`: the number of valid items with known lengths, the length-controlled PWS, and the
-        coefficient of the length (above 0 if longer answers win). PWS and slope are None if there is no such item.
+        coefficient of the length (above 0 if longer answers win). PWS and slope are None without such items.
     """
     items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
     if not items:

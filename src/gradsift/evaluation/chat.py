@@ -21,120 +21,95 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic
 
-from gradsift.errors import ConfigError
-from gradsift.evaluation.chat_protocol import (
+from gradsift.config.evaluation import EndpointOptions
+from gradsift.evaluation.endpoint import (
     BYTES_PER_TOKEN,
-    GO_ON,
+    Endpoint,
     Failure,
     Messages,
-    UnreadReplies,
-    after_thinking,
     estimated_tokens,
-    failure_of_status,
-    read_completion,
-    request_of,
     tokens_of,
     without_system,
 )
-from gradsift.evaluation.endpoint import Endpoint
-from gradsift.evaluation.judges import DryRun, JudgeError, Reply, Unreadable, Value, content_hash
-from gradsift.evaluation.replies import CUT, CapReached, Completion, Replies, Terms, Usage
+from gradsift.evaluation.judges import Cost, DryRun, JudgeError, Reply, Unreadable, Value, content_hash
+from gradsift.evaluation.replies import CUT, REPLIES_FILE, CapReached, Completion, Replies, Terms, Usage
+from gradsift.runtime import Runtime
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
 _POLL = 0.05  # seconds between checks of the stop signal and of other processes' requests
+_MOST_SHOWN = 300  # characters of an unreadable reply in an error
 
 
-@dataclass(frozen=True)
-class _Job(Generic[Value]):
-    """The arguments of one call of `ChatClient.ask`."""
-
-    prompts: Sequence[Messages]
-    read: Callable[[int, Completion], Value | None]
-    scope: str
-    unread: str
-    tries: int
-
-
-class _StoppedError(Exception):
-    """Raised in a waiting request when no further request may be sent."""
-
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class ChatClient:
-    """Sends prompts, several at a time, and reads the replies."""
+    """Sends prompts, several at a time, and reads the replies. Its fields are those of `OpenaiJudgeConfig`, and
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        replies: Replies,
-        base_url: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
-        temperature: float | None = 0.0,
-        max_tokens: int = 256,
-        token_parameter: str = "max_tokens",  # noqa: S107 - the name of a parameter
-        system_role: bool = True,
-        extra_body: Mapping[str, Any] | None = None,
-        extra_headers: Mapping[str, str] | None = None,
-        extra_query: Mapping[str, str] | None = None,
-        timeout: float = 60.0,
-        retries: int = 5,
-        max_wait: float = 120.0,
-        give_up: int = 10,
-        give_up_unreadable: int | None = 10,
-        concurrency: int = 4,
-        terms: Terms | None = None,
-        group: str = "judge",
-        known_as: str | None = None,
-        skip_thinking: bool = True,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """Check the endpoint's address and key. No request is sent.
+        replies: where replies are stored.
+        group: the config group whose options the error messages name.
+        known_as: replaces the address in the hash of a stored reply, for a server whose port changes.
+        say: called before the first request with a text that gives the number of requests and their largest cost.
 
-        Args: as in `OpenaiJudgeConfig`, and
-            replies: where replies are stored.
-            group: the config group whose options the error messages name.
-            known_as: replaces the address in the hash of a stored reply, for a server whose port changes.
-            skip_thinking: whether `read` gets a reply without the thinking at its beginning (see `after_thinking`).
-            say: called before the first request with a text that gives the number of requests and their largest cost.
+    Raises:
+        ConfigError: the key or another environment variable is missing, or OPENAI_BASE_URL is not an address.
+    """
 
-        Raises:
-            ConfigError: the key or another environment variable is missing, or OPENAI_BASE_URL is not an address.
-        """
-        body = {"model": model, "temperature": temperature, token_parameter: max_tokens, **(extra_body or {})}
+    model: str
+    replies: Replies
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float | None = 0.0
+    max_tokens: int = 256
+    token_parameter: str = "max_tokens"  # noqa: S105 - the name of a parameter
+    system_role: bool = True
+    extra_body: Mapping[str, Any] | None = None
+    extra_headers: Mapping[str, str] | None = None
+    extra_query: Mapping[str, str] | None = None
+    timeout: float = 60.0
+    retries: int = 5
+    max_wait: float = 120.0
+    give_up: int = 10
+    give_up_unreadable: int | None = 10
+    concurrency: int = 4
+    terms: Terms = field(default_factory=Terms)
+    group: str = "judge"
+    known_as: str | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self.name = f"openai/{self.model}"
+        body = {"model": self.model, "temperature": self.temperature, self.token_parameter: self.max_tokens}
+        body |= self.extra_body or {}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
-        self._terms = terms or Terms()
-        self._group, self._skip_thinking = group, skip_thinking
-        needs_key = not self._terms.dry_run
-        try:
-            self._endpoint = Endpoint(base_url, api_key_env, extra_headers, extra_query, needs_key=needs_key)
-        except ConfigError as error:
-            raise ConfigError(self._named(str(error))) from error
-        self._known_as = known_as or self._endpoint.address
-        # all that a reply depends on beside the address and the messages
-        own = {} if system_role else {"system_role": False}
-        self.identity = {**self.parameters, **self._endpoint.settings, **own}
-        self._system_role, self._max_tokens = system_role, max_tokens
-        self.name, self._replies = f"openai/{model}", replies
-        self._timeout, self._retries, self._max_wait, self._say = timeout, retries, max_wait, say
-        self._give_up, self._give_up_unreadable, self._concurrency = give_up, give_up_unreadable, concurrency
-        self._paused_until = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
+        own = {"extra_headers": self.extra_headers, "extra_query": self.extra_query}
+        # all that a reply depends on beside the address and the messages; without the values of environment variables
+        self.identity = self.parameters | {name: values for name, values in own.items() if values}
+        if not self.system_role:
+            self.identity["system_role"] = False
+        self.endpoint = Endpoint(
+            self.base_url,
+            self.api_key_env,
+            self.extra_headers,
+            self.extra_query,
+            needs_key=not self.terms.dry_run,
+            group=self.group,
+        )
 
-    def _named(self, text: str) -> str:
+    def named(self, text: str) -> str:
         """Return a text in which the names of options begin with the client's config group instead of `judge`."""
-        return text.replace("judge.", f"{self._group}.")
+        return text.replace("judge.", f"{self.group}.")
 
-    def spent(self, scope: str) -> dict[str, float | int | None]:
-        """Return the calls, tokens and USD (None: price unknown) that all processes have spent under `scope` so far."""
-        spent = self._replies.spent(scope)
-        return {**asdict(spent), "usd": self._terms.usd(spent.prompt_tokens, spent.completion_tokens)}
+    def spent(self, scope: str) -> Cost:
+        """Return what all processes have spent under `scope` so far."""
+        spent = self.replies.spent(scope)
+        return {**asdict(spent), "usd": self.terms.usd(spent.prompt_tokens, spent.completion_tokens)}
 
     def ask(
         self,
@@ -160,241 +135,265 @@ class ChatClient:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
             DryRun: always raised in dry-run mode, after printing what would be sent.
         """
-        prompts = prompts if self._system_role else [without_system(messages) for messages in prompts]
-        job = _Job(prompts, read, scope, unread, tries)
-        same: dict[str, list[int]] = {}
-        for position, messages in enumerate(prompts):
-            same.setdefault(self._key_of(messages, 1), []).append(position)
-        missing: list[list[int]] = []
-        answered: list[tuple[list[int], Reply[Value]]] = []
-        for positions in same.values():
-            answer = self._stored_answer(job, positions[0])
-            if isinstance(answer, Reply):
-                answered.append((positions, answer))
-            else:
-                missing.append(positions)
-        calls, cost = self._plan([prompts[positions[0]] for positions in missing])
-        plan = f"{calls}, {len(answered):,} replies found in the cache; {cost}"
-        if missing or self._terms.dry_run:
-            self._say(self._named(f"  {self.name}: {plan}"))
-        if self._terms.dry_run:
+        same: dict[str, _Prompt] = {}
+        for position, given in enumerate(prompts):
+            messages = given if self.system_role else without_system(given)
+            same.setdefault(self.key_of(messages, 1), _Prompt(messages, [])).positions.append(position)
+        asking = _Asking(self, read, scope, unread, tries)
+        answers = [(prompt, asking.answer_to(prompt)) for prompt in same.values()]
+        missing = [prompt for prompt, answer in answers if not isinstance(answer, Reply)]
+        found = f"{len(answers) - len(missing):,} replies found in the cache"
+        plan = f"{len(missing):,} requests to send, {found}; {self.cost_of(missing)}"
+        if missing or self.terms.dry_run:
+            self.say(self.named(f"  {self.name}: {plan}"))
+        if self.terms.dry_run:
             raise DryRun(plan)
-        unread_replies = UnreadReplies[Value](self._give_up_unreadable)
-        for positions, answer in answered:
-            unread_replies.add(answer, tries)
-            yield from ((position, answer) for position in positions)
-        if missing and (problem := unread_replies.problem()):
-            raise JudgeError(self._named(f"{self.name}: {problem}"))
-        for positions, answer in self._send_all(job, missing, unread_replies, works=bool(answered)):
-            yield from ((position, answer) for position in positions)
+        for prompt, answer in answers:
+            if isinstance(answer, Reply):
+                asking.note(answer)
+                yield from ((position, answer) for position in prompt.positions)
+        if missing:
+            for prompt, reply in asking.send(missing):
+                yield from ((position, reply) for position in prompt.positions)
 
-    def _send_all(
-        self, job: _Job[Value], groups: Sequence[list[int]], unread: UnreadReplies[Value], works: bool
-    ) -> Iterator[tuple[list[int], Reply[Value]]]:
-        """Yield groups of equal prompts with their answer, in the order of arrival, and refused prompts at the end.
+    def cost_of(self, prompts: Iterable[_Prompt]) -> str:
+        """Return a text with the largest cost of the prompts if each is sent only once."""
+        sizes = [estimated_tokens(prompt.messages) for prompt in prompts]
+        reply_tokens = len(sizes) * self.max_tokens
+        usd = self.terms.usd(sum(sizes), reply_tokens)
+        unknown = "price unknown (judge.price_input and judge.price_output are not set)"
+        price = unknown if usd is None else f"at most about {usd:.4g} USD"
+        return (
+            f"about {sum(sizes):,} prompt tokens (estimate: {BYTES_PER_TOKEN} bytes per token) and at most "
+            f"{reply_tokens:,} reply tokens; {price}"
+        )
 
-        Raises JudgeError if the endpoint has only refused prompts, because a wrong option may be the reason.
+    def key_of(self, messages: Messages, attempt: int) -> str:
+        """Hash all that a reply depends on.
 
-        Args:
-            groups: for each distinct prompt, the positions of the prompts that are equal to it.
-            unread: the unreadable replies so far.
-            works: whether stored replies show that the endpoint answers such prompts.
+        This includes the address, because two endpoints may use one name for different models.
         """
-        stop, arrived = threading.Event(), SimpleQueue[tuple[int, Reply[Value] | Exception] | None]()
-        # a daemon: Ctrl-C must not wait for requests that hang
-        threading.Thread(target=self._run, args=(job, groups, arrived, stop), daemon=True).start()
-        left = set(range(len(groups)))
-        refused: list[tuple[int, Failure]] = []
-        failed: list[Failure] = []
-        streak = 0  # failures since the last reply
-        problem: Exception | str | None = None
-        try:
-            while (result := arrived.get()) is not None:
-                number, outcome = result
-                if isinstance(outcome, Reply):
-                    streak, works = 0, True
-                    left.discard(number)
-                    unread.add(outcome, job.tries)
-                    if problem is None and (problem := unread.problem()):
-                        stop.set()
-                    yield groups[number], outcome
-                elif isinstance(outcome, Failure) and outcome.kind != "final":
-                    streak += 1
-                    if outcome.kind == "refused":
-                        refused.append((number, outcome))
-                    else:
-                        failed.append(outcome)
-                    if streak >= self._give_up and problem is None:
-                        problem = self._gave_up_message(streak, outcome)
-                else:
-                    problem = problem or outcome
-        finally:
-            stop.set()
-        if problem is None and refused and not failed and not works and not self._replies.spent(job.scope).calls:
-            problem = f"every prompt is refused: {refused[-1][1].advice}"
-        if problem is None:
-            yield from ((groups[number], Reply(str(failure), None, failure.reason)) for number, failure in refused)
-        if problem is None and failed:
-            count = f"{len(failed)} of {len(groups)} requests failed for good"
-            problem = f"{count}, with judge.retries={self._retries}: {failed[-1].advice}"
-        if isinstance(problem, CapReached):
-            problem = self._cap_message(problem, job, [groups[number] for number in left])
-        problem = problem.advice if isinstance(problem, Failure) else problem
-        if isinstance(problem, str):
-            answered = f"{len(groups) - len(left)} of {len(groups)} requests are answered"
-            raise JudgeError(self._named(f"{self.name}: {problem} ({answered})"))
-        if problem is not None:
-            raise problem
+        address = self.known_as or self.endpoint.address
+        return content_hash("chat", address, self.identity, [dict(message) for message in messages], attempt)
 
-    def _run(self, job: _Job[Value], groups: Sequence[list[int]], arrived: SimpleQueue[Any], stop: Any) -> None:
-        """Send one prompt for each group; put (number, answer or exception) into `arrived`, and None at the end."""
-        numbers, streak = iter(range(len(groups))), 0  # counted here, since the caller's thread may lag behind
 
-        async def work(client: AsyncClient) -> None:
-            nonlocal streak
-            for number in numbers:
-                try:
-                    while isinstance(answer := self._stored_answer(job, groups[number][0]), int):
-                        await self._fetch(client, job, job.prompts[groups[number][0]], answer, stop)
-                    arrived.put((number, answer))
-                    streak = 0
-                except _StoppedError:
-                    return
-                except Exception as error:  # noqa: BLE001 - handled in the caller's thread
-                    streak += 1
-                    if streak >= self._give_up or not isinstance(error, Failure) or error.kind == "final":
-                        stop.set()
-                    arrived.put((number, error))
+def client_of(runtime: Runtime, config: EndpointOptions, *, price: float | None = None, **own: Any) -> ChatClient:
+    """Return a client that uses the replies in the store, so that no run pays for the same reply again.
 
-        async def work_all() -> None:
-            async with self._endpoint.client() as client:
-                await asyncio.gather(*(work(client) for _ in range(min(self._concurrency, len(groups)))))
+    Args:
+        price: replaces both prices if `config` does not give them.
+        own: fields of the client that replace the options of `config`.
+    """
+    names = {each.name for each in fields(ChatClient)} & {each.name for each in fields(config)}
+    options = {name: getattr(config, name) for name in names} | own
+    prices = (price, price) if config.price_input is None else (config.price_input, config.price_output)
+    terms = Terms(*prices, config.max_usd, config.max_calls, getattr(config, "dry_run", False))
+    say = runtime.display.say
+    return ChatClient(replies=Replies(runtime.store.root / REPLIES_FILE, say), terms=terms, say=say, **options)
 
-        try:
-            asyncio.run(work_all())
-        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-            arrived.put((0, error))
-        finally:
-            arrived.put(None)
 
-    def _stored_answer(self, job: _Job[Value], position: int) -> Reply[Value] | int:
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt, and the positions at which it was given to `ask`."""
+
+    messages: Messages
+    positions: list[int]
+
+
+class _StoppedError(Exception):
+    """Raised in a waiting request when no further request may be sent."""
+
+
+@dataclass(eq=False)
+class _Asking(Generic[Value]):
+    """One call of `ChatClient.ask`: the replies and failures so far, which only the thread of `send` changes."""
+
+    chat: ChatClient
+    read: Callable[[int, Completion], Value | None]
+    scope: str
+    unread: str
+    tries: int
+    # answered prompts; None: no more will follow
+    arrived: SimpleQueue[tuple[_Prompt, Reply[Value]] | None] = field(default_factory=SimpleQueue)
+    stop: threading.Event = field(default_factory=threading.Event)  # set if no further request may be sent
+    problem: str | Exception | None = None  # the first reason to stop
+    has_replied: bool = False  # whether the endpoint has answered any of the prompts, now or earlier
+    unanswered: dict[int, _Prompt] = field(default_factory=dict)  # by first position
+    refused: list[tuple[_Prompt, Failure]] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    failures: int = 0  # refused and failed prompts since the last reply
+    unreadable: list[Reply[Value]] = field(default_factory=list)  # since the last readable answer
+    paused_until: float = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
+
+    def answer_to(self, prompt: _Prompt) -> Reply[Value] | int:
         """Return the answer if a stored reply can be read or all tries are used, else the number of the next try."""
-        completion, problem = Completion(""), job.unread
-        for attempt in range(1, job.tries + 1):
-            stored = self._replies.find(self._key_of(job.prompts[position], attempt))
+        completion, problem = Completion(""), self.unread
+        for attempt in range(1, self.tries + 1):
+            stored = self.chat.replies.find(self.chat.key_of(prompt.messages, attempt))
             if stored is None:
                 return attempt
-            completion, problem = stored, job.unread
+            completion, problem = stored, self.unread
             try:
-                text = after_thinking(completion.text) if self._skip_thinking else completion.text
-                value = job.read(position, replace(completion, text=text))
+                value = self.read(prompt.positions[0], completion)
             except Unreadable as error:
                 value, problem = None, str(error)
             if value is not None:
                 return Reply(completion.text, value)
         problem = problem if completion.text.strip() else "the reply is empty"
-        ends = {CUT: f", cut at judge.max_tokens={self._max_tokens}", "content_filter": ", cut by a content filter"}
-        asked = f" (asked {'twice' if job.tries == 2 else f'{job.tries} times'})" if job.tries > 1 else ""
+        ends = {CUT: f", cut at judge.max_tokens={self.chat.max_tokens}", "content_filter": ", cut by a content filter"}
+        asked = " (asked twice)" if self.tries == 2 else ""
         return Reply(completion.text, None, f"{problem}{ends.get(completion.finish or '', '')}{asked}")
 
-    async def _fetch(
-        self, client: AsyncClient, job: _Job[Value], messages: Messages, attempt: int, stop: threading.Event
-    ) -> None:
+    def note(self, answer: Reply[Value]) -> None:
+        self.has_replied, self.failures = True, 0
+        if answer.value is None:
+            self.unreadable.append(answer)
+        else:
+            self.unreadable.clear()
+
+    def send(self, prompts: Sequence[_Prompt]) -> Iterator[tuple[_Prompt, Reply[Value]]]:
+        """Yield the prompts with their answers in the order of arrival, and refused prompts at the end.
+
+        Raises:
+            JudgeError: requests failed, or the endpoint has only refused prompts, because a wrong option may be the
+                reason.
+        """
+        if problem := self._unreadable_problem():
+            raise JudgeError(self.chat.named(f"{self.chat.name}: {problem}"))
+        self.unanswered = {prompt.positions[0]: prompt for prompt in prompts}
+        # a daemon: Ctrl-C must not wait for requests that hang
+        threading.Thread(target=self._run, args=(prompts,), daemon=True).start()
+        try:
+            while (result := self.arrived.get()) is not None:
+                yield result
+        finally:
+            self.stop.set()
+        only_refused = self.refused and not self.failed and not self.has_replied
+        if self.problem is None and only_refused and not self.chat.replies.spent(self.scope).calls:
+            self.problem = f"every prompt is refused: {self.refused[-1][1].advice}"
+        if self.problem is None:
+            yield from ((prompt, Reply(failure.message, None, failure.reason)) for prompt, failure in self.refused)
+            if self.failed:
+                count = f"{len(self.failed)} of {len(prompts)} requests failed for good"
+                self.problem = f"{count}, with judge.retries={self.chat.retries}: {self.failed[-1].advice}"
+        if isinstance(self.problem, CapReached):
+            self.problem = self._cap_message(str(self.problem))
+        if isinstance(self.problem, str):
+            answered = f"{len(prompts) - len(self.unanswered)} of {len(prompts)} requests are answered"
+            raise JudgeError(self.chat.named(f"{self.chat.name}: {self.problem} ({answered})"))
+        if self.problem is not None:
+            raise self.problem
+
+    def _run(self, prompts: Sequence[_Prompt]) -> None:
+        async def work_all() -> None:
+            async with self.chat.endpoint.client() as client:
+                waiting = iter(prompts)
+                workers = min(self.chat.concurrency, len(prompts))
+                await asyncio.gather(*(self._work(client, waiting) for _ in range(workers)))
+
+        try:
+            asyncio.run(work_all())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._end(error)
+        finally:
+            self.arrived.put(None)
+
+    async def _work(self, client: AsyncClient, waiting: Iterator[_Prompt]) -> None:
+        for prompt in waiting:
+            try:
+                while isinstance(answer := self.answer_to(prompt), int):
+                    await self._fetch(client, prompt.messages, answer)
+            except _StoppedError:
+                return
+            except Failure as failure:
+                self.failures += 1
+                if failure.kind == "final":
+                    self._end(failure.advice)
+                elif failure.kind == "refused":
+                    self.refused.append((prompt, failure))
+                else:
+                    self.failed.append(failure)
+                if self.failures >= self.chat.give_up:
+                    self._end(
+                        f"gave up after {self.failures} requests in a row that failed for good (judge.give_up="
+                        f"{self.chat.give_up}, judge.retries={self.chat.retries}), the last one: {failure.advice}"
+                    )
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                self._end(error)
+            else:
+                self.note(answer)
+                del self.unanswered[prompt.positions[0]]
+                if problem := self._unreadable_problem():
+                    self._end(problem)
+                self.arrived.put((prompt, answer))
+
+    async def _fetch(self, client: AsyncClient, messages: Messages, attempt: int) -> None:
         """Send a prompt, with retries, until its reply is stored."""
-        key = self._key_of(messages, attempt)
-        estimate = Usage(estimated_tokens(messages), self._max_tokens, estimated_calls=1)
+        chat, replies, key = self.chat, self.chat.replies, self.chat.key_of(messages, attempt)
+        estimate = Usage(estimated_tokens(messages), chat.max_tokens, estimated_calls=1)
         for retry in itertools.count():
-            await _sleep(self._paused_until - time.monotonic(), stop)
-            while (claim := self._replies.claim(key, job.scope, estimate, self._terms)) == "wait":
-                await _sleep(_POLL, stop)
+            await self._sleep(self.paused_until - time.monotonic())
+            while (claim := replies.claim(key, self.scope, estimate, chat.terms)) == "wait":
+                await self._sleep(_POLL)
             if claim == "stored":
                 return
             try:
-                completion, usage = await self._request(client, messages)
+                completion, usage = await chat.endpoint.request(client, messages, chat.parameters, chat.timeout)
                 usage = usage or Usage(estimate.prompt_tokens, tokens_of(completion.text), estimated_calls=1)
-                self._replies.keep(key, completion, job.scope, usage)
+                replies.keep(key, completion, self.scope, usage)
                 return
-            except BaseException as error:
-                is_free = isinstance(error, Failure) and not error.charged
-                self._replies.release(key, job.scope, None if is_free else estimate)
-                if not isinstance(error, Failure) or error.kind != "passing":
-                    raise
-                wait = error.wait
-                if wait is not None and wait > self._max_wait:
-                    message = f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={self._max_wait:g}"
-                    remedy = "the replies so far are kept: give the same command again then"
-                    raise Failure("final", message, remedy) from None
-                if retry >= self._retries:
-                    raise
-            if wait is not None:  # all requests wait for this time
-                self._paused_until = max(self._paused_until, time.monotonic() + wait)
-                await _sleep(wait * random.uniform(1.0, 1.1), stop)
-            else:
-                await _sleep(min(_LONGEST_DELAY, _FIRST_DELAY * 2**retry) * random.uniform(0.5, 1.0), stop)
+            except Failure as failure:
+                replies.release(key, self.scope, estimate if failure.charged else None)
+                delay = self._delay(failure, retry)
+            except BaseException:
+                replies.release(key, self.scope, estimate)
+                raise
+            await self._sleep(delay)
 
-    async def _request(self, client: AsyncClient, messages: Messages) -> tuple[Completion, Usage | None]:
-        """Return a reply and its token counts (None if not reported). The timeout covers headers and body together."""
-        import httpx2 as httpx
+    def _delay(self, failure: Failure, retry: int) -> float:
+        """Return the seconds to wait before the request is sent again; raise Failure if it may not be sent again."""
+        chat, wait = self.chat, failure.wait
+        if wait is not None and wait > chat.max_wait:
+            message = f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={chat.max_wait:g}"
+            raise Failure("final", message, "the replies so far are kept: give the same command again then")
+        if failure.kind != "passing" or retry >= chat.retries:
+            raise failure
+        if wait is None:
+            return min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(retry, 99)) * random.uniform(0.5, 1.0)
+        self.paused_until = max(self.paused_until, time.monotonic() + wait)  # all requests wait for this time
+        return wait * random.uniform(1.0, 1.1)
 
-        try:
-            async with asyncio.timeout(self._timeout):
-                path, prompt = request_of(messages)
-                response = await client.post(self._endpoint.url(path), json={**prompt, **self.parameters})
-        # `from None`: the original errors may quote the key
-        except (httpx.TimeoutException, TimeoutError):
-            remedy = f"raise judge.timeout={self._timeout:g} seconds; {GO_ON}"
-            raise Failure("passing", "the request timed out", remedy, charged=True) from None
-        except httpx.RequestError as error:
-            remedy = f"check the network and judge.base_url; {GO_ON}"
-            message = self._endpoint.scrub(f"no reply arrived ({type(error).__name__}: {error})")
-            raise Failure("passing", message, remedy, charged=not isinstance(error, httpx.ConnectError)) from None
-        if not response.is_success:
-            model, scrub = self.parameters["model"], self._endpoint.scrub
-            raise failure_of_status(response, scrub, self._endpoint.api_key_env, model)
-        kind = response.headers.get("content-type", "")
-        logprobs = bool(self.parameters.get("logprobs"))
-        return read_completion(response.content, self._endpoint.scrub, kind, logprobs=logprobs)
+    async def _sleep(self, seconds: float) -> None:
+        """Wait; raise _StoppedError as soon as no further request may be sent."""
+        end = time.monotonic() + seconds
+        while not self.stop.is_set() and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _POLL))
+        if self.stop.is_set():
+            raise _StoppedError
 
-    def _plan(self, prompts: Sequence[Messages]) -> tuple[str, str]:
-        """Return two texts: the number of requests, and their largest cost if each prompt is sent only once."""
-        prompt_tokens = sum(map(estimated_tokens, prompts))
-        reply_tokens = len(prompts) * self._max_tokens
-        usd = self._terms.usd(prompt_tokens, reply_tokens)
-        unknown = "price unknown (judge.price_input and judge.price_output are not set)"
-        price = unknown if usd is None else f"at most about {usd:.4g} USD"
-        return f"{len(prompts):,} requests to send", (
-            f"about {prompt_tokens:,} prompt tokens (estimate: {BYTES_PER_TOKEN} bytes per token) and at most "
-            f"{reply_tokens:,} reply tokens; {price}"
-        )
+    def _end(self, problem: str | Exception) -> None:
+        self.problem = self.problem or problem
+        self.stop.set()
 
-    def _gave_up_message(self, streak: int, last: Failure) -> str:
+    def _unreadable_problem(self) -> str | None:
+        """Return an error message with the first unreadable reply if too many have arrived in a row, else None."""
+        count, most = len(self.unreadable) * self.tries, self.chat.give_up_unreadable
+        if most is None or count < most:
+            return None
+        first = self.unreadable[0]
+        shown = repr(first.text[:_MOST_SHOWN]) + (" ..." if len(first.text) > _MOST_SHOWN else "")
         return (
-            f"gave up after {streak} requests in a row that failed for good (judge.give_up={self._give_up}, "
-            f"judge.retries={self._retries}), the last one: {last.advice}"
+            f"gave up after {count} unreadable replies in a row (judge.give_up_unreadable={most}); the first one: "
+            f"{shown} ({first.reason}); check judge.model, judge.max_tokens and judge.parse, then give the same "
+            "command again: the replies so far are kept, and judge.give_up_unreadable=null counts such replies as "
+            "invalid and goes on"
         )
 
-    def _cap_message(self, reached: CapReached, job: _Job[Value], left: Sequence[list[int]]) -> str:
-        spent = self.spent(job.scope)
+    def _cap_message(self, cap: str) -> str:
+        spent = self.chat.spent(self.scope)
         money = "" if spent["usd"] is None else f" for {spent['usd']:.4g} USD"
-        _, cost = self._plan([job.prompts[positions[0]] for positions in left])
         return (
-            f"the spending cap {reached.option} is reached: this stage has sent {spent['calls']:,} requests{money}; "
-            f"{len(left):,} prompts are left ({cost}); raise {reached.option.split('=')[0]} and give the same command "
-            "again: the replies so far are kept and cost nothing more"
+            f"the spending cap {cap} is reached: this stage has sent {spent['calls']:,} requests{money}; "
+            f"{len(self.unanswered):,} prompts are left ({self.chat.cost_of(self.unanswered.values())}); raise "
+            f"{cap.split('=')[0]} and give the same command again: the replies so far are kept and cost nothing more"
         )
-
-    def _key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash all that a reply depends on.
-
-        This includes the address, because two endpoints may use one name for different models.
-        """
-        return content_hash("chat", self._known_as, self.identity, [dict(m) for m in messages], attempt)
-
-
-async def _sleep(seconds: float, stop: threading.Event) -> None:
-    """Wait for `seconds`; raise _StoppedError as soon as `stop` is set."""
-    end = time.monotonic() + seconds
-    while not stop.is_set() and (left := end - time.monotonic()) > 0:
-        await asyncio.sleep(min(left, _POLL))
-    if stop.is_set():
-        raise _StoppedError

@@ -34,11 +34,10 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
     """Judge the answers in the file `model` against the answers in the file `reference`, in both orders.
 
     Returns:
-        The result of the stage `pws` (see `pws_of`), with `model` and `reference` (their names), `judge`, `cost`,
-        `diagnostics` and `files`; `{"dry_run": plan}` for a dry run.
+        The result of the stage `pws`, with names, cost, diagnostics and files; `{"dry_run": plan}` for a dry run.
 
     Raises:
-        DataError: a file is missing or broken, or the two files answer different items; the message names the rows.
+        DataError: a file is missing or broken, or the two files answer different items.
         JudgeError: requests to the judge failed, or judging ended early, as at a spending cap.
     """
     pair = read_pair(model, reference)
@@ -86,7 +85,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
 
 def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
-    """Store answers from a file as an artifact, which stages accept as input, and return it."""
+    """Store answers from a file as an artifact, which stages accept as input."""
     from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -127,8 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from gradsift.evaluation.export import export
             from gradsift.evaluation.human.pairs import PairFiles
 
-            files = {name: Path(path) for name, path in result["files"].items()}
-            export(PairFiles(**files, combine=result["combine"]), options.to)
+            export(PairFiles(**{name: Path(path) for name, path in result["files"].items()}), options.to)
         print(json.dumps(result, indent=1, allow_nan=False))
     except KeyboardInterrupt:
         print("error: interrupted; the judgments so far are kept, and the same command goes on", file=sys.stderr)

@@ -16,28 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError, command
-from gradsift.evaluation.generation import (
-    OUTPUTS_FILE,
-    ModelOutput,
-    item_key,
-    read_pair,
-    without_turns,
-)
+from gradsift.evaluation.generation import OUTPUTS_FILE, ModelOutput, item_key, read_pair, without_turns
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run
-from gradsift.evaluation.judges import Combine, Order
+from gradsift.evaluation.judges import Combine, Order, with_input
 from gradsift.evaluation.judges.alpaca_eval import NAMES
 from gradsift.evaluation.judgments import ORDERS, Judgment
 from gradsift.evaluation.pws import in_both_orders, outcome
 from gradsift.evaluation.records import read_records
-from gradsift.evaluation.turns import with_input
 from gradsift.names import require_no_link, slug
 
 ANNOTATIONS_FILE = "annotations.json"
+_ORDER_FILES = {order: f"annotations_{order}.json" for order in ORDERS}
 _PREFERENCES = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
 
 
@@ -45,8 +39,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
     """Write the answers of two models, and their judgments if there are any; return the paths of the files.
 
     Raises:
-        DataError: a file is missing or broken, the two models have the same name or folder, the judgments are by
-            several judges or about other items, or a file exists already with other content.
+        DataError: the files of the run do not fit together, or a file to be written exists with other content.
     """
     pair = [without_turns(rows) for rows in read_pair(files.model, files.reference)]
     model, reference = (rows[0]["generator"] for rows in pair)
@@ -77,7 +70,7 @@ def export(files: PairFiles, folder: Path) -> list[Path]:
             raise DataError(
                 f"{files.judgments} must hold judgments of one judge, and holds {', '.join(judges) or 'none'}"
             )
-        annotations = _annotations(records.judgments, files.combine or records.combine, *pair)
+        annotations = _annotations(records.judgments, records.combine, *pair)
         contents |= {folder / slug(model) / slug(judges[0]) / name: rows for name, rows in annotations.items()}
     for path, rows in contents.items():
         # ASCII escapes: text from the web may hold half a surrogate pair
@@ -97,42 +90,38 @@ def _annotations(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each file of annotations, by the file's name."""
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
-    both_orders: list[dict[str, Any]] = []
-    by_order: dict[Order, list[dict[str, Any]]] = {order: [] for order in ORDERS}
+    by_file: dict[str, list[dict[str, Any]]] = {name: [] for name in (ANNOTATIONS_FILE, *_ORDER_FILES.values())}
     for key, orders in in_both_orders(judgments).items():
         if key not in of_model:
             raise DataError(
                 f"the judgments are about the item {'/'.join(key)}, which the answers lack; name those judged"
             )
-        pair = {"model": of_model[key], "reference": of_reference[key]}
+        pair = of_model[key], of_reference[key]
         result = outcome(orders.get("forward"), orders.get("reverse"), combine)
-        both_orders.append(_row(pair, "reverse", judgments[0].judge) | {"preference": _PREFERENCES[result]})
+        row = _row(*pair, "reverse", judgments[0].judge)
+        by_file[ANNOTATIONS_FILE].append({**row, "preference": _PREFERENCES[result]})
         for order, judgment in orders.items():
             reply = {"preference": _preference(judgment), "raw_completion": judgment.reply}
-            by_order[order].append(_row(pair, order, judgment.judge) | reply)
-    return {ANNOTATIONS_FILE: both_orders} | {f"annotations_{order}.json": shown for order, shown in by_order.items()}
+            by_file[_ORDER_FILES[order]].append({**_row(*pair, order, judgment.judge), **reply})
+    return by_file
 
 
-def _row(pair: Mapping[str, ModelOutput], order: Order, judge: str) -> dict[str, Any]:
-    first, second = ("model", "reference") if order == "forward" else ("reference", "model")
+def _row(model: ModelOutput, reference: ModelOutput, order: Order, judge: str) -> dict[str, Any]:
+    first, second = (model, reference) if order == "forward" else (reference, model)
     return {
-        "instruction": with_input(pair["model"]["instruction"], pair["model"]["input"]),
-        "output_1": pair[first]["output"],
-        "generator_1": pair[first]["generator"],
-        "dataset": pair["model"]["dataset"],
-        "item_id": pair["model"]["item_id"],
-        "output_2": pair[second]["output"],
-        "generator_2": pair[second]["generator"],
+        "instruction": with_input(model["instruction"], model["input"]),
+        "output_1": first["output"],
+        "generator_1": first["generator"],
+        "dataset": model["dataset"],
+        "item_id": model["item_id"],
+        "output_2": second["output"],
+        "generator_2": second["generator"],
         "annotator": judge,
     }
 
 
 def _preference(judgment: Judgment) -> float | None:
-    """Return a preference from 1 (the answer shown first is better) to 2 (the second is better); None if invalid.
-
-    For an annotator of alpaca_eval it is the annotator's own preference. For other judges it is 1, 1.5 or 2, depending
-    on which score is higher.
-    """
+    """Return a preference from 1 (the answer shown first is better) to 2 (the second is better); None if invalid."""
     if judgment.score_model is None or judgment.score_reference is None:
         return None
     first, second = judgment.score_model, judgment.score_reference
@@ -151,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="where the files are written")
     options = parser.parse_args(arguments)
     written = [path for run in options.runs for path in export(files_of_run(run), options.to)]
-    for path in dict.fromkeys(written):
-        print(path)
+    print(*dict.fromkeys(written), sep="\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
@@ -15,7 +15,7 @@ from gradsift.cost import passed
 from gradsift.data.examples import Turn
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.turns import two_turns, with_input
+from gradsift.evaluation.judges import two_turns, with_input
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradsift.journal import Journal
 
 OUTPUTS_FILE = "model_outputs.json"
+_SHARED = ("instruction", "input", "reference", "after")  # these must be equal in two models' answers
 
 
 class Question(NamedTuple):
@@ -31,9 +32,6 @@ class Question(NamedTuple):
 
     item: Item
     history: Sequence[Turn] = ()
-
-
-_SHARED = ("instruction", "input", "reference", "after")  # these must be equal in two models' answers
 
 
 def generate_answers(
@@ -77,18 +75,21 @@ def generate_answers(
             raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
     # LoRA layers, if any, are inside the backbone, so its own generate() includes them
     backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = _end_tokens(model, tokenizer)
-    greedy = _greedy(tokenizer, ends, max_new_tokens)
+    greedy = _greedy(model, tokenizer, max_new_tokens)
 
     def answer(rows: list[int]) -> list[str]:
         batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
-        return _continuations(backbone, tokenizer, batch, greedy, ends)
+        return _continuations(backbone, tokenizer, batch, greedy)
 
     # the longest prompts come first: a batch that does not fit into memory fails at once
     lengths = [min(len(prompt), room or len(prompt)) + max_new_tokens for prompt in prompts]
     answers = [""] * len(prompts)
     kept = journal or Journal()
-    with evaluating(model), _generation_config(backbone, greedy):
+    with evaluating(model), ExitStack() as stack:
+        # generate() fills unset options from the model's own config, which may hold a repetition penalty (decoding
+        # would no longer be greedy) or a temperature (transformers would warn)
+        stack.callback(setattr, backbone, "generation_config", backbone.generation_config)
+        backbone.generation_config = greedy
         for batches in parallel.rounds(capped_batches(lengths, batch_size, max_tokens)):
             rows = list(chain.from_iterable(batches))
             texts = kept.once(rows, functools.partial(parallel.together, batches, answer))
@@ -98,22 +99,25 @@ def generate_answers(
     return answers
 
 
-@contextmanager
-def _generation_config(backbone: Any, config: GenerationConfig) -> Iterator[None]:
-    """Replace a model's own generation config within the block.
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Return greedy decoding until an end token of the tokenizer or of the model's configuration."""
+    from transformers import GenerationConfig
 
-    generate() fills unset options from the model's own config, which may hold a repetition penalty (decoding would no
-    longer be greedy) or a temperature (transformers would warn).
-    """
-    own, backbone.generation_config = backbone.generation_config, config
-    try:
-        yield
-    finally:
-        backbone.generation_config = own
+    named = getattr(model.generation_config, "eos_token_id", None)  # chat models may have several
+    ends = sorted({*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None})
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0),
+        bos_token_id=tokenizer.bos_token_id,
+    )
 
 
 def _continuations(
-    backbone: Any, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], greedy: GenerationConfig, ends: set[int]
+    backbone: Any, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], greedy: GenerationConfig
 ) -> list[str]:
     import torch
 
@@ -122,6 +126,7 @@ def _continuations(
     tokens, mask = left_padded(batch, greedy.pad_token_id, backbone.device)
     with torch.no_grad(), without_host_reads():
         out = backbone.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
+    ends = greedy.eos_token_id or []
     texts = []
     for prompt, new in zip(batch, out[:, tokens.shape[1] :].cpu().tolist(), strict=True):
         end = next((place for place, token in enumerate(new) if token in ends), len(new))
@@ -131,11 +136,7 @@ def _continuations(
 
 
 def room_of(config: Any, max_new_tokens: int) -> int | None:
-    """Return the largest number of tokens that a prompt may have; None if the model's configuration names no limit.
-
-    Raises:
-        ConfigError: there is no room for a prompt.
-    """
+    """Return the largest number of tokens that a prompt may have; None if the model's configuration names no limit."""
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return None
@@ -145,27 +146,6 @@ def room_of(config: Any, max_new_tokens: int) -> int | None:
             f"of {context} tokens; give at most {context - 1}"
         )
     return context - max_new_tokens
-
-
-def _greedy(tokenizer: PreTrainedTokenizerBase, ends: set[int], max_new_tokens: int) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=next((t for t in (tokenizer.pad_token_id, *sorted(ends)) if t is not None), 0),
-        bos_token_id=tokenizer.bos_token_id,
-    )
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the end tokens of the tokenizer and of the model's configuration (chat models may have several)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(named) if isinstance(named, list) else {named}
-    return {token for token in (*ends, tokenizer.eos_token_id) if token is not None}
 
 
 def left_padded(
@@ -224,8 +204,7 @@ def read_model_outputs(path: Path) -> list[ModelOutput]:
     """Read a `model_outputs.json`. A row without an id, as in alpaca_eval's own files, gets the row number as its id.
 
     Raises:
-        DataError: the file is missing or broken, a row lacks instruction or output, two rows of a dataset have the same
-            id, or the second turn of a conversation lacks its first turn.
+        DataError: the file is missing or broken, an id is there twice, or a second turn lacks its first turn.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
@@ -298,11 +277,7 @@ def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
 
 
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
-    """Raise an error unless two models answered the same items, with equal instructions, inputs and references.
-
-    Raises:
-        DataError: the items differ, or an item is there twice; the message names up to five items and what differs.
-    """
+    """Raise DataError unless two models answered the same items, with equal instructions, inputs and references."""
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
     problems = [f"{'/'.join(key)} (only in the model's)" for key in of_model if key not in of_reference]
     problems += [f"{'/'.join(key)} (only in the reference model's)" for key in of_reference if key not in of_model]

@@ -8,11 +8,11 @@ percentile bootstrap, it has a width above 0 even if every item has the same out
 Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model,
 with an effect of the seed and an effect of the item, gives the variance of the mean. The interval is then computed for
 an effective number of items: the number of independent items whose mean would have this variance. In the embedded world
-(the generated task of `data=verifiable`), each data seed has its own questions under the same item ids. The random
-effects model then treats unrelated questions as one item, which does not change the expected variance.
-`benchmarks/interval_coverage.py` measures the coverage.
+(`data=verifiable`), each data seed has its own questions under the same item ids. The model then treats unrelated
+questions as one item, which does not change the expected variance. `benchmarks/interval_coverage.py` measures the
+coverage.
 
-Shape letters: S seeds, N items.
+Outcomes are arrays (S, N) of -1, 0 and 1, with S seeds and N items; `confidence` is the coverage, between 0 and 1.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ import numpy as np
 
 
 def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval of the mean outcome over seeds and items.
-
-    Args:
-        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
-        confidence: coverage, between 0 and 1.
-    """
+    """Return the confidence interval of the mean of `outcomes` (S, N) over seeds and items."""
     from scipy import stats
 
     outcomes = np.asarray(outcomes, dtype=float)
@@ -43,9 +38,6 @@ def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
     """Return the effective number of items (see the module) and the degrees of freedom of the mean's variance.
 
     With one seed, or if the variance is 0, the two values are N and infinity. The effective number is at most S N.
-
-    Args:
-        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
     """
     seeds, items = outcomes.shape
     variance, freedom = variance_of_mean(outcomes)
@@ -58,12 +50,9 @@ def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
 
-    With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean in a two-way
-    random effects model is (MS_i + MS_s - MS_e) / (S N). The result is at least the largest of the three mean squares,
-    divided by S N. With one seed it is MS_i / N.
-
-    Args:
-        values: (S, N) a number for each item with each seed.
+    With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean of `values` (S, N)
+    in a two-way random effects model is (MS_i + MS_s - MS_e) / (S N). The result is at least the largest of the three
+    mean squares, divided by S N. With one seed it is MS_i / N.
     """
     seeds, items = values.shape
     mean = values.mean()
@@ -86,8 +75,7 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
     """Return Tango's score interval of `win - lose`.
 
     Args:
-        win: share of the items that are won.
-        lose: share of the items that are lost.
+        win, lose: shares of the items that are won and lost.
         size: number of independent items; need not be whole.
         critical: quantile of the normal or t distribution, such as 1.96.
     """
@@ -120,9 +108,6 @@ def p_value(outcomes: np.ndarray) -> float:
     any number of items. For several seeds the result is the larger p-value of two tests: the score test (McNemar) with
     the variance from `variance_of_mean`, and the t test over the seeds' means. The score test alone rejects too often
     if there are few seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
-
-    Args:
-        outcomes: (S, N) the outcome of each item with each seed: -1, 0 or 1.
     """
     from scipy import stats
 
@@ -165,11 +150,6 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     have the same difference. For one seed, or if the variance of the difference is 0, the p-value is from the exact
     sign-flip test over items. Otherwise it is the larger p-value of two t tests: one with the variance of
     `variance_of_mean`, and one over the seeds' means.
-
-    Args:
-        first: (S, N) the outcomes of the first model: -1, 0 or 1.
-        second: (S, N) the outcomes of the second model, with the same seeds and items.
-        confidence: coverage of the interval, between 0 and 1.
     """
     from scipy import stats
 
@@ -216,10 +196,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Rejecting the hypotheses with an adjusted p-value below a level keeps the probability of any false rejection below
     that level.
     """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(np.arange(len(values), 0, -1) * values[order]).clip(max=1.0)
+    return [float(value) for value in adjusted]

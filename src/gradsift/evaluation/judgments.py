@@ -1,8 +1,7 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-After an interruption `judge_pairs` starts again with all pairs, but stored replies and scores are not computed again.
-Replies of endpoints are stored as they arrive (`gradsift.evaluation.replies`); scores of a local model are stored after
-each batch (`gradsift.journal`).
+After an interruption `judge_pairs` starts again with all pairs, but stored replies and scores are not computed again
+(see `gradsift.evaluation.replies` for endpoints, `gradsift.journal` for local models).
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from gradsift import outside_json
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import ModelOutput, check_pairs, first_turns, item_key
-from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Pair, Reply
-from gradsift.evaluation.turns import with_input
+from gradsift.evaluation.judges import Judge, JudgeError, JudgeRequest, Order, Pair, Reply, with_input
 
 _INVALID_LIMIT = 0.05  # share of invalid judgments above which a warning is given
 ORDERS: tuple[Order, Order] = ("forward", "reverse")
@@ -57,8 +55,7 @@ def judge_pairs(
     """Judge each pair of answers in both orders; write the judgments to a file and return them.
 
     Args:
-        path: the file `judgments.jsonl`. Its lines have the order of the result, so its bytes do not depend on the
-            order in which the replies arrive.
+        path: the file `judgments.jsonl`. Its bytes do not depend on the order in which the replies arrive.
         progress: called with 1 for each judgment.
 
     Returns:
@@ -85,7 +82,6 @@ def judge_pairs(
 
 
 def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> list[JudgeRequest]:
-    """Return two requests per item, forward then reverse, in the order of `rows`."""
     reference_outputs = {item_key(row): row["output"] for row in reference_rows}
     before = first_turns(rows)
     requests = []
@@ -137,10 +133,7 @@ def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgme
 
 
 def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
-    """Return the diagnostic `invalid_judgments`: the share of judgments without scores.
-
-    An item with such a judgment is not counted in the PWS.
-    """
+    """Return the diagnostic `invalid_judgments`: the share of judgments without scores, which the PWS leaves out."""
     reasons = Counter(judgment.reason for judgment in judgments if not judgment.valid)
     invalid = reasons.total()
     share = invalid / len(judgments) if judgments else 0.0
@@ -157,24 +150,19 @@ def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
 def read_judgments(path: Path) -> list[Judgment]:
     """Read `judgments.jsonl`, in the order of the file.
 
-    A broken last line without a line end is skipped, because earlier versions of gradsift left one if they were killed.
-
     Raises:
         DataError: the file is missing, or a line is broken; the message names the line.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        text = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); judge the answers first") from error
-    unfinished = len(lines) if lines[-1] else None  # the number of the last line, if it has no line end
     judgments = []
-    for number, line in enumerate(lines if unfinished else lines[:-1], start=1):
+    for number, line in enumerate(text.removesuffix(b"\n").split(b"\n") if text else [], start=1):
         try:
             judgments.append(_from_record(outside_json.loads(line)))
         # ValueError: broken JSON, broken UTF-8 or an impossible value; OverflowError: a huge score
         except (ValueError, TypeError, OverflowError) as error:
-            if number == unfinished:
-                break
             raise DataError(
                 f"{path}, line {number} is not a judgment ({error}); correct the line, or judge the answers again"
             ) from error

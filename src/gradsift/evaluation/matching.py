@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 
 from gradsift.data.verifiable import answers_match
+from gradsift.errors import DataError
 
 Match = Callable[[str, str], bool]  # (answer, reference answer) -> right
-
 # a minus sign counts only where nothing is subtracted, commas only between groups of three digits
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].])[-\u2212])?[$\u20ac\u00a3]?"
@@ -33,19 +33,11 @@ _BARE_LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])(?:[).:,]|$)", re.IGNORECASE
 
 
 def numbers_match(answer: str, reference: str) -> bool:
-    """Return whether answer and reference have equal numbers (see `last_number`): 12, 12.0 and $12 are equal.
-
-    Raises:
-        ValueError: the reference has no number (`load_benchmark` refuses such rows).
-    """
+    """Return whether answer and reference have equal numbers (see `last_number`): 12, 12.0 and $12 are equal."""
     wanted = last_number(reference)
     if wanted is None:
-        raise ValueError(f"the reference {reference!r} holds no number")
+        raise DataError(f"the reference {reference!r} holds no number; correct it, or take another rule for its set")
     return last_number(answer) == wanted
-
-
-def has_number(text: str) -> bool:
-    return _NUMBER.search(text) is not None
 
 
 def last_number(text: str) -> Decimal | None:
@@ -53,10 +45,10 @@ def last_number(text: str) -> Decimal | None:
     _, marker, after = text.rpartition("####")
     number = _NUMBER.search(after) if marker else None
     if number is None:
-        for number in _NUMBER.finditer(text):  # noqa: B007 - the last one counts
-            pass
-    if number is None:
-        return None
+        numbers = list(_NUMBER.finditer(text))
+        if not numbers:
+            return None
+        number = numbers[-1]
     value = Decimal(number["below_one"] or number["whole"].replace(",", "") + (number["part"] or ""))
     return -value if number["sign"] else value
 
@@ -93,8 +85,8 @@ def final_statement(answer: str) -> str:
 def _letter(statement: str) -> str | None:
     if first := _BARE_LETTER.match(statement.lstrip(_EDGES)):
         return first[1].upper()
-    named = set(_LETTER.findall(statement))
-    return named.pop() if len(named) == 1 else None
+    letters = set(_LETTER.findall(statement))
+    return letters.pop() if len(letters) == 1 else None
 
 
 def _closed_word(statement: str) -> str | None:

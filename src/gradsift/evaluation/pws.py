@@ -6,10 +6,8 @@ the model wins every item, and 0 if it loses every item.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,17 +22,12 @@ SIGNS: Mapping[Outcome, int] = {"win": 1, "tie": 0, "lose": -1}
 
 
 def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
-    """Return the PWS of some items with its score interval, as a cell of `pws.json`.
+    """Return the PWS of some items with its interval of coverage `confidence`, as a cell of `pws.json`.
 
-    Args:
-        confidence: coverage of the interval, between 0 and 1.
-
-    Returns:
-        `{"n", "win", "tie", "lose", "invalid", "pws", "pws_low", "pws_high"}`; n includes invalid items, and the last
-        three are None if no item is valid.
+    `n` includes invalid items. PWS and interval are None if no item is valid.
     """
     outcomes = list(outcomes)
-    counts = {kind: outcomes.count(kind) for kind in ("win", "tie", "lose", "invalid")}
+    counts = {kind: outcomes.count(kind) for kind in get_args(Outcome)}
     win, tie, lose, _ = counts.values()
     cell: dict[str, Any] = {"n": len(outcomes), **counts, "pws": None, "pws_low": None, "pws_high": None}
     if valid := win + tie + lose:
@@ -86,11 +79,7 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
 
 
 def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
-    """Return outcomes and PWS for each benchmark, and pooled over all items.
-
-    Returns:
-        `{"confidence", "benchmarks": {name: cell}, "pooled": cell}`; each cell is a result of `estimate`.
-    """
+    """Return a cell (see `estimate`) for each benchmark in `benchmarks`, and one of all items in `pooled`."""
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):
         by_benchmark.setdefault(benchmark, []).append(each)
@@ -99,11 +88,10 @@ def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
 
 
 def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
-    """Return the outcomes of each benchmark as one letter per item (w, t, l, i), in the order of the item ids.
+    """Return `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`.
 
-    Returns:
-        `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`. If two runs on the same
-        data set have the same hash, they judged the same items, and their letters can be compared item by item.
+    The letters (w, t, l, i) have the order of the item ids. If two runs on the same data set have the same hash, they
+    judged the same items, and their letters can be compared item by item.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):
@@ -114,23 +102,17 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
     }
 
 
-def write_pws(path: Path, summary: dict[str, Any]) -> None:
-    """Write the result of the stage `pws`."""
-    path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="ascii")
+def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
+    """Return `{"items", "accuracy", "kappa"}`: accuracy and Cohen's kappa over the items that are valid in both.
 
-
-def read_pws(path: Path) -> dict[str, Any]:
-    """Read a `pws.json`.
-
-    Raises:
-        DataError: the file is missing or incomplete.
+    Both are None without such an item. `kappa` is also None, because its denominator is 0, if all outcomes and labels
+    are the same.
     """
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); run the judge stage first") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not complete JSON ({error}); move it away and go on") from error
-    if not isinstance(summary, dict) or "pooled" not in summary or "benchmarks" not in summary:
-        raise DataError(f"{path} is not a pws.json: it lacks `benchmarks` or `pooled`")
-    return summary
+    shared = [item for item, kind in outcomes.items() if "invalid" not in (kind, labels.get(item, "invalid"))]
+    if not shared:
+        return {"items": 0, "accuracy": None, "kappa": None}
+    judged, labelled = ([source[item] for item in shared] for source in (outcomes, labels))
+    accuracy = float(np.mean([a == b for a, b in zip(judged, labelled, strict=True)]))
+    chance = sum(judged.count(kind) * labelled.count(kind) for kind in SIGNS) / len(shared) ** 2
+    kappa = (accuracy - chance) / (1 - chance) if chance < 1 else None
+    return {"items": len(shared), "accuracy": accuracy, "kappa": kappa}

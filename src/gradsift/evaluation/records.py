@@ -23,21 +23,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from gradsift import outside_json
-from gradsift.config.bounds import require_confidence
-from gradsift.errors import ConfigError, DataError, command
-from gradsift.evaluation.agreement import agreement, paired_test
+from gradsift.config import in_range
+from gradsift.errors import DataError, command
 from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
+from gradsift.evaluation.intervals import difference
 from gradsift.evaluation.judges import Combine, Order
-from gradsift.evaluation.judgments import Judgment, read_judgments
-from gradsift.evaluation.pws import Outcome, Outcomes, outcomes_of, summarise
+from gradsift.evaluation.judgments import ORDERS, Judgment, read_judgments
+from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes, agreement, outcomes_of, summarise
 
 
 @dataclass
@@ -52,10 +52,13 @@ class Records:
     def add(self, benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> None:
         """Add a judgment; `scores` are the model's score and the reference's, None for an invalid judgment."""
         model, reference = scores or (None, None)
-        reason = None if scores else "the record holds no scores"
-        self.judgments.append(
-            Judgment(benchmark, item, order, "", "record", reply, model, reference, scores is not None, reason)
-        )
+        valid, reason = (True, None) if scores else (False, "the record holds no scores")
+        self.judgments.append(Judgment(benchmark, item, order, "", "record", reply, model, reference, valid, reason))
+
+    def add_lengths(self, benchmark: str, item: str, model: Any, reference: Any) -> None:
+        """Add the lengths of two answers, if both are text."""
+        if isinstance(model, str) and isinstance(reference, str):
+            self.lengths[benchmark, item] = (len(model), len(reference))
 
 
 def read_records(path: Path, model: str | None = None) -> Records:
@@ -65,14 +68,14 @@ def read_records(path: Path, model: str | None = None) -> Records:
         model: generator whose wins are counted in an alpaca_eval file; default: `generator_2` of the first row.
 
     Raises:
-        DataError: the file is missing or of an unknown kind, or a row is broken; the message names file and row.
+        DataError: the file is missing or of an unknown kind, or a row is broken.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist; name a file of judge records")
     if not path.read_bytes().strip():
         raise DataError(f"{path} is empty; name a file with judge records")
     if path.suffix == ".jsonl":
-        if (rows := _lines(path)) is not None:
+        if rows := _query_rows(path):
             return _queries(path, rows)
         judgments = read_judgments(path)
         # see judges.Judge.combine: log-probabilities are summed over the orders, grades count by sign
@@ -103,18 +106,12 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
         records.add(benchmark, str(number), "forward", str(row.get("review", "")), forward)
         swapped = None if reverse is None else (reverse[1], reverse[0])
         records.add(benchmark, str(number), "reverse", str(row.get("review_reverse", "")), swapped)
-        answers = row.get("Answer1"), row.get("Answer2")
-        if isinstance(answers[0], str) and isinstance(answers[1], str):
-            records.lengths[benchmark, str(number)] = (len(answers[0]), len(answers[1]))
+        records.add_lengths(benchmark, str(number), row.get("Answer1"), row.get("Answer2"))
     return records
 
 
-def _lines(path: Path) -> list[Any] | None:
-    """Return the rows of a file in DiverseEvol's format; None if its first line has another form.
-
-    Raises:
-        DataError: a line is broken.
-    """
+def _query_rows(path: Path) -> list[Any]:
+    """Return the rows of a file in DiverseEvol's format; none if its first line has another form."""
     rows: list[Any] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -123,32 +120,31 @@ def _lines(path: Path) -> list[Any] | None:
             row = outside_json.loads(line)
         except ValueError as error:
             if not rows:
-                return None
+                return []
             raise DataError(f"{path}, line {number} is not JSON ({error}); correct the line") from error
         if not rows and not (isinstance(row, dict) and "eval_QUERY0" in row):
-            return None
+            return []
         rows.append(row)
     return rows
 
 
 def _queries(path: Path, rows: Sequence[Any]) -> Records:
     benchmark = path.parent.parent.name or path.stem  # BENCHMARK/MODEL/rd_0_vs_chat.jsonl
-    shown = [_shown(rows[0], 0), _shown(rows[0], 0)[::-1]]
-    records = Records([], model=str(shown[0][0]))
+    model, reference = (rows[0].get(f"assistant{side}_QUERY0") for side in (1, 2))
+    records = Records([], model=str(model))
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         _require_orders(row, "eval_QUERY0", "eval_QUERY1", place)
-        if [_shown(row, 0), _shown(row, 1)] != shown:
-            raise DataError(f"{place}: the assistants are not {shown[0]}, and {shown[1]} in the second query")
+        shown = [row.get(f"assistant{side}_QUERY{query}") for query, side in ((0, 1), (0, 2), (1, 2), (1, 1))]
+        if shown != [model, reference, model, reference]:
+            raise DataError(
+                f"{place}: the assistants are not {(model, reference)}, and {(reference, model)} in the second query"
+            )
         item = str(row.get("question_id", number))
-        for order, query in zip(get_args(Order), (0, 1), strict=True):
+        for query, order in enumerate(ORDERS):
             scores = _pair(row[f"eval_QUERY{query}"], place)
             records.add(benchmark, item, order, str(row.get(f"response_QUERY{query}", "")), scores)
     return records
-
-
-def _shown(row: Any, query: int) -> tuple[Any, Any]:
-    return row.get(f"assistant1_QUERY{query}"), row.get(f"assistant2_QUERY{query}")
 
 
 def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
@@ -176,8 +172,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         if not isinstance(row, dict) or "preference" not in row:
             raise DataError(f"{place}: `preference` is missing; correct the row")
         preference = row["preference"]
-        valid = isinstance(preference, int | float) and not isinstance(preference, bool)
-        valid = valid and -np.inf < preference < np.inf
+        valid = type(preference) in (int, float) and -np.inf < preference < np.inf
         if valid and preference != 0 and not 1 <= preference <= 2:
             raise DataError(f"{place}: preference={preference} is neither from 1 to 2 nor 0; correct the row")
         benchmark = str(row.get("dataset") or "annotations")  # the files of the two orders have different names
@@ -188,54 +183,48 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         if model not in generators:
             raise DataError(f"{place}: neither output is by {model!r}, but by {generators[0]} and {generators[1]}")
         order: Order = "reverse" if generators[1] == model else "forward"
-        share = (0.5 if preference == 0 else float(preference) - 1) if valid else None  # output_2's
-        shares = None if share is None else (share, 1 - share)
-        lengths = [len(text) for text in (row.get("output_2"), row.get("output_1")) if isinstance(text, str)]
-        if order == "forward":
-            shares, lengths = shares and shares[::-1], lengths[::-1]
-        records.add(benchmark, item, order, json.dumps(row.get("raw_completion")), shares)
-        if len(lengths) == 2:
-            records.lengths[benchmark, item] = (lengths[0], lengths[1])
+        scores = None
+        if valid:
+            second = 0.5 if preference == 0 else float(preference) - 1  # output_2's share
+            scores = (second, 1 - second) if order == "reverse" else (1 - second, second)
+        records.add(benchmark, item, order, json.dumps(row.get("raw_completion")), scores)
+        texts = ("output_2", "output_1") if order == "reverse" else ("output_1", "output_2")
+        records.add_lengths(benchmark, item, *(row.get(name) for name in texts))
     return records
 
 
-def read_all(paths: Iterable[Path], model: str | None = None) -> Records:
+def read_all(paths: Sequence[Path], model: str | None = None) -> Records:
     """Read several files, of different benchmarks or of the two orders of the same items, into one `Records`.
 
     Raises:
-        ConfigError: no file is given.
-        DataError: some files hold log-probabilities and others grades, or a file cannot be read (see `read_records`).
+        DataError: some files hold log-probabilities and others grades, or a file cannot be read.
     """
-    merged: Records | None = None
-    for path in paths:
+    merged = read_records(paths[0], model)
+    for path in paths[1:]:
+        model = model or merged.model  # the file with the outputs swapped has the same model
         records = read_records(path, model)
-        model = model or records.model  # the file with the outputs swapped has the same model
-        if merged is None:
-            merged = records
-        elif merged.combine != records.combine:
+        if records.combine != merged.combine:
             raise DataError("some of the files hold log-probabilities and others grades; score them separately")
-        else:
-            merged.judgments += records.judgments
-            merged.lengths |= records.lengths
-    if merged is None:
-        raise ConfigError("no file of judge records was given")
+        merged.judgments += records.judgments
+        merged.lengths |= records.lengths
     return merged
 
 
 def describe(records: Records, confidence: float) -> dict[str, Any]:
-    """Return counts and PWS with intervals (per benchmark and pooled), position and length bias, and the orders.
-
-    The result also has the length-controlled PWS and, if all judgments have the same order, `one_order`.
+    """Return PWS with intervals, position and length bias, the orders and, if there is only one order, `one_order`.
 
     Raises:
         DataError: an item has two judgments in the same order.
     """
     outcomes = outcomes_of(records.judgments, records.combine)
-    summary = {"combine": records.combine, **summarise(outcomes, confidence)}
-    summary["position_bias"] = position_bias(records.judgments)
-    summary["length_bias"] = length_bias(outcomes, records.lengths)
-    summary["length_controlled"] = length_controlled(outcomes, records.lengths)
-    summary["orders"] = sorted({judgment.order for judgment in records.judgments})
+    summary = {
+        "combine": records.combine,
+        **summarise(outcomes, confidence),
+        "position_bias": position_bias(records.judgments),
+        "length_bias": length_bias(outcomes, records.lengths),
+        "length_controlled": length_controlled(outcomes, records.lengths),
+        "orders": sorted({judgment.order for judgment in records.judgments}),
+    }
     if len(summary["orders"]) == 1:
         summary["one_order"] = _one_order(records.judgments)
     return summary
@@ -243,8 +232,8 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
     """Return counts, PWS and alpaca_eval's win rate in percent (a draw is half a win) with its standard error."""
-    pairs = [(j.score_model, j.score_reference) for j in judgments]
-    scores = np.array([(a, b) for a, b in pairs if a is not None and b is not None], dtype=float).reshape(-1, 2)
+    valid = [(each.score_model, each.score_reference) for each in judgments if each.valid]
+    scores = np.array(valid, dtype=float).reshape(-1, 2)
     if not scores.size:
         return {"n": 0, "win_rate": None, "standard_error": None, "pws": None}
     margins = scores[:, 0] - scores[:, 1]
@@ -262,11 +251,42 @@ def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
     }
 
 
+def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[str, Any]:
+    """Return PWS(first) - PWS(second) over the items that are valid for both models, as `difference` computes it.
+
+    Raises:
+        DataError: no item is valid for both models.
+    """
+    shared = [item for item in first if item in second and "invalid" not in (first[item], second[item])]
+    if not shared:
+        raise DataError("the two records share no item with a valid outcome in both; judge the same benchmark")
+    ours, theirs = (np.array([[SIGNS[source[item]] for item in shared]]) for source in (first, second))
+    return {"items": len(shared), **asdict(difference(ours, theirs, confidence))}
+
+
+def compare_labels(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
+    """Return `agreement` of the judge with people, and how many items have no label or no valid outcome.
+
+    Raises:
+        DataError: no item has both a valid outcome and a valid label.
+    """
+    if {benchmark for benchmark, _ in labels} == {""}:  # labels of a single benchmark need not name it
+        names = {benchmark for benchmark, _ in outcomes}
+        if len(names) > 1:
+            raise DataError("the records hold several benchmarks, so each label must name its `benchmark`")
+        labels = {(name, item): label for name in names for (_, item), label in labels.items()}
+    result = agreement(outcomes, labels)
+    if not result["items"]:
+        raise DataError("no item has both a valid judgment and a label; give each label the item's benchmark and id")
+    unlabelled = sum(item not in labels for item in outcomes)
+    return {**result, "unlabelled": unlabelled, "invalid": sum(kind == "invalid" for kind in outcomes.values())}
+
+
 def read_labels(path: Path) -> Outcomes:
     """Read people's outcomes: JSON lines of `item_id`, `label` and, if there are several benchmarks, `benchmark`.
 
     Raises:
-        DataError: a line has another form, or an item has two different labels; the message names the line.
+        DataError: a line has another form, or an item has two different labels.
     """
     labels: dict[tuple[str, str], Outcome] = {}
     for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -297,32 +317,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labels", type=Path, help="people's outcomes, JSON lines of item_id, label, benchmark")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     options = parser.parse_args(arguments)
-    require_confidence(options.confidence)
-    result = _result(options)
-    if "one_order" in result:
-        order = result["orders"][0]
-        print(f"note: all judgments have one order ({order}); PWS needs both, see `one_order`", file=sys.stderr)
-    print(json.dumps(result, indent=1, allow_nan=False))
-
-
-def _result(options: argparse.Namespace) -> dict[str, Any]:
+    in_range("--confidence", options.confidence, above=0, below=1)
     records = read_all(options.files, options.model)
     result = describe(records, options.confidence)
     outcomes = outcomes_of(records.judgments, records.combine)
     if options.labels:
-        labels = read_labels(options.labels)
-        if {benchmark for benchmark, _ in labels} == {""}:  # labels of a single benchmark need not name it
-            names = {benchmark for benchmark, _ in outcomes}
-            if len(names) > 1:
-                raise DataError("the records hold several benchmarks, so each label must name its `benchmark`")
-            labels = {(name, item): label for name in names for (_, item), label in labels.items()}
-        result["agreement"] = agreement(outcomes, labels)
+        result["agreement"] = compare_labels(outcomes, read_labels(options.labels))
     if options.against:
         other = read_all(options.against)
         result["against"] = describe(other, options.confidence)
         second = outcomes_of(other.judgments, other.combine)
         result["paired_test"] = paired_test(outcomes, second, options.confidence)
-    return result
+    if "one_order" in result:
+        order = result["orders"][0]
+        print(f"note: all judgments have one order ({order}); PWS needs both, see `one_order`", file=sys.stderr)
+    print(json.dumps(result, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -7,43 +7,50 @@ under the name of the finetune's artifact folder.
 
 from __future__ import annotations
 
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gradsift.artifacts import Artifact
 from gradsift.config import EndpointGeneratorConfig, TargetConfig
 from gradsift.data.tokens import encode_prompt
-from gradsift.errors import GradsiftError
-from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.chat_protocol import Messages, token_prompt
-from gradsift.evaluation.endpoint import Endpoint
+from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation.chat import ChatClient, client_of
+from gradsift.evaluation.endpoint import Endpoint, Messages, token_prompt
 from gradsift.evaluation.generation import Question, room_of
-from gradsift.evaluation.judges import JudgeError
-from gradsift.evaluation.replies import Completion, Replies, Terms
-from gradsift.evaluation.serving import require_command, serving, vllm_arguments
-from gradsift.evaluation.turns import with_input
+from gradsift.evaluation.judges import JudgeError, with_input
 from gradsift.manifests import UNFINISHED
 from gradsift.runtime import Advance, Runtime
-from gradsift.training.backbones import load_description, source_of
+from gradsift.training.backbones import config_of, load_tokenizer, source_of
 from gradsift.training.numerics import dtype_of
 
-_CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "concurrency")
+_POLL = 0.5  # seconds between checks whether the server answers
+_PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL
+_MOST_SHOWN = 2000  # characters of the server's output in an error
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows for --max-lora-rank
 
 
 def check_generator(config: EndpointGeneratorConfig) -> None:
     """Raise ConfigError if the server's program or the endpoint's key is missing, so that a run fails early."""
-    require_command(config.serve)
+    if config.serve and shutil.which(config.serve[0]) is None:
+        raise ConfigError(
+            f"generator.serve=[{','.join(config.serve)}]: there is no program {config.serve[0]} here; install it, name "
+            "another, or give generator.serve=[] generator.base_url=URL for a server that runs already"
+        )
     if not config.serve:
-        Endpoint(config.base_url, config.api_key_env)
+        Endpoint(config.base_url, config.api_key_env, group="generator")
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings, besides the target, that answers depend on.
-
-    They name the server, because different servers round differently.
-    """
+    """Return the settings, besides the target, that answers depend on; different servers round differently."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -56,15 +63,9 @@ def endpoint_answers(
     target: Artifact,
     tuned: Artifact | None,
     max_new_tokens: int,
-    replies: Path,
     folder: Path,
 ) -> Iterator[Callable[[Sequence[Question], Advance], list[str]]]:
-    """Yield a function that answers questions. A server that `generator.serve` starts runs until the end of the block.
-
-    Args:
-        replies: file in which replies are stored.
-        folder: folder of the artifact that is being made.
-    """
+    """Yield a function that answers questions. A server that `generator.serve` starts runs for as long as the block."""
     model = config.model or str(target_config.model.path or target.path)
     name, where = model, ""
     if tuned:
@@ -74,66 +75,45 @@ def endpoint_answers(
         base_url = config.base_url
         if config.serve:
             log = folder / UNFINISHED / "server.log"
-            command = _command(runtime, config, target_config, target, tuned, model)
+            source, revision = source_of(target, target_config.model)
+            arguments = vllm_arguments(
+                source,
+                model,
+                dtype=str(dtype_of(runtime.compute)).removeprefix("torch."),
+                revision=revision,
+                adapters={name: tuned.file("adapter")} if tuned else {},
+                rank=target_config.lora.rank,
+            )
+            command = [*config.serve, *arguments, *config.serve_arguments]
             with runtime.display.task(f"start {config.serve[0]}", None):
                 base_url = stack.enter_context(serving(command, log, config.start_timeout))
-        client = ChatClient(
+        client = client_of(
+            runtime,
+            config,
             model=name,
             base_url=base_url,
-            replies=Replies(replies, runtime.display.say),
             max_tokens=max_new_tokens,
-            terms=Terms(config.price_input, config.price_output, config.max_usd, config.max_calls),
             group="generator",
             known_as=f"{generator_settings(config)['serve']} {target.identity}" if config.serve else None,
-            skip_thinking=False,
-            say=runtime.display.say,
-            **{option: getattr(config, option) for option in _CLIENT_OPTIONS},
         )
-        prompts_of = _prompts(config, target_config, target, max_new_tokens)
+        prompt_of = _prompt_of(config, target_config, target, max_new_tokens)
 
         def answer(questions: Sequence[Question], advance: Advance) -> list[str]:
             try:
-                return answers_of(client, prompts_of(questions), f"generate-{folder.name}", advance)
+                return _answers_of(client, list(map(prompt_of, questions)), f"generate-{folder.name}", advance)
             except JudgeError as error:
                 raise GradsiftError(f"{error}{where}") from error
 
         yield answer
 
 
-def _command(
-    runtime: Runtime,
-    config: EndpointGeneratorConfig,
-    target_config: TargetConfig,
-    target: Artifact,
-    tuned: Artifact | None,
-    name: str,
-) -> list[str]:
-    source, revision = source_of(target, target_config.model)
-    arguments = vllm_arguments(
-        source,
-        name,
-        dtype=str(dtype_of(runtime.compute)).removeprefix("torch."),
-        revision=revision,
-        adapters={tuned.path.name: tuned.file("adapter")} if tuned else {},
-        rank=target_config.lora.rank,
-    )
-    return [*config.serve, *arguments, *config.serve_arguments]
-
-
-def answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, advance: Advance) -> list[str]:
-    """Return the replies to the prompts, without surrounding white space.
-
-    Raises:
-        GradsiftError: the server refuses a prompt.
-        JudgeError: requests failed.
-    """
+def _answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, advance: Advance) -> list[str]:
+    """Return the replies to the prompts, without surrounding white space; raise if a prompt is refused."""
     answers = [""] * len(prompts)
     refused: list[str] = []
 
-    def text(position: int, completion: Completion) -> str:
-        return completion.text
-
-    for position, reply in client.ask(prompts, text, scope=scope, unread="no text", tries=1):
+    asked = client.ask(prompts, lambda position, reply: reply.text, scope=scope, unread="no text", tries=1)
+    for position, reply in asked:
         if reply.value is None:
             refused.append(f"question {position + 1} ({reply.reason}: {reply.text[:200]})")
         else:
@@ -147,22 +127,102 @@ def answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, adva
     return answers
 
 
-def _prompts(
+def _prompt_of(
     config: EndpointGeneratorConfig, target_config: TargetConfig, target: Artifact, max_new_tokens: int
-) -> Callable[[Sequence[Question]], list[Messages]]:
+) -> Callable[[Question], Messages]:
+    """Return the function that renders a question as messages or, in the target's template, as token ids."""
+
+    def messages(question: Question) -> Messages:
+        turns = [{"role": turn.role, "content": turn.content} for turn in question.history]
+        return [*turns, {"role": "user", "content": with_input(question.item.instruction, question.item.input)}]
+
     if config.prompt == "chat":
-        return lambda questions: [_messages(question) for question in questions]
-    tokenizer, model_config = load_description(target, target_config.model)
-    room = room_of(model_config, max_new_tokens)
+        return messages
+    tokenizer = load_tokenizer(target, target_config.model)
+    room = room_of(config_of(target, target_config.model), max_new_tokens)
 
     def tokens(question: Question) -> Messages:
         item, history = question
         ids = encode_prompt(item.instruction, item.input, tokenizer, target_config.template, history)
         return token_prompt(ids if room is None else ids[-room:])
 
-    return lambda questions: [tokens(question) for question in questions]
+    return tokens
 
 
-def _messages(question: Question) -> Messages:
-    turns = [{"role": turn.role, "content": turn.content} for turn in question.history]
-    return [*turns, {"role": "user", "content": with_input(question.item.instruction, question.item.input)}]
+def vllm_arguments(
+    model: str, name: str, *, dtype: str, revision: str | None, adapters: dict[str, Path], rank: int
+) -> list[str]:
+    """Return arguments of `vllm serve`, without the port.
+
+    Args:
+        model: hub id, or a folder.
+        name: the name that requests for the model without an adapter use.
+        adapters: folders in peft's format, by the names that requests use.
+        rank: the adapters' LoRA rank.
+    """
+    # otherwise vLLM takes defaults, such as a repetition penalty, from the model's own generation config
+    arguments = [model, "--served-model-name", name, "--dtype", dtype, "--generation-config", "vllm"]
+    arguments += ["--revision", revision] if revision else []
+    if adapters:
+        largest = next((allowed for allowed in _RANKS if rank <= allowed), rank)
+        arguments += ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules"]
+        arguments += [f"{adapter}={folder.resolve()}" for adapter, folder in adapters.items()]
+    return arguments
+
+
+@contextmanager
+def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
+    """Start a server and yield its base URL when it answers; after the block, end the server and all its processes.
+
+    Args:
+        command: program and arguments; host and port are added.
+        log: file for the server's output.
+
+    Raises:
+        GradsiftError: the server ends, or does not answer within `timeout` seconds; the message quotes the end of the
+            server's output.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    arguments = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        server = subprocess.Popen(  # noqa: S603 - the user's own command
+            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + timeout
+        while not _answers(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                ended = f"ended with code {server.returncode}" if server.poll() is not None else "does not answer"
+                shown = log.read_text(encoding="utf-8", errors="replace")[-_MOST_SHOWN:].strip()
+                raise GradsiftError(
+                    f"the server of generator.serve {ended}; check generator.serve and generator.serve_arguments, or "
+                    f"raise generator.start_timeout={timeout:g}. Its last output: {shown or 'none'}"
+                )
+            time.sleep(_POLL)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        _end(server)
+
+
+def _answers(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/v1/models")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes that it started, which share its session."""
+    # SIGKILL even if the server has ended: its children may outlive it
+    for signum, wait in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signum)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(wait)

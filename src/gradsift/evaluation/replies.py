@@ -12,6 +12,7 @@ estimated cost.
 from __future__ import annotations
 
 import json
+import operator
 import secrets
 import sqlite3
 import threading
@@ -19,7 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,12 +64,7 @@ class Usage:
     estimated_calls: int = 0  # calls whose tokens are estimates, because the endpoint reported none
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.calls + other.calls,
-            self.estimated_calls + other.estimated_calls,
-        )
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -98,18 +94,11 @@ class Terms:
 
 
 class CapReached(Exception):
-    """The next request may cost more than a cap allows; `option` is the cap, as in "judge.max_usd=5"."""
-
-    def __init__(self, option: str) -> None:
-        super().__init__(option)
-        self.option = option
+    """The next request may cost more than a cap allows; the message is the cap, as in "judge.max_usd=5"."""
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Switch a database to WAL mode, waiting for other processes that open it at the same time.
-
-    SQLite fails at once, whatever the connection's timeout, if another process is about to write.
-    """
+    """Switch to WAL mode. If another process is about to write, SQLite fails at once, whatever the timeout."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -125,11 +114,7 @@ class Replies:
     """The file of replies. Threads and processes may share it, but SQLite's WAL mode needs a local file system."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        """Open the file at `path`, creating it if needed.
-
-        Args:
-            path: the file, which may be from an earlier version of gradsift.
-            say: called with a message about each reply that cannot be read.
+        """Open the file at `path`, creating it if needed; `say` is called with each message about an unreadable reply.
 
         Raises:
             GradsiftError: the file cannot be written, or is not an SQLite database.
@@ -164,12 +149,7 @@ class Replies:
         return None
 
     def claim(self, key: str, scope: str, estimate: Usage, terms: Terms) -> Literal["send", "wait", "stored"]:
-        """Reserve a request before it is sent.
-
-        Args:
-            scope: name under which the request's cost is counted, such as `judge-` and the artifact's name.
-            estimate: the most tokens that the request may use.
-            terms: the caps on the scope's cost.
+        """Reserve a request, of `estimate` tokens at most, before it is sent.
 
         Returns:
             "send": the caller must send the request, then call `keep` or `release`. "stored": the reply is stored.
@@ -201,18 +181,14 @@ class Replies:
         reply = json.dumps(asdict(completion))
         with self._writing(durable=True):
             self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
-            self._settle(key, scope, usage)
+            self._unreserve(key)
+            self._charge(scope, usage)
 
     def release(self, key: str, scope: str, usage: Usage | None) -> None:
-        """End a failed request's reservation, if this process still holds it.
-
-        Args:
-            usage: the most that the endpoint may charge, which is counted as spent; None if it charges nothing.
-        """
+        """End a failed request's reservation; `usage` is the most that the endpoint may charge (None: nothing)."""
         with self._writing():
-            reserved = "SELECT 1 FROM pending WHERE key = ? AND owner = ?"
-            if self._connection.execute(reserved, (key, self._owner)).fetchone():
-                self._settle(key, scope, usage)
+            if self._unreserve(key) and usage is not None:
+                self._charge(scope, usage)
 
     def spent(self, scope: str) -> Usage:
         """Return what the requests of a scope have cost so far, over all processes."""
@@ -220,11 +196,13 @@ class Replies:
             self._charge_dead_owners()
             return self._sum("sent", scope)
 
-    def _settle(self, key: str, scope: str, usage: Usage | None) -> None:
-        self._connection.execute("DELETE FROM pending WHERE key = ? AND owner = ?", (key, self._owner))
-        if usage is not None:
-            row = (scope, usage.prompt_tokens, usage.completion_tokens, usage.estimated_calls)
-            self._connection.execute("INSERT INTO sent VALUES (?, ?, ?, ?)", row)
+    def _unreserve(self, key: str) -> bool:
+        deleted = self._connection.execute("DELETE FROM pending WHERE key = ? AND owner = ?", (key, self._owner))
+        return deleted.rowcount > 0
+
+    def _charge(self, scope: str, usage: Usage) -> None:
+        row = (scope, usage.prompt_tokens, usage.completion_tokens, usage.estimated_calls)
+        self._connection.execute("INSERT INTO sent VALUES (?, ?, ?, ?)", row)
 
     def _sum(self, table: str, scope: str) -> Usage:
         estimated = "SUM(estimated)" if table == "sent" else "COUNT(*)"
@@ -252,11 +230,7 @@ class Replies:
 
     @contextmanager
     def _writing(self, durable: bool = False) -> Iterator[None]:
-        """Run the block in a write transaction, of which only one can be open; commit unless the block raises.
-
-        Args:
-            durable: whether the commit must survive a power cut, which needs a disk flush. All commits survive a kill.
-        """
+        """Run the block in a write transaction; its commit survives a power cut, by a disk flush, if `durable`."""
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")

@@ -21,46 +21,42 @@ from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import ModelOutput
 from gradsift.evaluation.matching import MATCHERS
 
-_WORDNET_FILES = (
+_WORDNET_FILES = [
     "lexnames",
     *(f"{kind}.{part}" for kind in ("data", "index") for part in ("noun", "verb", "adj", "adv")),
-)
+]
 _REASONS = {
     "rouge_l": "no reference answer has an ASCII letter or digit, and ROUGE-L counts nothing else",
     "bleu": "no answer has four tokens, and BLEU multiplies the precisions of one to four in a row",
     "meteor": "METEOR needs WordNet's files: give their folder with benchmark.wordnet_dir=DIR",
 }
 
-Synonyms = Any  # nltk's WordNetCorpusReader
-
 
 def measure(
     rows: Sequence[ModelOutput],
     match_of: Callable[[str], str],
-    wordnet: Synonyms | None = None,
+    wordnet: Any = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Compute all metrics of one model's answers, over the items with a reference answer.
 
     Args:
         match_of: returns the rule (a key of `MATCHERS`) by which a benchmark's answers are compared.
-        wordnet: result of `read_wordnet`; None omits METEOR.
+        wordnet: nltk's reader of WordNet (see `read_wordnet`); None omits METEOR.
         progress: called with the number of rows measured; each row counts twice, for its benchmark and for `pooled`.
 
     Returns:
         `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}` with metrics
-        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`. Benchmarks without reference
-        answers are omitted.
+        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`.
     """
 
     def metrics(rows: Sequence[ModelOutput]) -> dict[str, Any]:
         answers = [row["output"] for row in rows]
         references = [str(row["reference"]) for row in rows]
-        matchers = [MATCHERS[match_of(row["dataset"])] for row in rows]
-        right = [match(*pair) for match, *pair in zip(matchers, answers, references, strict=True)]
+        right = sum(MATCHERS[match_of(row["dataset"])](row["output"], str(row["reference"])) for row in rows)
         values: dict[str, Any] = {
             "items": len(rows),
-            "accuracy": sum(right) / len(right),
+            "accuracy": right / len(rows),
             "rouge_l": rouge_l(answers, references),
             "bleu": bleu(answers, references),
             "meteor": None if wordnet is None else meteor(answers, references, wordnet),
@@ -69,6 +65,10 @@ def measure(
         progress(len(rows))
         return {**values, "absent": absent} if absent else values
 
+    from sacrebleu.metrics import BLEU
+
+    signed = BLEU()
+    signed.corpus_score(["a"], [["a"]])  # sacrebleu knows the number of references only after a first corpus
     known = [row for row in rows if row["reference"] is not None]
     by_benchmark: dict[str, list[ModelOutput]] = {}
     for row in known:
@@ -76,7 +76,7 @@ def measure(
     return {
         "benchmarks": {name: metrics(each) for name, each in by_benchmark.items()},
         "pooled": metrics(known),
-        "bleu_signature": bleu_signature(),
+        "bleu_signature": str(signed.get_signature()),  # case, tokens, smoothing, version
     }
 
 
@@ -103,16 +103,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
     return float(score.score) if score.totals[-1] else None
 
 
-def bleu_signature() -> str:
-    """Return sacrebleu's description of the metric: case, tokens, smoothing, version."""
-    from sacrebleu.metrics import BLEU
-
-    metric = BLEU()
-    metric.corpus_score(["a"], [["a"]])  # sacrebleu knows the number of references only after a first corpus
-    return str(metric.get_signature())
-
-
-def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Synonyms) -> float:
+def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Any) -> float:
     """Return the mean METEOR of the pairs."""
     from nltk.translate.meteor_score import single_meteor_score
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
@@ -126,11 +117,7 @@ def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Synonyms)
 
 
 def check_wordnet(folder: str | None) -> Path | None:
-    """Return the folder `benchmark.wordnet_dir` as a path; None if it is not set.
-
-    Raises:
-        ConfigError: the folder lacks one of the files that METEOR reads.
-    """
+    """Return `benchmark.wordnet_dir` as a path; raise ConfigError if it lacks a file that METEOR reads."""
     if folder is None:
         return None
     path = Path(folder).expanduser()
@@ -142,7 +129,7 @@ def check_wordnet(folder: str | None) -> Path | None:
     return path
 
 
-def read_wordnet(folder: Path) -> Synonyms:
+def read_wordnet(folder: Path) -> Any:
     """Return nltk's reader of WordNet's own text files."""
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -158,12 +145,10 @@ def read_wordnet(folder: Path) -> Synonyms:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before for each metric in both arguments.
-
-    A drop of a metric, or a rise of the loss, means forgetting.
-    """
-    changes = {}
-    for name, value in before.items():
-        if name != "items" and all(isinstance(one, int | float) for one in (value, after.get(name))):
-            changes[name] = float(after[name]) - float(value)
-    return changes
+    """Return after - before for each metric that both have; a lower metric or a higher loss means forgetting."""
+    numbers = {name for name, value in after.items() if isinstance(value, int | float)} - {"items"}
+    return {
+        name: float(after[name]) - float(value)
+        for name, value in before.items()
+        if name in numbers and isinstance(value, int | float)
+    }

@@ -5,51 +5,58 @@
 
 The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c
 (the w_c are scaled to sum 1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient
-(`gradients/adam.py`, unless features.adam=false); for the target set, Gamma is the gradient itself. With
+(`AdamState`, unless features.adam=false); for the target set, Gamma is the gradient itself. With
 features.normalise=false, u_ic = R Gamma_ic, and the inner products are not cosines.
 
 If an example's gradient at a checkpoint is zero, its row is zero in the columns of this checkpoint. An example
 without a response token has a row of zeros and is listed in `Features.silent`.
+
+The warm-up trains an adapter on a few random rows. One seed determines the rows, their order and the initial LoRA
+weights A; the published code fixes the seed of the rows.
 
 Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkpoint, B rows of a block.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from gradsift.artifacts import Artifact
-from gradsift.config import FeaturesConfig, ProxyConfig
+from gradsift.config import FeaturesConfig, ProxyConfig, WarmupConfig
+from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import Encoded, encoding_settings
 from gradsift.errors import ConfigError, GradsiftError
 from gradsift.features.vectors import FEATURES_FILE, fill_block, finish_features, open_features, unit_rows
-from gradsift.gradients.adam import AdamState
 from gradsift.gradients.per_sample import GradientPass, gradient_pass
 from gradsift.gradients.projection import Projection
 from gradsift.manifests import UNFINISHED
-from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs, adapter
-from gradsift.runtime import Advance, Runtime
+from gradsift.proxy.epochs import OPTIMIZER_FILE, Epoch, ProxyInputs, adapter, train_epoch
+from gradsift.runtime import Advance, Runtime, derive_seed
 from gradsift.training import lora
 from gradsift.training.device import device_of
 from gradsift.training.head import require_finite
+from gradsift.training.optimization import BETAS, Optimization
 
 VERSION = 2
+WARMUP_VERSION = 3
 _BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together; each block draws the projection again
 _MOST_ROWS = 512  # rows of a block, which an interrupted run may have to compute again
 _MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
+_EPS = 1e-8
 
 
 @dataclass(frozen=True)
 class FeatureInputs:
-    """The examples whose gradients are computed."""
-
     inputs: ProxyInputs  # its `encoded` are the examples with a response token, in order
     ids: Sequence[str]  # (N,) example_id of all examples
     tasks: Sequence[str] = ()  # (N,) the task of each row of a target set
@@ -65,18 +72,14 @@ def gradient_features(
     slug: str,
     adam: bool,
 ) -> Artifact:
-    """Return an artifact with the features of `examples` (a pool or a target set) at the warm-up's checkpoints.
-
-    The features are written block by block; an interrupted run continues after the last block that it finished.
+    """Return an artifact with the features of `examples` (a pool or a target set) at the warm-up's checkpoints `chain`.
 
     Args:
-        chain: the checkpoints that `warm_up` returned.
         load: called only if the artifact has to be made.
         adam: whether to replace the gradients by Adam's updates.
 
     Raises:
-        ConfigError: see `require_room`.
-        GradsiftError: the disk has no room, or a gradient is not finite (the message names the rows).
+        GradsiftError: see `require_room`, or a gradient is not finite (the message names the rows).
     """
     checkpoints = [chain[-1]] if config.checkpoints == "last" else list(chain)
     settings = {
@@ -90,18 +93,19 @@ def gradient_features(
 
     def make(folder: Path) -> Mapping[str, Any]:
         rows = load()
-        require_room(runtime, config, rows, len(checkpoints), folder)
-        return _write(runtime, config, checkpoints, rows, folder, adam)
+        size = require_room(runtime, config, rows, len(checkpoints), folder)
+        _write(runtime, config, checkpoints, rows, size, folder, adam)
+        shape = {"rows": len(rows.ids), "checkpoints": len(checkpoints), "dimensions": config.dimensions or size}
+        return {**shape, "parameters": size}
 
-    parents = [*checkpoints, examples]
-    size = len(checkpoints) * (examples.size or 0)
+    parents, size = [*checkpoints, examples], len(checkpoints) * (examples.size or 0)
     return runtime.store.obtain("features", slug, settings, parents, make, version=VERSION, size=size)
 
 
 def require_room(
     runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int, folder: Path | None = None
-) -> None:
-    """Raise an error before the computation if the features could not be computed or stored.
+) -> int:
+    """Return P, after a check that the features can be computed and stored.
 
     Args:
         folder: the artifact's folder, where an interrupted run may have reserved disk space. If it is given, the size
@@ -112,7 +116,12 @@ def require_room(
             features.gradient_params=full, the adapter cannot be merged into the model.
         GradsiftError: the disk has no room.
     """
-    parameters = parameter_count(runtime, config, rows.inputs)
+    parameters = int(rows.inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
+    with adapter(rows.inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
+        if config.gradient_params == "full":
+            lora.require_mergeable(adapted)
+        else:
+            parameters = sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
     dimensions = config.dimensions or parameters
     numbers = len(rows.ids) * checkpoints * dimensions
     size = f"{len(rows.ids):,} rows x {checkpoints} checkpoints x {dimensions:,} dimensions"
@@ -132,24 +141,15 @@ def require_room(
         )
     if folder is not None:
         runtime.display.say(f"  gradient features: {size} x 4 bytes = {4 * numbers / 1e9:.2f} GB on disk")
-
-
-def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
-    """Return P, the number of parameters whose gradients are computed, as `config.gradient_params` chooses them."""
-    model_size = int(inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
-    with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
-        if config.gradient_params == "full":
-            lora.require_mergeable(adapted)
-            return model_size
-        return sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
+    return parameters
 
 
 def block_rows(size: int, device: torch.device) -> int:
     """Return B, the number of rows of a block, for gradients of `size` numbers each.
 
-    B is a power of two, so that a resumed run usually has the same blocks even if the free memory differs a little. A
-    block takes at most a quarter of a GPU's free memory; the projection and the backward passes need the rest.
+    B is a power of two, so that a resumed run usually has the same blocks even if the free memory differs a little.
     """
+    # a quarter of a GPU's free memory; the projection and the backward passes need the rest
     free = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
     fitting = max(1, free // (4 * size))
     return min(_MOST_ROWS, 1 << (fitting.bit_length() - 1))
@@ -167,11 +167,11 @@ def _write(
     config: FeaturesConfig,
     checkpoints: Sequence[Artifact],
     rows: FeatureInputs,
+    size: int,
     folder: Path,
     adam: bool,
-) -> dict[str, Any]:
+) -> None:
     inputs, count, device = rows.inputs, len(rows.ids), device_of(runtime.compute)
-    size = parameter_count(runtime, config, inputs)
     dimensions = config.dimensions or size
     projection = Projection(size, dimensions, config.projection_seed) if config.dimensions is not None else None
     vectors = open_features(folder, count, len(checkpoints) * dimensions)
@@ -204,18 +204,52 @@ def _write(
                         advance(stop - start)
     silent = np.setdiff1d(np.arange(count), [example.row for example in inputs.encoded]).tolist()
     finish_features(folder, vectors, rows.ids, rows.tasks, silent)
-    return {"rows": count, "checkpoints": len(checkpoints), "dimensions": dimensions, "parameters": size}
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """Adam's first and second moments, (P,) float32 each, in the order of the columns of a `GradientPass`."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+    @classmethod
+    def read(cls, path: Path, parameters: Mapping[str, nn.Parameter], device: torch.device) -> AdamState:
+        """Return the moments that `lora.save_optimizer` wrote for `lora.trainable_parameters`."""
+        tensors = load_file(path)
+        moments = []
+        for kind in ("exp_avg", "exp_avg_sq"):
+            parts = []
+            for name, parameter in parameters.items():
+                moment = tensors.get(f"{kind}:{name}")
+                if moment is None or moment.shape != parameter.shape:
+                    raise GradsiftError(f"{path.name} holds no Adam moments of {name}; delete {path.parent.name}")
+                parts.append(moment.flatten())
+            moments.append(torch.cat(parts).to(device, torch.float32))
+        return cls(*moments)
+
+    def adjust(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Return Adam's updates Gamma (B, P) for `gradients` (B, P) float32, which are overwritten.
+
+            m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   Gamma = m' / sqrt(v' + eps)
+
+        As in LESS's published code, eps is inside the root and there is no bias correction. An example whose gradient
+        is zero gets the update 0 and not b1 m / sqrt(v' + eps), because m comes from other examples.
+        """
+        silent = ~gradients.any(1)
+        # the denominator first, since the numerator overwrites g; a second copy of (B, P) float32 may not fit in memory
+        roots = gradients.square().mul_(1 - BETAS[1]).add_(self.second, alpha=BETAS[1]).add_(_EPS).sqrt_()
+        adjusted = gradients.mul_(1 - BETAS[0]).add_(self.first, alpha=BETAS[0]).div_(roots)
+        adjusted[silent] = 0.0
+        return adjusted
 
 
 def gradient_block(
     inputs: ProxyInputs, gradients: GradientPass, adam: AdamState | None, start: int, stop: int, advance: Advance
 ) -> torch.Tensor:
-    """Return the gradients (B, P) float32 of the examples at positions `start` to `stop - 1`.
+    """Return the gradients, or with `adam` Adam's updates, (B, P) float32, of the examples `start` to `stop - 1`.
 
-    With `adam`, the rows are Adam's updates. An example without a response token has a row of zeros.
-
-    Raises:
-        GradsiftError: a gradient is not finite; the message names the rows.
+    An example without a response token has a row of zeros.
     """
     encoded = [example for example in inputs.encoded if start <= example.row < stop]
     device = inputs.backbone.model.device
@@ -232,3 +266,100 @@ def gradient_block(
     norms = torch.linalg.vector_norm(block, dim=1).cpu()
     require_finite("gradient", torch.arange(start, stop), norms, encoded)
     return block
+
+
+def warm_up(
+    runtime: Runtime,
+    config: WarmupConfig,
+    proxy_config: ProxyConfig,
+    proxy: Artifact,
+    loaded: Artifact,
+    load: Callable[[], ProxyInputs],
+) -> list[Artifact]:
+    """Return a checkpoint (adapter and Adam's state) for each epoch; its `info` has the epoch's mean `learning_rate`.
+
+    `load` is called only if an epoch has to be trained.
+    """
+    seed = runtime.seed if config.seed is None else config.seed
+    drawn = draw_rows(config, int(loaded.info["rows"]), seed)
+    chain: list[Artifact] = []
+    for epoch in range(1, config.epochs + 1):
+        previous = chain[-1] if chain else None
+
+        def make(folder: Path, epoch: int = epoch, previous: Artifact | None = previous) -> Mapping[str, Any]:
+            return _warm_up_epoch(runtime, folder, config, load(), drawn, seed, epoch, previous)
+
+        settings = asdict(config) | {
+            "lora": config.lora.settings,
+            "share": None,
+            "rows": len(drawn),
+            "epochs": None if config.schedule == "constant" and not config.warmup_ratio else config.epochs,
+            "epoch": epoch,
+            "seed": seed,
+            **encoding_settings(proxy_config.template, proxy_config.max_length),
+            "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
+        }
+        parents = [previous] if previous else [proxy, loaded]
+        options: Any = {"version": WARMUP_VERSION, "size": len(drawn), "divided": True}
+        chain.append(runtime.store.obtain("warmup", f"{len(drawn)}rows-e{epoch}", settings, parents, make, **options))
+    return chain
+
+
+def warmup_rows(config: WarmupConfig, rows: int) -> int:
+    """Return the number of rows to train on: `config.rows` (at most `rows`) or, if None, `config.share` of `rows`.
+
+    Raises:
+        GradsiftError: there would be no row to train on.
+    """
+    count = min(config.rows, rows) if config.rows is not None else math.floor((config.share or 0) * rows + 1e-9)
+    if count < 1:
+        raise GradsiftError(
+            f"features.warmup.share={config.share} of {rows:,} rows is not a single one; give a larger share, or "
+            "features.warmup.rows=NUMBER"
+        )
+    return count
+
+
+def draw_rows(config: WarmupConfig, rows: int, seed: int) -> np.ndarray:
+    """Return the positions of the warm-up's rows in the pool, ascending."""
+    rng = np.random.default_rng(derive_seed(seed, "warmup rows"))
+    return np.sort(rng.permutation(rows)[: warmup_rows(config, rows)])
+
+
+def _warm_up_epoch(
+    runtime: Runtime,
+    folder: Path,
+    config: WarmupConfig,
+    inputs: ProxyInputs,
+    drawn: np.ndarray,
+    seed: int,
+    epoch: int,
+    previous: Artifact | None,
+) -> dict[str, Any]:
+    from gradsift.training.finetuning import ShowProgress
+
+    rows = set(drawn.tolist())
+    inputs = inputs._replace(encoded=[example for example in inputs.encoded if example.row in rows])
+    if not inputs.encoded:
+        raise GradsiftError(
+            f"none of the {len(drawn):,} warm-up rows has a response token; raise features.warmup.share (or rows)"
+        )
+    lengths = [len(example.input_ids) for example in inputs.encoded]
+    plan = epoch_batches(lengths, config.batch_size, "random", derive_seed(seed, "warmup order", epoch))
+    total = len(plan) * config.epochs
+    optimization = Optimization(config.learning_rate, 0.0, config.schedule, config.warmup_of(total), total_steps=total)
+    first_step = len(plan) * (epoch - 1)
+    label = f"warm-up, epoch {epoch}/{config.epochs}"
+    with runtime.display.task(label, len(inputs.encoded)) as advance:
+        training = Epoch(
+            plan,
+            optimization,
+            first_step,
+            lora_seed=derive_seed(seed, "warmup lora"),
+            dropout_seed=derive_seed(seed, "warmup dropout", epoch),
+            previous=previous,
+            folder=folder,
+            callbacks=[ShowProgress(advance)],
+        )
+        info = train_epoch(inputs, training, config.lora, runtime.compute)
+    return info | {"learning_rate": optimization.mean_rate(first_step, first_step + len(plan))}

@@ -30,19 +30,16 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Return an artifact with the cluster of each example's prompt.
-
-    The clusters of a dataset are computed once, so all methods are measured by the same clusters.
+    """Return an artifact with the cluster of each example's prompt; all methods of a dataset share it.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
-        prompts = [prompt_of(example) for example in pool()]
-        labels = cluster(prompts, clusters)
+        labels = cluster([prompt_of(example) for example in pool()], clusters)
         (folder / CLUSTERS_FILE).write_text(json.dumps(labels.tolist()), encoding="utf-8")
-        return {"rows": len(prompts)}
+        return {"rows": len(labels)}
 
     slug = f"prompts-{clusters}"
     return runtime.store.obtain("clusters", slug, {"clusters": clusters}, [loaded], make, version=VERSION)
@@ -50,8 +47,7 @@ def prompt_clusters(
 
 def clusters_of(artifact: Artifact) -> list[str]:
     """Return the cluster of each example's prompt, (N,)."""
-    numbers: list[int] = json.loads(artifact.file(CLUSTERS_FILE).read_text(encoding="utf-8"))
-    return [str(number) for number in numbers]
+    return [str(number) for number in json.loads(artifact.file(CLUSTERS_FILE).read_text(encoding="utf-8"))]
 
 
 def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,10 @@ from gradsift.training.numerics import dtype_of, rounds_to_tf32
 
 VERSION = 1
 _LAYOUT = "modules.json"  # part of every saved sentence encoder
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 class SentenceEncoder:
-    """A sentence-transformers model as an encoder (see `gradsift.features.embeddings.Encoder`)."""
+    """A sentence-transformers model as a `gradsift.features.embeddings.Encoder`."""
 
     def __init__(self, encoder: Any, config: SentenceTransformersConfig) -> None:
         self._encoder, self._text = encoder, config.text
@@ -45,17 +45,12 @@ class SentenceEncoder:
         self.dimensions = int(encoder.get_embedding_dimension())
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of each example that has a text, how many texts were cut, and an empty list.
-
-        No example is refused, because no chat template is used. A text is cut to the smaller of `max_length` and the
-        model's own limit.
-        """
+        """See `Encoder.read`; no example is refused, because no chat template is used."""
         limit, tokenizer = self._encoder.max_seq_length, self._encoder.tokenizer
         texts, cut, row = [], 0, 0
         for contents in chunks((start_of(text_of(each, self._text), tokenizer, limit) for each in examples), len):
-            for content, ids in zip(
-                contents, tokenizer(contents, truncation=False, verbose=False)["input_ids"], strict=True
-            ):
+            tokens = tokenizer(contents, truncation=False, verbose=False)["input_ids"]
+            for content, ids in zip(contents, tokens, strict=True):
                 if content.strip():
                     kept = np.array(ids[:limit], dtype=np.int32)
                     texts.append(Encoded(row, examples[row].row_index, kept, np.zeros(len(kept), dtype=bool)))
@@ -66,21 +61,17 @@ class SentenceEncoder:
         return texts, cut, []
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
-        """Return vectors (B, D) float32, not necessarily of length 1."""
         contents = [self._contents[text.row] for text in texts]
-        embeddings = self._encoder.encode(
-            contents, batch_size=len(contents), show_progress_bar=False, convert_to_tensor=True
-        )
-        vectors: np.ndarray = embeddings.float().cpu().numpy()
+        options = {"batch_size": len(contents), "show_progress_bar": False, "convert_to_tensor": True}
+        vectors: np.ndarray = self._encoder.encode(contents, **options).float().cpu().numpy()
         return vectors
 
 
 def text_of(example: Example, text: str) -> str:
     """Return earlier turns, instruction, input and (unless `text` is prompt) output, each on its own line."""
     segments = render(example, "plain")
-    if text == "prompt":
-        segments = segments[:-1]
-    return "".join(segment.text for segment in segments)
+    kept = segments[:-1] if text == "prompt" else segments
+    return "".join(segment.text for segment in kept)
 
 
 def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
@@ -114,8 +105,15 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
         settings = {"files": {str(p.relative_to(folder)): file_hash(p) for p in files}}
 
     def make(part: Path) -> Mapping[str, Any]:
-        revision = None if "files" in settings else _hub_commit(config)
-        return {"revision": revision, "content": revision or ""}
+        if "files" in settings:
+            return {"revision": None, "content": ""}
+        from huggingface_hub import hf_hub_download
+
+        with _loading(config):
+            # from the hub or, if the hub cannot be reached, from the local cache
+            file = hf_hub_download(config.model, _LAYOUT, revision=config.revision)
+        commit = Path(file).parent.name
+        return {"revision": commit, "content": commit}
 
     slug = slug_of_path(config.model)
     pin = runtime.store.obtain("sentence_encoder", slug, settings, [], make, version=VERSION, light=True)
@@ -125,11 +123,10 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
     """Return the model that `sentence_encoder` pinned."""
-    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     folder = Path(config.model).expanduser()
-    try:
+    with _loading(config):
         encoder = SentenceTransformer(
             str(folder) if folder.is_dir() else config.model,
             device=str(device_of(runtime.compute)),
@@ -137,25 +134,19 @@ def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, 
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True, "dtype": dtype_of(runtime.compute)},
         )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
-        raise _unusable(config, error) from error
     return SentenceEncoder(encoder.eval(), config)
 
 
-def _hub_commit(config: SentenceTransformersConfig) -> str:
-    """Return the commit of this model on the hub, or in the local cache if the hub cannot be reached."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+@contextmanager
+def _loading(config: SentenceTransformersConfig) -> Iterator[None]:
+    """Raise a `DataError` that names the model, whatever goes wrong while it is loaded."""
+    from safetensors import SafetensorError
 
     try:
-        file = hf_hub_download(config.model, _LAYOUT, revision=config.revision)
-    except (*_LOAD_ERRORS, HfHubHTTPError) as error:
-        raise _unusable(config, error) from error
-    return Path(file).parent.name
-
-
-def _unusable(config: SentenceTransformersConfig, error: Exception) -> DataError:
-    return DataError(
-        f"embedder.model={config.model} could not be loaded ({first_line(error)}): the hub cannot be reached and the "
-        "local cache does not have it, or it is no sentence-transformers model with safetensors; give a folder that is"
-    )
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:  # HfHubHTTPError is an OSError
+        raise DataError(
+            f"embedder.model={config.model} could not be loaded ({first_line(error)}): the hub cannot be reached and "
+            "the local cache does not have it, or it is no sentence-transformers model with safetensors; give a folder "
+            "that is"
+        ) from error

@@ -1,11 +1,16 @@
-"""Vectors of examples on disk, filled block by block.
+"""Vectors of examples on disk, filled block by block, and their inner products.
 
 A feature artifact holds `features.npy`, (N, D) float32 in the order of the examples and memory-mapped when read, and
 `ids.json`, which names the rows. A row has length 1, or length 0 if its example has no direction (a zero gradient, an
 empty text). A row of gradient features has a length between 0 and 1 if the gradient is zero at some checkpoints only,
 and any length with `features.normalise=false`.
 
-Shape letters: N examples, D features, B rows of a block.
+Inner products of rows of length 1 are cosines. They are computed block by block, so that no (N, N) matrix is in memory.
+`blocks` yields float64 rows, and `products` rounds their products to nine decimals. A product then depends neither on
+the block size nor on the row's place in a block, and equal vectors have equal products, so that a selector can break
+the tie by their order in the data.
+
+Shape letters: N examples, n requested rows, D features, B rows of a block, C other vectors, K anchors.
 """
 
 from __future__ import annotations
@@ -22,13 +27,17 @@ from typing import Any
 import numpy as np
 
 from gradsift.artifacts import Artifact
-from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.manifests import UNFINISHED
+from gradsift.runtime import Advance
 
 FEATURES_FILE = "features.npy"
 IDS_FILE = "ids.json"
-_BLOCK_BYTES = 64 * 2**20
+DECIMALS = 9  # of inner products
+_READ_BYTES = 64 * 2**20  # of a float32 block
+_BLOCK_BYTES = 8 * 2**20  # of a float64 block, so that the block and its products fit in a CPU's caches
+_MOST_ROWS = 1024  # of a block, however short the vectors are: a block may be multiplied with another block
+_MATRIX_BYTES = 16 * 2**20  # of a matrix product; larger products are not faster
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Features:
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the vectors in blocks that fit in memory: the position of a block's first row, and its rows (B, D)."""
-        size = max(1, _BLOCK_BYTES // max(1, 4 * self.vectors.shape[1]))
+        size = max(1, _READ_BYTES // max(1, 4 * self.vectors.shape[1]))
         for start in range(0, len(self.vectors), size):
             yield start, np.asarray(self.vectors[start : start + size], dtype=np.float32)
 
@@ -70,9 +79,6 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
 
     The array of an interrupted run is opened again with the blocks that the run filled; a new array is all zeros.
 
-    Args:
-        folder: the folder of the unfinished artifact.
-
     Raises:
         OSError: the disk has no room for the array.
     """
@@ -91,8 +97,7 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
 def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make: Callable[[], np.ndarray]) -> bool:
     """Write `make()` to `vectors[index]` unless an interrupted run has done so; return whether `make` was called.
 
-    Args:
-        journal: keeps a checksum of each block under `key` (a JSON value).
+    The journal keeps a checksum of each block under `key` (a JSON value).
     """
     called = False
 
@@ -112,13 +117,7 @@ def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make
 def finish_features(
     folder: Path, vectors: np.memmap, ids: Sequence[str], tasks: Sequence[str] = (), silent: Sequence[int] = ()
 ) -> None:
-    """Move the filled array to `FEATURES_FILE` in the artifact's folder, and write the names of its rows beside it.
-
-    Args:
-        vectors: the array of `open_features`.
-        ids: example_id of each row, (N,).
-        tasks, silent: see `Features`.
-    """
+    """Move the filled array to the artifact's folder; write its rows' example_id, `tasks` and `silent` beside it."""
     vectors.flush()
     (folder / UNFINISHED / FEATURES_FILE).replace(folder / FEATURES_FILE)
     names = {"ids": list(ids), "tasks": list(tasks), "silent": list(silent)}
@@ -126,13 +125,92 @@ def finish_features(
 
 
 def read_features(artifact: Artifact) -> Features:
-    """Return the features of an artifact; the vectors stay on disk until they are used.
-
-    Raises:
-        GradsiftError: the numbers of vectors and of ids differ.
-    """
+    """Return the features of an artifact; the vectors stay on disk until they are used."""
     vectors = np.load(artifact.file(FEATURES_FILE), mmap_mode="r", allow_pickle=False)
     names = json.loads(artifact.file(IDS_FILE).read_text(encoding="utf-8"))
-    if len(names["ids"]) != len(vectors):
-        raise GradsiftError(f"{artifact.path.name} holds {len(vectors)} vectors for {len(names['ids'])} examples")
     return Features(vectors, tuple(names["tasks"]), tuple(names["silent"]))
+
+
+def blocks(features: Features, positions: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the rows at `positions` (n,) block by block: a slice of `positions`, and its rows (B, D) float64."""
+    size = max(1, min(_MOST_ROWS, _BLOCK_BYTES // max(1, 8 * features.vectors.shape[1])))
+    for start in range(0, len(positions), size):
+        rows = positions[start : start + size]
+        adjoining = rows[-1] - rows[0] == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
+        block = features.vectors[rows[0] : rows[-1] + 1] if adjoining else features.vectors[rows]  # a view, or a copy
+        yield slice(start, start + len(rows)), np.asarray(block, dtype=np.float64)
+
+
+def products(features: Features, positions: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the inner products (n, C) float64 of the rows at `positions` (n,) with `others` (C, D)."""
+    inner = np.empty((len(positions), len(others)))
+    columns = others.astype(np.float64).T
+    for where, rows in blocks(features, positions):
+        inner[where] = rows @ columns
+    return np.round(inner, DECIMALS)
+
+
+def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
+    """Return the squared lengths (n,) float64 of the rows at `positions` (n,)."""
+    squares = np.empty(len(positions))
+    for where, rows in blocks(features, positions):
+        squares[where] = np.einsum("bd,bd->b", rows, rows)
+    return squares
+
+
+def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> Iterator[slice]:
+    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes` or one row."""
+    size = max(1, block_bytes // max(1, row_bytes))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def nearest_cosines(features: Features, neighbours: int, advance: Advance = lambda done: None) -> np.ndarray:
+    """Return the mean cosine (N,) float64 of each example to the `neighbours` other examples most similar to it.
+
+    NaN for a row without direction, and for all rows if at most `neighbours` rows have a direction.
+    """
+    usable = features.has_direction
+    means = np.full(len(features), np.nan)
+    for block in row_blocks(len(features), 4 * len(features)):
+        cosines = np.asarray(features.vectors[block], dtype=np.float32) @ features.vectors.T  # (B, N)
+        cosines[:, ~usable] = -np.inf
+        cosines[np.arange(len(cosines)), np.arange(block.start, block.stop)] = -np.inf
+        if usable.sum() > neighbours:
+            means[block] = np.partition(cosines, -neighbours, axis=1)[:, -neighbours:].mean(1, dtype=np.float64)
+        advance(len(cosines))
+    means[~usable] = np.nan
+    return means
+
+
+def mean_cosines(features: Features) -> np.ndarray:
+    """Return the mean cosine (N,) float64 of each example to all other examples with a direction.
+
+    NaN for a row without direction, and for all rows if fewer than two have a direction.
+    """
+    total = np.zeros(features.vectors.shape[1])
+    for _, rows in features.blocks():
+        total += rows.sum(0, dtype=np.float64)
+    usable = features.has_direction
+    others = int(usable.sum()) - 1
+    if others < 1:
+        return np.full(len(features), np.nan)
+    sums = np.concatenate([rows @ total - np.square(rows, dtype=np.float64).sum(1) for _, rows in features.blocks()])
+    sums[~usable] = np.nan
+    means: np.ndarray = sums / others
+    return means
+
+
+def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarray:
+    """Return the largest cosine (N,) float64 of each example, anchors included, to the examples at `anchors` (K,).
+
+    NaN for a row without direction, and for all rows if no anchor has a direction.
+    """
+    chosen = np.asarray(features.vectors[np.sort(anchors)], dtype=np.float32)
+    chosen = chosen[np.any(chosen != 0, axis=1)]
+    largest = np.full(len(features), np.nan)
+    if len(chosen):
+        for block in row_blocks(len(features), 4 * len(chosen)):
+            largest[block] = (np.asarray(features.vectors[block], dtype=np.float32) @ chosen.T).max(1)
+    largest[~features.has_direction] = np.nan
+    return largest

@@ -1,10 +1,9 @@
 """Callbacks that collect the gradient norm of every example while a model with LoRA adapters trains.
 
 `GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
-TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step; no pass
-is added. Both callbacks attach probes (`gradients/probes.py`) to the model when the training starts and remove them
-when it ends. transformers does not report exceptions to its callbacks, so after an exception the probes are removed by
-the model's next forward pass outside of a training.
+TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step, by a
+probe (`gradients/probes.py`) that is attached to the model while it trains. transformers does not report exceptions to
+its callbacks, so after an exception the probe is removed by the model's next forward pass outside of a training.
 
 The norm of an example is |grad L_i|, whatever number the trainer divides the loss of a batch by. L_i is the mean loss
 over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With `mean` and
@@ -14,8 +13,9 @@ over the example's labelled tokens (transformers, TRL, and Lightning with `reduc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import lightning as L
@@ -23,12 +23,117 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms
-from gradsift.gradients.records import NormRecords
+from gradsift.gradients.per_sample import IGNORED, attached
+from gradsift.gradients.probes import NormProbe
+from gradsift.training import parallel
+from gradsift.training.head import require_finite
 
-REDUCTIONS = ("mean", "token_mean", "sum")
-_IGNORED = -100  # transformers' label of a token without a loss
+COLUMNS = ("norm_A", "norm_B", "loss")
+
+
+class NormRecords:
+    """Collects norms and losses of examples, batch by batch.
+
+    The values are kept in one tensor on the device, which is enlarged when it is full. Thousands of small tensors, each
+    allocated among the large tensors of its step, would fragment the memory (gigabytes on a CPU).
+    """
+
+    def __init__(self) -> None:
+        self._values = torch.empty(2 + len(COLUMNS), 0, dtype=torch.float64)  # id, epoch, norm_A, norm_B, loss
+        self._count = 0
+        self._names: dict[str, int] = {}  # the number of each id that is a string
+
+    def add(
+        self,
+        ids: torch.Tensor | Sequence[Any] | None,
+        epoch: int,
+        norm_a: torch.Tensor,
+        norm_b: torch.Tensor,
+        losses: torch.Tensor | None = None,
+    ) -> None:
+        """Add a batch of B examples: ids (whole numbers or strings), norms and, if known, losses, (B,) each."""
+        if ids is None or len(ids) != len(norm_a):
+            raise GradsiftError(
+                f"a batch has {0 if ids is None else len(ids)} example ids, but the adapted layers saw {len(norm_a)} "
+                "examples; packing and padding-free batches put several examples in one row and cannot be told apart"
+            )
+        if not isinstance(ids, torch.Tensor):
+            if not all(isinstance(each, Integral) for each in ids):
+                ids = [self._names.setdefault(str(name), len(self._names)) for name in ids]
+            ids = torch.tensor([int(each) for each in ids])
+        count = len(ids)
+        if self._count + count > self._values.shape[1]:
+            # the size doubles, so N examples cause at most 2 N copies; otherwise each batch would copy all examples
+            larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
+            larger[:, : self._count] = self._values[:, : self._count]
+            self._values = larger
+        losses = torch.full_like(norm_a, torch.nan) if losses is None else losses
+        columns = (ids.to(norm_a.device), torch.full_like(norm_a, epoch), norm_a, norm_b, losses)
+        self._values[:, self._count : self._count + count] = torch.stack([column.double() for column in columns])
+        self._count += count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records so far, for `load_state_dict`: a tensor and, if ids are strings, a list of them."""
+        # a copy without the spare columns: a view may be overwritten before it is saved, or saved with these columns
+        values = {"values": self._values[:, : self._count].clone()}
+        return {**values, "names": list(self._names)} if self._names else values
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._values, self._count = state["values"].clone(), state["values"].shape[1]
+        self._names = {name: number for number, name in enumerate(state.get("names", ()))}
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Return columns with an entry for each example in each epoch, in the order in which they were added.
+
+        Returns:
+            example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
+            all A, to all B, and to both.
+
+        Raises:
+            GradsiftError: an id is too large to be kept exactly.
+        """
+        ids, epochs, norm_a, norm_b, _ = self._values[:, : self._count].cpu().numpy()
+        if (np.abs(ids) >= 2**53).any():  # float64 holds smaller whole numbers exactly
+            raise GradsiftError("ids of examples from 2^53 on are rounded; give smaller numbers, or strings")
+        ids = ids.astype(np.int64)
+        return {
+            "example_id": np.array(list(self._names))[ids] if self._names else ids,
+            "epoch": epochs.astype(np.int64),
+            "norm_A": norm_a.astype(np.float32),
+            "norm_B": norm_b.astype(np.float32),
+            "norm": np.hypot(norm_a, norm_b).astype(np.float32),
+        }
+
+    def columns(self, encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
+        """Return norm_A, norm_B and loss, float32, in the order of `encoded`; the ids must be the examples' `row`.
+
+        Raises:
+            GradsiftError: a value is not finite (the message names the rows), or an example has not exactly one entry.
+        """
+        rows, _, *values = self._values[:, : self._count].cpu()
+        places = {example.row: place for place, example in enumerate(encoded)}
+        order = torch.tensor([places[row] for row in rows.long().tolist()], dtype=torch.int64)
+        if self._count != len(encoded) or len(order.unique()) != len(encoded):
+            raise GradsiftError(
+                f"the epoch gave {self._count} gradient norms for {len(encoded)} examples; each must have exactly one"
+            )
+        columns = {}
+        for name, column in zip(COLUMNS, values, strict=True):
+            require_finite("loss" if name == "loss" else "gradient norm", rows.long(), column, encoded)
+            columns[name] = np.empty(len(encoded), dtype=np.float32)
+            columns[name][order.numpy()] = column.numpy()
+        return columns
+
+    def of_all_ranks(self, total: int, device: torch.device) -> NormRecords:
+        """Return the records of all ranks; each rank has the records of its share of `total` examples."""
+        names = ("rows", "epochs", *COLUMNS)
+        mine = self._values[:, : self._count].to(device)
+        records = NormRecords()
+        records._values = torch.stack(list(parallel.gather(dict(zip(names, mine, strict=True)), total).values()))
+        records._count = total
+        return records
 
 
 class GradientNormCallback(L.Callback):
@@ -39,7 +144,7 @@ class GradientNormCallback(L.Callback):
     collects the examples of its own batches.
 
     A module with an attribute `gradient_norms` computes the norms itself, as gradsift's modules do, because their steps
-    have several backward passes. The callback sets this attribute to a `PerSampleNorms`, and the module returns `rows`,
+    have several backward passes. The callback sets this attribute to a `NormProbe`, and the module returns `rows`,
     `losses`, `norm_A` and `norm_B`, (B,) each, from `training_step` or, in `Trainer.validate`, from `validation_step`.
     """
 
@@ -52,11 +157,12 @@ class GradientNormCallback(L.Callback):
                 `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
                 computes it.
         """
-        if reduction not in REDUCTIONS:
-            raise ConfigError(f"reduction={reduction!r} is not known; choose one of: {', '.join(REDUCTIONS)}")
+        if reduction not in ("mean", "token_mean", "sum"):
+            raise ConfigError(f"reduction={reduction!r} is not known; choose one of: mean, token_mean, sum")
         self._example_id = example_id
         self._reduction = reduction
-        self._norms: PerSampleNorms | None = None
+        self._norms: Any = None  # the `NormProbe` while a model is trained, or validated for its norms
+        self._attached = ExitStack()
         self._of_batch: list[tuple[torch.Tensor, torch.Tensor]] = []  # one pair per backward pass of this batch
         self.records = NormRecords()
 
@@ -75,11 +181,10 @@ class GradientNormCallback(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_index: int) -> None:
         self._of_batch.clear()
-        if self._norms is not None:
-            self._norms.forget()
+        self._norms.forget()
 
     def on_after_backward(self, trainer: Any, module: Any) -> None:
-        if self._norms is not None and not hasattr(module, "gradient_norms"):
+        if not hasattr(module, "gradient_norms"):
             self._of_batch.append(self._norms.take())
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -92,7 +197,6 @@ class GradientNormCallback(L.Callback):
             )
         ids = _entry(batch, self._example_id, "give each batch the ids of its examples, or name their key")
         norm_a, norm_b = self._of_batch[0]
-        _require_as_many(ids, norm_a)
         # Lightning divides the loss of each batch by accumulate_grad_batches before its backward pass
         scale = trainer.accumulate_grad_batches * self._divisors(batch, norm_a)
         self.records.add(ids, trainer.current_epoch, norm_a * scale, norm_b * scale)
@@ -102,10 +206,6 @@ class GradientNormCallback(L.Callback):
     ) -> None:
         if self._norms is not None and trainer.state.fn == "validate":
             self._add(outputs)
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        if hasattr(module, "gradient_norms"):
-            self._detach(module)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         self._detach(module)
@@ -124,15 +224,14 @@ class GradientNormCallback(L.Callback):
         self.records.load_state_dict(state)
 
     def _attach(self, module: Any) -> None:
-        self._norms = PerSampleNorms(module).__enter__()
+        self._norms = self._attached.enter_context(attached(module, NormProbe()))
         if hasattr(module, "gradient_norms"):
             module.gradient_norms = self._norms
 
     def _detach(self, module: Any) -> None:
         if hasattr(module, "gradient_norms"):
             module.gradient_norms = None
-        if self._norms is not None:
-            self._norms.__exit__(None, None, None)
+        self._attached.close()
         self._norms = None
 
     def _add(self, outputs: Mapping[str, torch.Tensor]) -> None:
@@ -163,8 +262,8 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
             example_id: the column of the training set with the ids.
         """
         self._example_id = example_id
-        self._norms: PerSampleNorms | None = None
-        self._attached = ExitStack()  # closing it removes the hooks, the probes and the collator
+        self._norms: NormProbe | None = None
+        self._attached = ExitStack()  # closing it removes the hooks, the probe and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
         self._divided_by: torch.Tensor | float | None = None  # divisor of the model's loss; None: number of labels
@@ -181,7 +280,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._detach()  # removes what a failed training has attached: `auto_find_batch_size` starts the training again
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps the loader
-        self._norms = self._attached.enter_context(PerSampleNorms(model))
+        self._norms = self._attached.enter_context(attached(model, NormProbe()))
         # first of all hooks: the ids have to leave the arguments before anything else reads them
         before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
         self._attached.callback(before.remove)
@@ -201,10 +300,18 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._attached.callback(setattr, loader, "collate_fn", collate)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._collect(state)
+        if self._norms is None or self._labels is None or self._token_weight is None:
+            raise GradsiftError(
+                "the trainer's loss is not that of the model (label smoothing, compute_loss_func?), so gradient norms "
+                "cannot be told; let the model compute its loss from `labels`"
+            )
+        norm_a, norm_b = self._norms.take()
+        # example i adds w sum_t l_it = w n_i L_i to the loss of the step, where l_it is the loss of its token t
+        scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
+        self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
+        self._ids = None
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._collect(state)
+    on_pre_optimizer_step = on_substep_end  # of a step's last backward pass, after which `on_substep_end` is not called
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._detach()
@@ -228,14 +335,13 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """Add a hook to the backward pass, which records the weight of a token's loss in the trainer's loss."""
         if not torch.is_grad_enabled() or self._labels is None:
             return
-        labelled = self._labels[:, 1:] != _IGNORED
         log_probs = getattr(outputs, "log_probs", None)  # only TRL's model has them: TRL's trainer computes the loss
         if log_probs is not None and log_probs.requires_grad:
             log_probs.register_hook(self._weigh_by_log_probs)
         elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
             # The gradient that arrives at the model's loss is what the trainer multiplies that loss by, gradient
             # accumulation included; the model itself has divided the sum over the tokens by `divided_by`.
-            divided_by = labelled.sum() if self._divided_by is None else self._divided_by
+            divided_by = _labelled(self._labels).sum() if self._divided_by is None else self._divided_by
             outputs.loss.register_hook(lambda gradient: setattr(self, "_token_weight", gradient / divided_by))
 
     def _weigh_by_log_probs(self, gradient: torch.Tensor) -> None:
@@ -244,19 +350,6 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if len(weights) and not torch.allclose(weights, weights[0]):
             raise GradsiftError("the tokens of a batch have unequal weights in its loss; take loss_type='nll'")
         self._token_weight = weights[0] if len(weights) else torch.ones_like(gradient.sum())
-
-    def _collect(self, state: Any) -> None:
-        if self._norms is None or self._labels is None or self._token_weight is None:
-            raise GradsiftError(
-                "the trainer's loss is not that of the model (label smoothing, compute_loss_func?), so gradient norms "
-                "cannot be told; let the model compute its loss from `labels`"
-            )
-        norm_a, norm_b = self._norms.take()
-        _require_as_many(self._ids, norm_a)
-        # example i adds w sum_t l_it = w n_i L_i to the loss of the step, where l_it is the loss of its token t
-        scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
-        self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
-        self._ids = None
 
 
 def _is_training() -> bool:
@@ -279,12 +372,4 @@ def _entry(batch: Any, name: str, purpose: str) -> Any:
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
     """Return each example's number of tokens with a loss, (B,); the first token has none, as it is not predicted."""
-    return (labels[:, 1:] != _IGNORED).sum(1)
-
-
-def _require_as_many(ids: Any, norms: torch.Tensor) -> None:
-    if ids is None or len(ids) != len(norms):
-        raise GradsiftError(
-            f"a batch has {0 if ids is None else len(ids)} example ids, but the adapted layers saw {len(norms)} "
-            "examples; packing and padding-free batches put several examples in one row and cannot be told apart"
-        )
+    return (labels[:, 1:] != IGNORED).sum(1)

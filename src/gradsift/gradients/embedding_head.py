@@ -1,9 +1,8 @@
 """Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
 
 The loss is the mean negative log-likelihood of the example's response tokens. Its gradients with respect to the
-embedding and to the head are matrices of V x D numbers. Of each matrix, the maximum, minimum, mean and standard
-deviation over all entries, zeros included, are kept. These statistics are exact, although no whole matrix is held in
-memory:
+embedding and to the head are matrices of V x D numbers. The maximum, minimum, mean and standard deviation over all
+entries of each, zeros included, are exact, although no whole matrix is held in memory:
 
     embedding  the row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
                token's positions; the rows of all tokens that the example does not contain are zero
@@ -22,13 +21,11 @@ n places of one example, D hidden size, V vocabulary, N examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
@@ -41,9 +38,10 @@ from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.proxy.member_tables import member_table
 from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
-from gradsift.training.device import TokenBudget, device_of, numbers_at_once
+from gradsift.training.device import TokenBudget, numbers_at_once
 from gradsift.training.head import OutputHead, require_finite
 
 VERSION = 1
@@ -53,10 +51,7 @@ _CHUNK = 2**18  # entries of the head's gradient at a time on a CPU: 1 MB in flo
 
 @dataclass(frozen=True)
 class EmbeddingGradients:
-    """Statistics over the V x D entries of each example's gradients with respect to input embedding and LM head.
-
-    Each is (N,) float64, NaN for an example without a response token.
-    """
+    """Statistics of all examples, (N,) float64 each, NaN for an example without a response token."""
 
     embedding_max: np.ndarray
     embedding_min: np.ndarray
@@ -69,49 +64,33 @@ class EmbeddingGradients:
     entries: int  # V x D
 
 
-COLUMNS = tuple(f"{use}_{name}" for use in ("embedding", "head") for name in ("max", "min", "mean", "std"))
+COLUMNS = tuple(field.name for field in fields(EmbeddingGradients))[:-1]
 
 
 def embedding_gradients(
     runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
 ) -> Artifact:
-    """Return an artifact with the gradient statistics of every example.
+    """Return an artifact with the statistics of all N = `count` examples; for the arguments see `member_table`."""
 
-    They are computed without dropout, with the adapter that a member had at the end of an epoch.
-
-    Args:
-        member: the artifact of this epoch, from `gradsift.proxy.ensemble.train_adapter`.
-        config: the config of the member's adapter.
-        load: called only if the statistics have to be made.
-        count: N.
-    """
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        backbone, encoded, budget = load()
-        device, journal = device_of(runtime.compute), runtime.journal(folder)
-        with (
-            adapter(backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task("gradients of embedding and head", len(encoded)) as advance,
-        ):
-            lora.load_adapter(adapted, member.path)
-            table = collect_statistics(adapted, encoded, budget, backbone.pad_id, device, advance, journal)  # (n, 8)
+    def table(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
+        backbone, encoded, budget = inputs
+        statistics = collect_statistics(adapted, encoded, budget, backbone.pad_id, advance, journal)  # (n, 8)
         # rows without a response token are not in `encoded` and stay NaN
         columns = np.full((len(COLUMNS), count), np.nan)
-        columns[:, [example.row for example in encoded]] = table.T
-        pq.write_table(pa.table(dict(zip(COLUMNS, columns, strict=True))), folder / STATISTICS_FILE)
-        return {"rows": len(encoded), "entries": backbone.model.get_input_embeddings().weight.numel()}
+        columns[:, [example.row for example in encoded]] = statistics.T
+        return dict(zip(COLUMNS, columns, strict=True))
 
-    slug = member.path.name.rsplit("-", 1)[0]
-    return runtime.store.obtain("embedding_gradients", slug, {}, [member], make, version=VERSION)
+    def info(inputs: ProxyInputs) -> dict[str, int]:
+        return {"entries": inputs.backbone.model.get_input_embeddings().weight.numel()}
+
+    stage, file = "embedding_gradients", STATISTICS_FILE
+    return member_table(runtime, stage, file, config, member, load, table, passes=1, version=VERSION, info=info)
 
 
 def checked_inputs(
     load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
 ) -> Callable[[], ProxyInputs]:
-    """Return a function that calls `load` and raises a `GradsiftError` if the model does not allow these statistics.
-
-    If the training of a member loads its inputs with this function, the error comes before the training.
-    """
+    """Return `load` with the check of `UseOfEmbedding`, so that a member is not trained on an unsuitable model."""
 
     def checked() -> ProxyInputs:
         inputs = load()
@@ -133,25 +112,20 @@ def collect_statistics(
     encoded: Sequence[Encoded],
     budget: TokenBudget,
     pad_id: int,
-    device: torch.device,
     progress: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> np.ndarray:
-    """Compute the statistics of all examples at fixed weights, with dropout off.
-
-    Returns:
-        (len(encoded), 8) float64, in the order of `encoded`; columns as `COLUMNS`.
+    """Return the statistics `COLUMNS` of all examples, with dropout off, (len(encoded), 8) float64.
 
     Raises:
-        GradsiftError: the model scales, caps or adapts its embedding or head, or a statistic is not finite (the
-            message names the rows).
+        GradsiftError: see `UseOfEmbedding`, or a statistic is not finite (the message names the rows).
     """
     place_of = {example.row: place for place, example in enumerate(encoded)}
     statistics = np.empty((len(encoded), len(COLUMNS)))
     with lora.evaluating(adapted), torch.enable_grad(), UseOfEmbedding(adapted) as uses:
 
         def one_batch(examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-            return uses.statistics(collate(examples, pad_id), device)
+            return uses.statistics(collate(examples, pad_id))
 
         for parts in budget.passes(encoded, one_batch, journal, progress):
             for rows, values in parts:
@@ -164,6 +138,10 @@ class UseOfEmbedding:
     """A context manager that keeps the outputs of a model's input embedding, for gradients with respect to them."""
 
     def __init__(self, adapted: Any) -> None:
+        """
+        Raises:
+            GradsiftError: the model scales, caps or adapts its embedding or head.
+        """
         head = OutputHead.of(adapted)
         causal = adapted.get_base_model()
         embedding = causal.get_input_embeddings()
@@ -190,16 +168,12 @@ class UseOfEmbedding:
         self._embedded = embedded.detach().requires_grad_()
         return self._embedded
 
-    def statistics(self, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return row numbers (B,) and statistics (B, 8) float64 of a batch's examples, on the CPU.
-
-        Args:
-            batch: on the CPU, where its sizes can be read without waiting for the device.
-            device: the model's device.
-        """
-        moved = batch.to(device)
+    def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return row numbers (B,) and statistics (B, 8) float64 of a batch's examples, on the CPU."""
+        # the batch is on the CPU, where its sizes can be read without waiting for the device
+        moved = batch.to(self._embedding.weight.device)
         hidden = self._head.hidden_states(moved.model_inputs(), moved.places)
-        owners = torch.div(moved.places, batch.input_ids.shape[1], rounding_mode="floor")  # (P,) examples
+        owners = moved.places // batch.input_ids.shape[1]  # (P,) examples
         # L_i = (1/n_i) sum_t l_it, term by term: the backward pass of the sum over the batch then gives each example
         # the gradient of its own mean
         losses = self._head.token_losses(hidden, moved.targets) / moved.counts[owners]
@@ -216,13 +190,13 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
 
     Args:
         batch: on the CPU.
-        backprops: (B, T, D), gradients with respect to the embedded tokens, on the model's device.
+        backprops: (B, T, D), on the model's device.
         vocabulary: V.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
     # One key per example and token: a token that occurs in two examples has a row in the gradient of each.
     tokens, inverse = torch.unique(examples * vocabulary + batch.input_ids[examples, columns], return_inverse=True)
-    owners = torch.div(tokens, vocabulary, rounding_mode="floor")
+    owners = tokens // vocabulary
     # 0 is a candidate for the extremes unless the example contains every token of the vocabulary, because then no row
     # of its gradient is zero
     absent = torch.bincount(owners, minlength=len(batch.rows)) < vocabulary
@@ -245,7 +219,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 
     Args:
         output: the head, from which the logits are computed again.
-        hidden: (n, D), last hidden states at the places, the positions whose next token is a response token.
+        hidden: (n, D), last hidden states at the places.
         targets: (n,), the token that follows each place.
     """
     with torch.no_grad():
@@ -261,18 +235,13 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
             extremes.append(torch.stack(gradient.aminmax()))
             squares += torch.linalg.vector_norm(gradient).double().square()
         smallest, largest = torch.stack(extremes).unbind(1)
-        entries = output.weight.shape[0] * output.weight.shape[1]
-        return _of_moments(largest.amax(), smallest.amin(), torch.zeros_like(squares), squares, entries)
+        return _of_moments(largest.amax(), smallest.amin(), torch.zeros_like(squares), squares, output.weight.numel())
 
 
 def _of_moments(
     largest: torch.Tensor, smallest: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, entries: int
 ) -> torch.Tensor:
-    """Return maximum, minimum, mean and standard deviation, stacked on a new last axis.
-
-    Args:
-        total, squares: the sums of `entries` numbers and of their squares.
-    """
+    """Stack maximum, minimum, mean and deviation on a new last axis, from the sums of `entries` numbers and squares."""
     mean = total / entries
     # the difference of equal numbers may round to just below zero
     deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from gradsift.artifacts import Artifact
 from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.statistics import Statistics
-from gradsift.training.curves import read_curve
+from gradsift.training.optimization import read_curve
 
 # The comments say what was measured in the runs of experiments/LOG.md, in which no ensemble has collapsed.
 
@@ -63,8 +63,7 @@ def diagnose_ensemble(
     """Return all diagnostics of an ensemble.
 
     Args:
-        trained: artifacts of the epochs up to the late snapshot, as [adapter][epoch - 1]; one adapter per member, or
-            one that all members share.
+        trained: the adapters' epochs up to the late snapshot, as [adapter][epoch - 1].
         statistics: None if the scorer does not use them; the diagnostics that need them are left out.
         members: M.
     """
@@ -72,41 +71,40 @@ def diagnose_ensemble(
 
     adapters = [load_file(chain[-1].file(ADAPTER_FILE)) for chain in trained]
     curves = [[entry["loss"] for epoch in chain for entry in read_curve(epoch.path)] for chain in trained]
+    diagnostics = [adapter_spread(adapters), loss_from_start(curves)]
+    if statistics is None:
+        return diagnostics
     (numerics,) = trained[0][-1].computed_by.values()  # how the proxy was computed
     error = 0.0 if numerics["precision"] == "float32" else BFLOAT16_ERROR[numerics["residual"]]
-    diagnostics = [adapter_spread(adapters), loss_from_start(curves)]
-    if statistics is not None:
-        diagnostics += [
-            norm_spread(statistics, members),
-            loss_between_snapshots(statistics),
-            drop_sign(statistics),
-            drop_size(statistics),
-            norm_precision(error, statistics),
-        ]
-    return diagnostics
+    return [
+        *diagnostics,
+        norm_spread(statistics, members),
+        loss_between_snapshots(statistics),
+        drop_sign(statistics),
+        drop_size(statistics),
+        norm_precision(error, statistics),
+    ]
 
 
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
-    The distances of the factors A and B themselves say nothing: A is drawn anew for each member and stays near its
-    initial value, and B is learnt for that A. So the factors of two members have a relative distance of sqrt(2) even if
-    both members compute the same function.
+    The factors themselves are not compared: A is drawn anew for each member and stays near its initial value, and B is
+    learnt for that A. So the factors of two members have a relative distance of sqrt(2) even if both members compute
+    the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
     """
+    name, value = "adapter_spread", "relative_distance"
     if len(adapters) < 2:
-        return Diagnostic.unknown("adapter_spread", "relative_distance", "one adapter has no spread")
+        return Diagnostic.unknown(name, value, "one adapter has no spread")
     products = update_products(adapters)  # (M, M)
     squares = np.diag(products)  # (M,)
     norm = float(np.sqrt(squares).mean())
     if norm == 0:
-        message = (
-            "no member's adapter has left zero; check that proxy.learning_rate and the number of steps move the "
-            "adapters"
-        )
-        return Diagnostic("adapter_spread", "warning", {"relative_distance": None}, message)
+        check = "that proxy.learning_rate and the number of steps move the adapters"
+        return Diagnostic.judged(name, True, {value: None}, "no member's adapter has left zero", check)
     first, second = np.triu_indices(len(adapters), k=1)
     # |U - U'|^2 = |U|^2 + |U'|^2 - 2 <U, U'> for the updates U = B A of two members; for copies it may round to below
     # zero
@@ -114,9 +112,7 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     spread = float(np.sqrt(np.maximum(between, 0)).mean()) / norm
     seen = f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)"
     check = "V_t, and the members' seeds and data orders"
-    return Diagnostic.judged(
-        "adapter_spread", spread < LEAST_ADAPTER_SPREAD, {"relative_distance": spread}, seen, check
-    )
+    return Diagnostic.judged(name, spread < LEAST_ADAPTER_SPREAD, {value: spread}, seen, check)
 
 
 def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -132,49 +128,42 @@ def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
         a = np.stack([adapter[name] for adapter in adapters]).astype(np.float64)  # (M, R, I)
         b_name = name.replace("lora_A", "lora_B")
         b = np.stack([adapter[b_name] for adapter in adapters]).astype(np.float64)  # (M, O, R)
-        for m in range(len(adapters)):
-            for n in range(len(adapters)):
-                products[m, n] += ((b[m].T @ b[n]) * (a[m] @ a[n].T)).sum()
+        for m, n in np.ndindex(products.shape):
+            products[m, n] += ((b[m].T @ b[n]) * (a[m] @ a[n].T)).sum()
     return products
 
 
 def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
     """Judge the median over the examples of sqrt(V_t) / G_t, the norms' coefficient of variation over the members."""
+    name, value = "norm_spread", "median_variation"
     if members < 2:
-        return Diagnostic.unknown("norm_spread", "median_variation", "one member has no variance")
+        return Diagnostic.unknown(name, value, "one member has no variance")
     variations = _variations(statistics)
     if not variations.size:
-        return Diagnostic.unknown("norm_spread", "median_variation", "no example has a gradient at the late snapshot")
+        return Diagnostic.unknown(name, value, "no example has a gradient at the late snapshot")
     variation = float(np.median(variations))
-    return Diagnostic.judged(
-        "norm_spread",
-        variation < LEAST_NORM_SPREAD,
-        {"median_variation": variation},
-        f"the members' gradient norms of an example vary by {100 * variation:.2g}% of their mean",
-        "V_t, which is then rounding or less, and the members' seeds; a higher proxy.learning_rate parts them",
-    )
+    seen = f"the members' gradient norms of an example vary by {100 * variation:.2g}% of their mean"
+    check = "V_t, which is then rounding or less, and the members' seeds; a higher proxy.learning_rate parts them"
+    return Diagnostic.judged(name, variation < LEAST_NORM_SPREAD, {value: variation}, seen, check)
 
 
 def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
-    """Judge the relative rounding error of a norm, divided by the median of sqrt(V_t) / G_t over the examples.
+    """Judge `error`, the relative rounding error of a norm (0 for float32), divided by the median of sqrt(V_t) / G_t.
 
     The rounding errors of the members differ, so they are part of V_t. They are harmless only if they are much smaller
     than the differences between the members' norms.
-
-    Args:
-        error: relative error of a norm by rounding; 0 for float32.
     """
+    name, value = "norm_precision", "error_over_spread"
     if not error:
-        return Diagnostic("norm_precision", "ok", {"error_over_spread": 0.0}, "gradient norms were taken in float32")
+        return Diagnostic(name, "ok", {value: 0.0}, "gradient norms were taken in float32")
     variations = _variations(statistics)
     spread = float(np.median(variations)) if variations.size else 0.0
     if not spread > 0:
-        return Diagnostic.unknown("norm_precision", "error_over_spread", "the members do not differ")
+        return Diagnostic.unknown(name, value, "the members do not differ")
     share = error / spread
     seen = f"bfloat16 moves a norm by about {error:.1%}, the members differ by {spread:.1%}"
     check = "the ranking with compute.precision=float32"
-    values = {"error_over_spread": share}
-    return Diagnostic.judged("norm_precision", share > MOST_ERROR_OVER_SPREAD, values, seen, check)
+    return Diagnostic.judged(name, share > MOST_ERROR_OVER_SPREAD, {value: share}, seen, check)
 
 
 def _variations(statistics: Statistics) -> np.ndarray:
@@ -186,42 +175,36 @@ def _variations(statistics: Statistics) -> np.ndarray:
 
 def loss_between_snapshots(statistics: Statistics) -> Diagnostic:
     """Judge the relative fall of the members' mean loss from the early to the late snapshot, over the same examples."""
-    early, late = _defined(statistics.loss_s, statistics.loss_t)
+    name, (early, late) = "loss_between_snapshots", _defined(statistics.loss_s, statistics.loss_t)
     if not early.size or not early.mean() > 0:
-        return Diagnostic.unknown("loss_between_snapshots", "relative_fall", "no example has a loss that could fall")
-    moments = ("at the early snapshot", "at the late one")
-    return _fall("loss_between_snapshots", early, late, moments, LEAST_FALL_BETWEEN_SNAPSHOTS)
+        return Diagnostic.unknown(name, "relative_fall", "no example has a loss that could fall")
+    return _fall(name, early, late, "at the early snapshot", "at the late one", LEAST_FALL_BETWEEN_SNAPSHOTS)
 
 
 def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
-    """Judge the relative fall of the training loss from the first to the last tenth of the batches.
-
-    Args:
-        curves: each member's mean loss of each batch up to the late snapshot; nats a token.
-    """
-    tenths = [max(1, len(curve) // 10) for curve in curves]
-    firsts = np.array([loss for curve, tenth in zip(curves, tenths, strict=True) for loss in curve[:tenth]])
-    lasts = np.array([loss for curve, tenth in zip(curves, tenths, strict=True) for loss in curve[-tenth:]])
-    if firsts.size < LEAST_BATCHES:
-        reason = f"a tenth of all members' batches is {firsts.size}, too few to tell"
-        return Diagnostic.unknown("loss_from_start", "relative_fall", reason)
-    if not firsts.mean() > 0:
-        return Diagnostic.unknown("loss_from_start", "relative_fall", "the first batches have no loss that could fall")
+    """Judge the relative fall of the loss (nats a token) of each member's batches, from the first tenth to the last."""
+    name = "loss_from_start"
+    firsts: list[float] = []
+    lasts: list[float] = []
+    for curve in curves:
+        tenth = max(1, len(curve) // 10)
+        firsts += curve[:tenth]
+        lasts += curve[-tenth:]
+    if len(firsts) < LEAST_BATCHES:
+        reason = f"a tenth of all members' batches is {len(firsts)}, too few to tell"
+        return Diagnostic.unknown(name, "relative_fall", reason)
+    if not np.mean(firsts) > 0:
+        return Diagnostic.unknown(name, "relative_fall", "the first batches have no loss that could fall")
     moments = ("in the first tenth of the batches", "in the last")
-    return _fall("loss_from_start", firsts, lasts, moments, LEAST_FALL_FROM_START)
+    return _fall(name, np.array(firsts), np.array(lasts), *moments, LEAST_FALL_FROM_START)
 
 
-def _fall(name: str, before: np.ndarray, after: np.ndarray, moments: tuple[str, str], least: float) -> Diagnostic:
+def _fall(name: str, before: np.ndarray, after: np.ndarray, when: str, later: str, least: float) -> Diagnostic:
     first, last = float(before.mean()), float(after.mean())
     fall = (first - last) / first
-    return Diagnostic.judged(
-        name,
-        fall < least,
-        {"relative_fall": fall, "first": first, "last": last},
-        f"the members' mean loss was {first:.3f} nats a token {moments[0]} and {last:.3f} {moments[1]} "
-        f"({-100 * fall:+.2g}%)",
-        "proxy.learning_rate, the number of steps, and that the proxy knows the data's language and template",
-    )
+    seen = f"the members' mean loss was {first:.3f} nats a token {when} and {last:.3f} {later} ({-100 * fall:+.2g}%)"
+    check = "proxy.learning_rate, the number of steps, and that the proxy knows the data's language and template"
+    return Diagnostic.judged(name, fall < least, {"relative_fall": fall, "first": first, "last": last}, seen, check)
 
 
 def drop_sign(statistics: Statistics) -> Diagnostic:
@@ -230,18 +213,18 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
     If the drop is negative, dividing by V_t favours a high variance, the opposite of the score's purpose. A drop within
     rounding counts as not negative; `drop_size` warns of such drops.
     """
+    name, value = "drop_sign", "negative_share"
     early, late = _defined(statistics.G_s, statistics.G_t)
     if not early.size:
-        return Diagnostic.unknown("drop_sign", "negative_share", "no example has a gradient norm")
+        return Diagnostic.unknown(name, value, "no example has a gradient norm")
     drop, rounding = early - late, FLOAT32_ERROR * early
     if not (np.abs(drop) > rounding).any():
-        reason = "no gradient norm changed by more than rounding between the snapshots"
-        return Diagnostic.unknown("drop_sign", "negative_share", reason)
+        return Diagnostic.unknown(name, value, "no gradient norm changed by more than rounding between the snapshots")
     mean, negative = float(drop.mean()), float((drop < -rounding).mean())
     return Diagnostic.judged(
-        "drop_sign",
+        name,
         negative > MOST_NEGATIVE_DROPS or mean < -rounding.mean(),
-        {"negative_share": negative, "mean_drop": mean, "mean_early_norm": float(early.mean())},
+        {value: negative, "mean_drop": mean, "mean_early_norm": float(early.mean())},
         f"the gradient norm rose between the snapshots for {negative:.0%} of the rows (mean drop {mean:.3g} of "
         f"{early.mean():.3g})",
         "proxy.learning_rate and the number of steps before the first snapshot; where the norm rises, a high V_t "
@@ -251,37 +234,32 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
 
 def drop_size(statistics: Statistics) -> Diagnostic:
     """Judge the median of |G_s - G_t| / G_s; if it is near zero, the scores are near zero too."""
+    name, value = "drop_size", "median_change"
     early, late = _defined(statistics.G_s, statistics.G_t)
     moved = early > 0
     if not moved.any():
-        return Diagnostic.unknown("drop_size", "median_change", "no example has a gradient at the early snapshot")
+        return Diagnostic.unknown(name, value, "no example has a gradient at the early snapshot")
     change = float(np.median(np.abs(early[moved] - late[moved]) / early[moved]))
-    return Diagnostic.judged(
-        "drop_size",
-        change < LEAST_DROP_SIZE,
-        {"median_change": change},
-        f"the gradient norm of an example changed by {100 * change:.2g}% between the snapshots",
-        "proxy.learning_rate and the distance of proxy.snapshots; scores near zero are ranked by noise",
-    )
+    seen = f"the gradient norm of an example changed by {100 * change:.2g}% between the snapshots"
+    check = "proxy.learning_rate and the distance of proxy.snapshots; scores near zero are ranked by noise"
+    return Diagnostic.judged(name, change < LEAST_DROP_SIZE, {value: change}, seen, check)
 
 
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
     """Judge the share of examples in which eps is at least as large as the number that eps is added to.
 
-    Args:
-        denominators: the numbers that the score adds eps to, by name: G_s (norm), V_t (norm squared); (N,) each.
+    `denominators` has these numbers by name, (N,) each: G_s (norm), V_t (norm squared).
     """
     defined = {name: values[np.isfinite(values)] for name, values in denominators.items()}
     if not all(values.size for values in defined.values()):
         return Diagnostic.unknown("eps_share", next(iter(defined)), "no example has a gradient norm")
     shares = {name: float((eps >= values).mean()) for name, values in defined.items()}
-    seen = " and ".join(f"at least {name} in {share:.1%} of the rows" for name, share in shares.items())
+    largest = max(shares, key=shares.__getitem__)
+    places = " and ".join(f"at least {name} in {share:.1%} of the rows" for name, share in shares.items())
+    check = "scorer.eps, and V_t for a collapsed ensemble; there eps decides the score and not the ensemble"
+    values = {largest: shares[largest], **shares}
     return Diagnostic.judged(
-        "eps_share",
-        max(shares.values()) > MOST_EPS_DOMINATED,
-        {max(shares, key=shares.__getitem__): max(shares.values()), **shares},
-        f"eps={eps:g} is {seen}",
-        "scorer.eps, and V_t for a collapsed ensemble; there eps decides the score and not the ensemble",
+        "eps_share", shares[largest] > MOST_EPS_DOMINATED, values, f"eps={eps:g} is {places}", check
     )
 
 

@@ -1,8 +1,6 @@
-"""Per-sample gradients and their norms, for a list of examples at fixed weights.
+"""Per-sample gradients and their norms of any model with LoRA adapters of peft (formula: `gradients/probes.py`).
 
-`per_sample_norms` and `per_sample_gradients` work with any model that has LoRA adapters of peft. The stages use
-`gradient_pass`. For the LoRA parameters, it computes the gradients of a whole batch in one backward pass. For all
-parameters of the model, it takes one backward pass per example, because no cheaper method is exact in every layer.
+`per_sample_norms` and `per_sample_gradients` take a list of examples; the stages use `attached` and `gradient_pass`.
 
 Shape letters: N examples, B examples of a batch, P parameters.
 """
@@ -12,22 +10,55 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from gradsift.data.batching import by_length, collate
 from gradsift.data.tokens import Encoded
-from gradsift.errors import DataError
-from gradsift.gradients.norms import PerSampleNorms, attached
-from gradsift.gradients.probes import ADAPTER, GradientProbe
+from gradsift.errors import DataError, GradsiftError
+from gradsift.gradients.probes import ADAPTER, GradientProbe, NormProbe
 from gradsift.training import lora
+from gradsift.training.adapted import AdaptedLinear, fuse, layer_path, unfuse
 from gradsift.training.device import numbers_at_once
 from gradsift.training.head import ResponseLosses
 
 _BATCH_BYTES = 128 * 2**20  # upper bound for the gradients of one backward pass on a CPU
-_IGNORED = -100  # transformers' label of a token without a loss
+IGNORED = -100  # transformers' label of a token without a loss
+P = TypeVar("P", NormProbe, GradientProbe)
+
+
+@contextmanager
+def attached(model: nn.Module, probe: P) -> Iterator[P]:
+    """Attach a probe to all adapted layers of a model and yield it; on exit it is removed, and the model is as before.
+
+    Raises:
+        GradsiftError: there is no adapted layer, or one without per-sample gradients (the message names it).
+    """
+    # a model that was not adapted by gradsift has peft's own layers, which have no probes
+    changed = fuse(model)
+    try:
+        layers = dict(lora.lora_layers(model))
+        if not layers:
+            raise GradsiftError("per-sample gradients need a model with LoRA adapters; it has none")
+        for name, layer in layers.items():
+            if not isinstance(layer, AdaptedLinear):
+                raise GradsiftError(
+                    f"per-sample gradients need plain LoRA on frozen linear layers, and {layer_path(name)} is of class "
+                    f"{type(layer.get_base_layer()).__name__} or its adapter is not plain (DoRA, a bias, a second "
+                    "adapter, a name that is not default); leave it out of lora.targets, and load the model unquantised"
+                )
+        for layer in layers.values():
+            layer.probe = probe
+        yield probe
+    finally:
+        for _, layer in lora.lora_layers(model):
+            vars(layer).pop("probe", None)
+        unfuse(changed)
+        probe.forget()
 
 
 def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: int = 4096) -> np.ndarray:
@@ -46,16 +77,17 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         (N,) float32, the L2 norm over A and B of all adapted layers.
 
     Raises:
-        DataError: a row cannot be used; the message names the row.
+        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, labels that are not the input's
+            own tokens, or no token with a loss; the message names the row.
         GradsiftError: a layer does not support per-sample gradients; the message names the layer.
     """
     encoded = encoded_rows(rows)
     norms_of_rows = np.zeros(len(encoded), dtype=np.float32)
     with lora.evaluating(model), torch.enable_grad():
         losses_of, device = ResponseLosses(model), next(model.parameters()).device
-        with PerSampleNorms(model) as norms:
+        with attached(model, NormProbe()) as probe:
             for batch in by_length(encoded, tokens):
-                norm_a, norm_b = norms.of(losses_of(collate(batch, _pad_id(model)).to(device)))
+                norm_a, norm_b = probe.backward(losses_of(collate(batch, _pad_id(model)).to(device)))
                 # |g_i|^2 = |grad_A L_i|^2 + |grad_B L_i|^2
                 norms_of_rows[[example.row for example in batch]] = torch.hypot(norm_a, norm_b).cpu().numpy()
     return norms_of_rows
@@ -77,12 +109,7 @@ def per_sample_gradients(model: Any, rows: Sequence[Mapping[str, Any]], *, token
 
 
 def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
-    """Return the examples of `rows` without their padding.
-
-    Raises:
-        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, labels that are not the input's
-            own tokens, or no token with a loss; the message names the row.
-    """
+    """Return the examples of `rows` without their padding; see `per_sample_norms`."""
     encoded = []
     for number, row in enumerate(rows):
         if missing := [name for name in ("input_ids", "labels") if row.get(name) is None]:
@@ -94,7 +121,7 @@ def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
                 f"row {number} has input_ids {ids.shape}, labels {labels.shape} and attention_mask {mask.shape}; give "
                 "one sequence, all of one length"
             )
-        has_loss = labels != _IGNORED
+        has_loss = labels != IGNORED
         if (wrong := np.flatnonzero(has_loss & ((labels != ids) | ~mask))).size:
             raise DataError(
                 f"row {number}: the label at position {wrong[0]} is {labels[wrong[0]]} and the token {ids[wrong[0]]}; "
@@ -111,6 +138,7 @@ def _pad_id(model: Any) -> int:
     return int(getattr(model.config, "pad_token_id", None) or 0)  # any token: a padded place has no loss
 
 
+@dataclass(frozen=True)
 class GradientPass:
     """Computes the gradient of each example's mean response loss at fixed weights, with dropout off, as a float32 row.
 
@@ -119,10 +147,9 @@ class GradientPass:
     order of `model.parameters()`.
     """
 
-    def __init__(self, size: int, device: torch.device, work: Callable[[Sequence[Encoded]], torch.Tensor]) -> None:
-        self.size = size  # P
-        self._device = device
-        self._work = work
+    size: int  # P
+    device: torch.device
+    work: Callable[[Sequence[Encoded]], torch.Tensor]  # computes the gradients of as many examples as fit in memory
 
     def __call__(self, examples: Sequence[Encoded]) -> torch.Tensor:
         """Return the gradients (B, P) float32 on the model's device."""
@@ -130,13 +157,13 @@ class GradientPass:
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
         """Yield parts of the examples, of at least one example each, with gradients (B, P) that fit in memory."""
-        size = max(1, numbers_at_once(self._device, _BATCH_BYTES // 4) // self.size)
+        size = max(1, numbers_at_once(self.device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
-            yield examples[start : start + size], self._work(examples[start : start + size])
+            yield examples[start : start + size], self.work(examples[start : start + size])
 
 
 @contextmanager
-def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str = "right") -> Iterator[GradientPass]:
+def gradient_pass(adapted: Any, parameters: str, pad_id: int) -> Iterator[GradientPass]:
     """Yield a `GradientPass` through an adapted model; on exit the model is as before.
 
     Args:
@@ -144,20 +171,19 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
             into it; this takes one backward pass per example, and P is the size of the model).
 
     Raises:
-        GradsiftError: a layer does not support per-sample gradients, or `parameters` is `full` and the adapter cannot
-            be merged into the model.
+        GradsiftError: see `attached`; with `full`, the adapter cannot be merged into the model.
     """
     with lora.evaluating(adapted), torch.enable_grad():
         if parameters == "full":
-            yield _full_pass(adapted, pad_id, padding_side)
+            yield _full_pass(adapted, pad_id)
             return
-        probe, losses_of = GradientProbe(), ResponseLosses(adapted)
-        device = next(adapted.parameters()).device
-        with attached(adapted, probe) as layers:
+        losses_of, device = ResponseLosses(adapted), next(adapted.parameters()).device
+        with attached(adapted, GradientProbe()) as probe:
+            layers = [layer for _, layer in lora.lora_layers(adapted)]
 
             def work(examples: Sequence[Encoded]) -> torch.Tensor:
                 probe.forget()
-                losses = losses_of(collate(examples, pad_id, padding_side).to(device))
+                losses = losses_of(collate(examples, pad_id).to(device))
                 # no example affects another one's loss, so row i of the sum's gradient is the gradient of example i;
                 # (B, P_l) for each layer
                 parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
@@ -170,7 +196,7 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int, padding_side: str 
             yield GradientPass(size, device, work)
 
 
-def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
+def _full_pass(adapted: Any, pad_id: int) -> GradientPass:
     lora.require_mergeable(adapted)
     # a copy: unmerging would leave rounding errors in the backbone, which other stages use too
     model: Any = copy.deepcopy(adapted).merge_and_unload()
@@ -178,7 +204,7 @@ def _full_pass(adapted: Any, pad_id: int, padding_side: str) -> GradientPass:
     losses_of = ResponseLosses(model)
 
     def one(example: Encoded) -> torch.Tensor:
-        losses = losses_of(collate([example], pad_id, padding_side).to(parameters[0].device))
+        losses = losses_of(collate([example], pad_id).to(parameters[0].device))
         # an expert that no token of the example reaches has no gradient, which counts as zero
         parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten().to(torch.float32) for part in parts])

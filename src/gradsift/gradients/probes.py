@@ -48,20 +48,15 @@ def is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint makes this test too
 
 
-class Passes:
+class Probe:
     """Checks that each adapted layer is called only once per forward pass, with inputs that keep the examples apart."""
 
     def __init__(self) -> None:
         self._layers: set[int] = set()  # ids of the layers called so far
         self._examples: int | None = None
 
-    def note(self, layer: object, activations: torch.Tensor) -> int:
-        """Record that `layer` is called with the inputs `activations` (B, T, I), and return B.
-
-        Raises:
-            GradsiftError: the examples cannot be told apart, or the layer is called twice, so that its gradient would
-                be a sum over two calls; the message names the layer.
-        """
+    def _note(self, layer: object, activations: torch.Tensor) -> int:
+        """Record that `layer` is called with the inputs `activations` (B, T, I), and return B."""
         name = getattr(layer, "path", "an adapted layer")
         if id(layer) in self._layers:
             raise GradsiftError(
@@ -84,27 +79,27 @@ class Passes:
         return self._examples
 
     def forget(self) -> None:
+        """Drop what an unfinished pass has gathered."""
         self._layers.clear()
         self._examples = None
 
 
-class NormProbe:
-    """Sums the squared per-sample gradient norms over all adapted layers of a backward pass."""
+class NormProbe(Probe):
+    """Computes the per-sample gradient norms over all adapted layers in a backward pass.
+
+    The loss of the pass must be a sum (or mean) of losses, each of which depends on one example only.
+    """
 
     def __init__(self) -> None:
-        self._probe: torch.Tensor | None = None
-        self._passes = Passes()
+        super().__init__()
+        self._probe: torch.Tensor | None = None  # (2, B); its gradient is the squared norms of A and B
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe (2, B) float32 of the forward pass in which `layer` has the inputs `activations` (B, T, I).
-
-        Raises:
-            GradsiftError: see `Passes.note`.
-        """
+        """Return the probe (2, B) float32 of the pass in which `layer` has the inputs `activations` (B, T, I)."""
         # in the backward pass, a checkpointed block is computed again with the same examples; this is no second call
         if self._probe is not None and is_recomputing():
             return self._probe
-        examples = self._passes.note(layer, activations)
+        examples = self._note(layer, activations)
         if self._probe is None:
             # One probe for all layers: autograd adds up what the layers report in the gradient of this tensor, so the
             # sum over the layers is made on the device, and the host waits for it once.
@@ -120,46 +115,53 @@ class NormProbe:
         norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=dtype) for part in (parts_a, parts_b)]
         return torch.stack(norms).mul_(scale).square_().to(torch.float32)
 
-    def backward(self, loss: torch.Tensor) -> torch.Tensor:
-        """Run the backward pass of `loss` down to the probe and return the squared norms (2, B); no `.grad` changes.
+    def backward(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the backward pass of losses (B,) down to the probe; no parameter's `.grad` changes.
 
-        Raises:
-            GradsiftError: no adapted layer was called with gradients on.
+        Returns:
+            norm_A, norm_B: (B,) float32 each, over all adapted layers.
         """
         if self._probe is None:
             raise GradsiftError("no adapted layer was passed with gradients on; per-sample norms need a forward pass")
-        (squares,) = torch.autograd.grad(loss, [self._probe])
+        # the sum and not the mean, which would divide every example's gradient by B
+        (squares,) = torch.autograd.grad(losses.sum(), [self._probe])
+        self.forget()
+        norm_a, norm_b = squares.sqrt()
+        return norm_a, norm_b
+
+    def take(self, scale: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return norm_A and norm_B of the backward pass since the last call, as `backward` does, and forget them.
+
+        Args:
+            scale: the number that one example's loss was divided by in the loss of the backward pass: 1 for a sum of
+                losses, the batch size for their mean; or one number per example, (B,).
+        """
+        squares = None if self._probe is None else self._probe.grad
+        self.forget()
+        if squares is None:
+            raise GradsiftError("no backward pass was seen since the last call; per-sample norms need one")
+        norm_a, norm_b = squares.sqrt() * scale
+        return norm_a, norm_b
+
+    def forget(self) -> None:
+        super().forget()
         self._probe = None
-        self._passes.forget()
-        return squares
-
-    def take(self) -> torch.Tensor | None:
-        """Return and forget the squared norms (2, B) of the gradients of A and B; None if no backward pass has run."""
-        probe, self._probe = self._probe, None
-        self._passes.forget()
-        return None if probe is None else probe.grad
 
 
-class GradientProbe:
+class GradientProbe(Probe):
     """Collects the per-sample gradients of all adapted layers; each layer has a probe of its own, (B, P_l)."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.probes: dict[int, torch.Tensor] = {}  # by the layer's id, in the order of the forward pass
-        self._passes = Passes()
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe of the forward pass in which `layer` has the inputs `activations` (B, T, I).
-
-        The probe is a single zero, expanded to (B, P_l) float32.
-
-        Raises:
-            GradsiftError: see `Passes.note`.
-        """
+        """Return the probe (B, P_l) float32 of the pass in which `layer` has the inputs `activations` (B, T, I)."""
         if is_recomputing():
             return self.probes[id(layer)]
-        examples = self._passes.note(layer, activations)
+        examples = self._note(layer, activations)
         size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
-        # expanded: zeros of this shape would take as much memory as the gradients, and nothing reads their values
+        # a single zero, expanded: (B, P_l) zeros would take as much memory as the gradients, and nothing reads them
         probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
         self.probes[id(layer)] = probe
         return probe
@@ -172,5 +174,5 @@ class GradientProbe:
         return torch.cat(parts, 1).to(torch.float32).mul_(scale)
 
     def forget(self) -> None:
+        super().forget()
         self.probes.clear()
-        self._passes.forget()

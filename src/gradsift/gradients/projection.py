@@ -8,15 +8,13 @@ probability of at most 1/D, so the standard deviation of an inner product's erro
 
 The same bound holds for a dense matrix of random signs. Chunk c consists of the parameters cD to cD + D - 1, and
 parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of
-the parameter's position (`training/random_bits.py`), so they are the same on every device and do not depend on P.
+the parameter's position (`training/masks.py`), so they are the same on every device and do not depend on P.
 
 Cost. A row of P parameters is gathered, multiplied by signs and summed. This takes 20 P bytes of memory traffic; a
-product with a dense matrix would take 2 P D operations. Drawing shifts and signs takes about 60 P bytes of memory
-traffic per call, for all rows together. Llama-2-7B with rank 128 on q, k, v and o has P = 134 million, so a row takes
-2.7 GB of memory traffic. In a call with 32 rows, a row's share of the drawing adds 0.3 GB. The backward pass of a row
-of 512 tokens through the frozen weights takes 2 x 6.6e9 x 512 = 6.8e12 operations. With an A100's memory bandwidth (2
-TB/s) and half of its bfloat16 peak (312e12 operations a second), the projection takes 1.5 ms and the backward pass 44
-ms, a ratio of 3 %. On an H100 (3.35 TB/s, 990e12 operations a second), they take 0.9 ms and 14 ms, a ratio of 6 %.
+product with a dense matrix would take 2 P D operations. Drawing shifts and signs takes about 60 P bytes per call, for
+all rows together. For Llama-2-7B with rank 128 on q, k, v and o (P = 134 million) and 32 rows of 512 tokens in a call,
+this is 3 GB a row: 3 % of the time of the row's backward pass on an A100 (2 TB/s, half of 312e12 bfloat16 operations a
+second) and 6 % on an H100 (3.35 TB/s, half of 990e12).
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
 """
@@ -29,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from gradsift.training.device import numbers_at_once
-from gradsift.training.random_bits import bits, mixed
+from gradsift.training.masks import bits, mixed
 
 _NUMBERS = 2**20  # most numbers of a temporary tensor on a CPU
 

@@ -1,7 +1,8 @@
-"""Mean and variance of the gradient norms over the ensemble, at the two snapshots.
+"""The members' gradient norms on disk, and their mean and variance over the ensemble at the two snapshots.
 
 GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of |g_i^(m,e)|, V_i^(e) = variance over m (divided by M).
-The norms are read twice, one member at a time, so the memory needed grows with N and not with M.
+The norms are read twice, one member at a time, so the memory needed grows with N and not with M. The norms of a member
+after an epoch are a `gradient_norms.parquet` for each shard of the rows.
 
 Shape letters: M members, N examples.
 """
@@ -9,7 +10,7 @@ Shape letters: M members, N examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,72 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradsift.artifacts import Artifact
+from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
-from gradsift.gradients.norms_table import by_example
 from gradsift.runtime import Runtime
 
 VERSION = 1
+NORMS_FILE = "gradient_norms.parquet"
 STATISTICS_FILE = "statistics.parquet"
+
+
+def write_norms(
+    folder: Path,
+    columns: Mapping[str, np.ndarray],
+    encoded: Sequence[Encoded],
+    all_rows: int,
+    shard: int = 0,
+    shards: int = 1,
+) -> dict[str, Any]:
+    """Write a table with row (position among the examples), all of `columns`, and n_tokens (number of response tokens).
+
+    Args:
+        columns: norm_A, norm_B and loss of the shard's examples `encoded`, (len(encoded),) each.
+        all_rows: number of examples in all shards.
+
+    Returns:
+        Entries for the artifact's info.
+    """
+    table = {
+        "row": np.array([example.row for example in encoded], dtype=np.int64),
+        **columns,
+        "n_tokens": np.array([int(example.is_response.sum()) for example in encoded], dtype=np.int32),
+    }
+    pq.write_table(pa.table(table), folder / NORMS_FILE)
+    return {"rows": len(encoded), "shard": shard, "shards": shards, "all_rows": all_rows}
+
+
+def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Return the table of a member's norms after an epoch, from all shards of this table, ascending by row.
+
+    Args:
+        names: columns to read besides `row`; None for all.
+
+    Raises:
+        GradsiftError: the shards do not have each row once.
+    """
+    wanted = None if names is None else ["row", *names]
+    joined = pa.concat_tables([pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards])
+    rows = joined["row"].to_numpy()
+    if not (rows[1:] > rows[:-1]).all():  # several shards; a table in order is not copied, to save memory
+        joined = joined.sort_by("row")
+        rows = joined["row"].to_numpy()
+    twice, expected = np.count_nonzero(rows[1:] == rows[:-1]), shards[0].info["all_rows"]
+    if twice or len(rows) != expected:
+        raise GradsiftError(
+            f"{', '.join(shard.path.name for shard in shards)}: these norms are of {len(rows):,} rows, {twice:,} of "
+            f"them twice, and not of each of the {expected:,} rows once; delete them and give the command again"
+        )
+    return {name: joined[name].to_numpy() for name in joined.column_names}
+
+
+def by_example(shards: Sequence[Artifact], names: Sequence[str], count: int) -> dict[str, np.ndarray]:
+    """Return columns of `read_norms` for all `count` examples, float64; NaN for one without a response token."""
+    table = read_norms(shards, names)
+    columns = {name: np.full(count, np.nan) for name in names}
+    for name, column in columns.items():
+        column[table["row"]] = table[name]
+    return columns
 
 
 @dataclass(frozen=True)
@@ -64,18 +125,14 @@ def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b
 
 
 def mean_and_variance(norms: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean G and the variance V (divided by M) over the members, (N,) float64 each.
-
-    Args:
-        norms: called twice; returns an iterable over the members' norms, (N,) each.
-    """
+    """Return the mean G and the variance V (divided by M), (N,) float64 each, of the members' norms, (N,) each."""
     # Two passes, and not mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so this difference
     # would lose two or three digits of V_t, by which Eq. 5 divides.
-    mean = mean_over_members(norms())
-    return mean, mean_over_members((of_member - mean) ** 2 for of_member in norms())
+    mean = _mean(norms())
+    return mean, _mean((of_member - mean) ** 2 for of_member in norms())
 
 
-def mean_over_members(values: Iterable[np.ndarray]) -> np.ndarray:
+def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
     """Return the mean (N,) float64 of M arrays (N,), one of which is in memory at a time."""
     members, total = 0, np.zeros(1)
     for of_member in values:
@@ -86,12 +143,8 @@ def mean_over_members(values: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def mean_loss(members: Sequence[Sequence[Artifact]], count: int) -> np.ndarray:
-    """Return each example's mean loss over the members, (N,) float64, NaN if an example has no response token.
-
-    Args:
-        members: tables of norms, which also hold the losses, as [member][shard].
-    """
-    return mean_over_members(by_example(shards, ("loss",), count)["loss"] for shards in members)
+    """Return each example's mean loss (N,) float64 over the tables of norms `members`, given as [member][shard]."""
+    return _mean(by_example(shards, ("loss",), count)["loss"] for shards in members)
 
 
 def statistics(
@@ -102,11 +155,10 @@ def statistics(
     scope: str,
     count: int,
 ) -> Artifact:
-    """Return the artifact with the statistics of all examples at the early and the late snapshot.
+    """Return the artifact with the statistics of all N = `count` examples at the early and the late snapshot.
 
     Args:
         early, late: tables of the members' norms at the two snapshots, as [member][shard].
-        count: N.
 
     Raises:
         GradsiftError: the members' norms were computed with different numerics; the message names two such tables.
@@ -122,7 +174,7 @@ def statistics(
 
     def make(folder: Path) -> Mapping[str, Any]:
         values = compute_statistics(early, late, scope, count)
-        pq.write_table(pa.table(asdict(values)), folder / STATISTICS_FILE)
+        pq.write_table(pa.table(vars(values)), folder / STATISTICS_FILE)
         return {"rows": count}
 
     slug = f"M{len(early)}-s{snapshots[0]}-t{snapshots[1]}"

@@ -1,7 +1,6 @@
-"""Gradient norms at fixed weights: a pass over all examples, or a shard of them, after an epoch.
+"""Gradient norms |g_i^(m,e)| of the ensemble; the unit of work is a pass over a shard at a member's weights.
 
-The unit of work is (member, epoch, shard). The pass uses the member's weights after the epoch, with dropout off, so it
-measures the paper's g_i^(m,e). With `proxy.ensemble=mc_dropout`, the members share the weights of one adapter, and the
+Dropout is off, except with `proxy.ensemble=mc_dropout`: there the members share the weights of one adapter, and the
 pass of each member has dropout masks of its own.
 """
 
@@ -18,7 +17,7 @@ from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ProxyConfig
 from gradsift.data.batching import by_length, shard_of, spread_out
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.norms_table import write_norms
+from gradsift.gradients.statistics import write_norms
 from gradsift.journal import Journal
 from gradsift.proxy.epochs import ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime, derive_seed, weighed
@@ -27,34 +26,69 @@ from gradsift.training.device import TokenBudget, device_of
 from gradsift.training.optimization import Optimization
 
 VERSION = 2
+Unit = tuple[int, int, Artifact]  # member, epoch, and the artifact with the member's weights after it
 
 
-def collect(
+def ensemble_norms(
     runtime: Runtime,
     config: ProxyConfig,
+    adapters: Sequence[Sequence[Artifact]],
     load: Callable[[], ProxyInputs],
-    member: int,
     epoch: int,
-    weights: Artifact,
-    shard: int,
-) -> Artifact:
-    """Return the artifact with the norms and losses of one shard's examples.
+) -> list[list[Artifact]]:
+    """Return the norms of the members of `train_adapters` after an epoch, as [member][shard]."""
+    if config.collect == "during_training":
+        return [[chain[epoch - 1]] for chain in adapters]
+    units, shards = _units(config, adapters, epoch), range(config.shards)
+    return [[_collect(runtime, config, load, unit, shard) for shard in shards] for unit in units]
 
-    Args:
-        load: called only if the shard has to be collected.
-        weights: the artifact with the weights of `member` after `epoch`, at which the norms are taken.
-        shard: number of the shard, from 0 to `config.shards` - 1.
-    """
-    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
+
+def collect_shard(
+    runtime: Runtime,
+    config: ProxyConfig,
+    adapters: Sequence[Sequence[Artifact]],
+    load: Callable[[], ProxyInputs],
+    shard: int,
+) -> list[int]:
+    """Collect the norms of one shard, for all members and both snapshots; return the shards that are not complete."""
+    units = [unit for epoch in config.snapshots for unit in _units(config, adapters, epoch)]
+    for unit in units:
+        _collect(runtime, config, load, unit, shard)
+    return [
+        other
+        for other in range(config.shards)
+        if not all(runtime.store.has(**_identity(runtime, config, unit, other)) for unit in units)
+    ]
+
+
+def _units(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[Unit]:
+    weights = [chain[epoch - 1] for chain in adapters]
+    if config.ensemble == "mc_dropout":  # all members have the weights of one adapter
+        weights *= config.members
+    return [(member, epoch, each) for member, each in enumerate(weights)]
+
+
+def _collect(
+    runtime: Runtime, config: ProxyConfig, load: Callable[[], ProxyInputs], unit: Unit, shard: int
+) -> Artifact:
+    label = f"norms of member {unit[0] + 1}/{config.members}, epoch {unit[1]}/{config.total_epochs}"
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return collect_rows(runtime, folder, config, load(), member, epoch, weights, shard, label)
+        return collect_rows(runtime, folder, config, load(), unit, shard, label)
 
-    identity = _identity(runtime, config, member, epoch, weights, shard)
     # examples in a shard, rounded up; plans estimate the time from this
-    size = -(-(weights.size or 0) // config.shards)
-    return runtime.store.obtain(**identity, make=make, size=size, divided=True)
+    size = -(-(unit[2].size or 0) // config.shards)
+    return runtime.store.obtain(**_identity(runtime, config, unit, shard), make=make, size=size, divided=True)
+
+
+def _identity(runtime: Runtime, config: ProxyConfig, unit: Unit, shard: int) -> dict[str, Any]:
+    member, epoch, weights = unit
+    settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
+    if config.ensemble == "mc_dropout":
+        # the members share their parent, the weights, so without these entries they would share one fingerprint
+        settings |= {"masks_of": member, "seed": runtime.seed}
+    slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
+    return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}
 
 
 def collect_rows(
@@ -62,17 +96,15 @@ def collect_rows(
     folder: Path,
     config: ProxyConfig,
     inputs: ProxyInputs,
-    member: int,
-    epoch: int,
-    weights: Artifact,
+    unit: Unit,
     shard: int,
     label: str = "norms",
 ) -> dict[str, Any]:
-    """Collect the norms of one shard at `weights`, write them to `folder`, and return the artifact's `info`."""
+    """Collect the norms of one shard, write them to `folder`, and return the artifact's `info`."""
+    member, epoch, weights = unit
     encoded = shard_of(inputs.encoded, shard, config.shards)
-    masks = None
-    if config.ensemble == "mc_dropout":
-        masks = _mask_seed(runtime, member, epoch)
+    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
+    masks = derive_seed(runtime.seed, "mc_dropout", member, epoch) if config.ensemble == "mc_dropout" else None
     with (
         # the seed 0 has no effect, because the member's weights replace the new adapter's
         adapter(inputs.backbone, config.lora, 0, runtime.compute) as adapted,
@@ -81,8 +113,8 @@ def collect_rows(
         lora.load_adapter(adapted, weights.path)
         pass_over = (adapted, encoded, inputs.budget, inputs.backbone.pad_id, runtime.compute, advance)
         columns = collect_norms(*pass_over, masks=masks, journal=runtime.journal(folder))
-    info = write_norms(folder, columns, encoded, shard, config.shards)
-    return {**info, "all_rows": len(inputs.encoded), **{name: weights.info[name] for name in ("size_A", "size_B")}}
+    info = write_norms(folder, columns, encoded, len(inputs.encoded), shard, config.shards)
+    return {**info, "size_A": weights.info["size_A"], "size_B": weights.info["size_B"]}
 
 
 def collect_norms(
@@ -96,9 +128,7 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the norms and losses of all examples at fixed weights; the model is left as it was.
-
-    The examples are divided over the ranks, and the results are gathered on every rank.
+    """Return the norms and losses of all examples at fixed weights, on every rank; the model is left as it was.
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
@@ -132,23 +162,3 @@ def collect_norms(
         with keyboard_interrupts():
             quiet_trainer(compute, "auto", [norms, bar]).validate(module, loader, verbose=False)
     return norms.records.of_all_ranks(len(encoded), device_of(compute)).columns(encoded)
-
-
-def is_collected(runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int) -> bool:
-    """Return whether the store has what `collect` would make."""
-    return runtime.store.has(**_identity(runtime, config, member, epoch, weights, shard))
-
-
-def _identity(
-    runtime: Runtime, config: ProxyConfig, member: int, epoch: int, weights: Artifact, shard: int
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
-    if config.ensemble == "mc_dropout":
-        # the members share their parent, the weights, so without these entries they would share one fingerprint
-        settings |= {"masks_of": member, "seed": runtime.seed}
-    slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
-    return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}
-
-
-def _mask_seed(runtime: Runtime, member: int, epoch: int) -> int:
-    return derive_seed(runtime.seed, "mc_dropout", member, epoch)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from safetensors.torch import load_file
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
-from gradsift.journal import Journal
-from gradsift.runtime import Advance, Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
-from gradsift.training.curves import write_curve
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.optimization import Optimization
+from gradsift.training.optimization import Optimization, write_curve
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -38,49 +33,44 @@ class ProxyInputs(NamedTuple):
     budget: TokenBudget  # shared by all adapters: after memory has run out, all take fewer tokens per pass
 
 
-class EpochStart(NamedTuple):
-    """The state from which an epoch starts."""
+class Epoch(NamedTuple):
+    """One epoch of an adapter's training."""
 
+    plan: Sequence[Sequence[int]]  # batches, as positions in the examples
+    optimization: Optimization
     first_step: int  # optimiser steps of earlier epochs
+    lora_seed: int  # of the first epoch's A
     dropout_seed: int
-    previous: Artifact | None  # the epoch before; None for the first
+    previous: Artifact | None  # the epoch before, from which this one continues; None for the first
+    folder: Path  # of the artifact in the making
+    callbacks: Sequence[Callback]
 
+    def start(self, adapted: Any, inputs: ProxyInputs) -> ProxyMember:
+        """Return the module that trains the model's active adapter."""
+        # imported where a training starts: Lightning takes seconds to import, and most runs reuse their trainings
+        from gradsift.training.modules import ProxyMember
 
-def member_table(
-    runtime: Runtime,
-    stage: str,
-    file: str,
-    config: LoraConfig,
-    member: Artifact,
-    load: Callable[[], ProxyInputs],
-    columns: Callable[[Any, ProxyInputs, Advance, Journal], Mapping[str, np.ndarray]],
-    *,
-    passes: int,
-    version: int,
-) -> Artifact:
-    """Return the artifact of the table `file`, which `columns` computes from the examples at a member's weights.
+        pad_id = inputs.backbone.pad_id
+        module = ProxyMember(adapted, self.optimization, inputs.budget, pad_id, self.first_step, self.dropout_seed)
+        if self.previous is not None:
+            lora.load_adapter(adapted, self.previous.path)
+            module.optimizer_state = load_file(self.previous.file(OPTIMIZER_FILE))
+        return module
 
-    Args:
-        stage: names the artifact and the progress bar.
-        member: the artifact of a member's epoch, which contains the adapter.
-        load: called only if the table has to be made.
-        columns: computes the table from the adapted model, its inputs, a progress function and a journal.
-        passes: how many times `columns` passes over the examples.
-    """
-    slug = member.path.name.rsplit("-", 1)[0]
+    def write(self, module: ProxyMember, inputs: ProxyInputs, steps: int) -> dict[str, Any]:
+        """Write adapter, optimiser state and curve after `steps` steps of this process.
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
-        with (
-            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task(f"{stage} of {slug}", passes * len(inputs.encoded)) as advance,
-        ):
-            lora.load_adapter(adapted, member.path)
-            table = columns(adapted, inputs, advance, runtime.journal(folder))
-        pq.write_table(pa.table(table), folder / file)
-        return {"rows": len(inputs.encoded)}
+        Returns:
+            The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
+            Frobenius norms of the adapter's A and B over all layers, `size_A` and `size_B`.
+        """
+        from gradsift.training.finetuning import step_counts
 
-    return runtime.store.obtain(stage, slug, {}, [member], make, version=version)
+        parameters = lora.trainable_parameters(module.model)
+        lora.save_optimizer(module.optimizer, parameters, self.folder / OPTIMIZER_FILE)
+        lora.save_adapter(module.model, self.folder)
+        write_curve(self.folder, module.curve)
+        return {**step_counts(module, steps), "rows": len(inputs.encoded), **lora.factor_sizes(module.model)}
 
 
 @contextmanager
@@ -91,61 +81,15 @@ def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeC
         yield adapted.to(device_of(compute))
     finally:
         # also after an error: all members, and the stages after them, share this backbone
-        lora.remove_adapter(adapted)
+        adapted.unload()
 
 
-def train_epoch(
-    adapted: Any,
-    inputs: ProxyInputs,
-    optimization: Optimization,
-    plan: Sequence[Sequence[int]],
-    start: EpochStart,
-    folder: Path,
-    compute: ComputeConfig,
-    callbacks: Sequence[Callback],
-) -> dict[str, Any]:
-    """Train on the batches of `plan` (positions in `inputs.encoded`); write adapter, optimiser state and curve.
-
-    Returns:
-        The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
-        Frobenius norms of the adapter's A and B over all layers, `size_A` and `size_B`.
-    """
-    # imported in the functions that train: Lightning takes seconds to import, and most runs reuse their trainings
+def train_epoch(inputs: ProxyInputs, epoch: Epoch, config: LoraConfig, compute: ComputeConfig) -> dict[str, Any]:
+    """Train an adapter for one epoch, and write and return what `Epoch.write` does."""
     from gradsift.training.finetuning import fit
 
-    module = start_epoch(adapted, inputs, optimization, start)
-    callbacks = [*callbacks, optimizer_keeper(folder)]
-    steps = fit(module, inputs.encoded, plan, compute=compute, callbacks=callbacks, folder=folder)
-    return write_epoch(module, inputs, steps, folder)
-
-
-def start_epoch(adapted: Any, inputs: ProxyInputs, optimization: Optimization, start: EpochStart) -> ProxyMember:
-    """Return the module that trains an epoch, with weights and optimiser state of the epoch before if there is one."""
-    from gradsift.training.modules import ProxyMember
-
-    pad_id = inputs.backbone.pad_id
-    module = ProxyMember(adapted, optimization, inputs.budget, pad_id, start.first_step, start.dropout_seed)
-    if start.previous is not None:
-        lora.load_adapter(adapted, start.previous.path)
-        # a path and not the state, because Lightning makes the optimiser when the training starts
-        module.restore_from = start.previous.file(OPTIMIZER_FILE)
-    return module
-
-
-def optimizer_keeper(folder: Path) -> Callback:
-    """Return a callback that writes the optimiser's state after the training; the next epoch continues from it."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    def save(trainer: Any, module: Any) -> None:
-        lora.save_optimizer(module.optimizer, lora.trainable_parameters(module.model), folder / OPTIMIZER_FILE)
-
-    return LambdaCallback(on_train_end=save)
-
-
-def write_epoch(module: ProxyMember, inputs: ProxyInputs, steps: int, folder: Path) -> dict[str, Any]:
-    """Write adapter and curve after `steps` steps of this process, and return what `train_epoch` returns."""
-    from gradsift.training.finetuning import step_counts
-
-    lora.save_adapter(module.model, folder)
-    write_curve(folder, module.curve)
-    return {**step_counts(module, steps), "rows": len(inputs.encoded), **lora.factor_sizes(module.model)}
+    with adapter(inputs.backbone, config, epoch.lora_seed, compute) as adapted:
+        module = epoch.start(adapted, inputs)
+        plan, callbacks, folder = epoch.plan, epoch.callbacks, epoch.folder
+        steps = fit(module, inputs.encoded, plan, compute=compute, callbacks=callbacks, folder=folder)
+        return epoch.write(module, inputs, steps)

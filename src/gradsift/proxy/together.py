@@ -8,9 +8,9 @@ member that has steps left. After an interruption, each member continues from it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,91 +18,42 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gradsift.config import ComputeConfig
+from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.tokens import Encoded
-from gradsift.gradients.callback import GradientNormCallback
-from gradsift.gradients.norms_table import write_norms
-from gradsift.proxy.epochs import EpochStart, ProxyInputs, optimizer_keeper, start_epoch, write_epoch
-from gradsift.proxy.trajectory import Trajectory
-from gradsift.runtime import Advance
-from gradsift.training.finetuning import ShowProgress, require_finite_weights, train, with_save_point
-from gradsift.training.lanes import Lanes
+from gradsift.proxy.epochs import Epoch, ProxyInputs
+from gradsift.training.finetuning import require_finite_weights, train, with_save_point
+from gradsift.training.lora import Lanes
 from gradsift.training.modules import AdapterModule, ProxyMember, Step
-from gradsift.training.optimization import Optimization
-
-
-class MemberEpoch:
-    """One member's part in an epoch: its batches, its state at the start, its callbacks and its folder."""
-
-    def __init__(
-        self,
-        plan: Sequence[Sequence[int]],
-        optimization: Optimization,
-        start: EpochStart,
-        lora_seed: int,
-        folder: Path,
-        with_norms: bool,
-    ) -> None:
-        """
-        Args:
-            plan: batches, as positions in the examples.
-            with_norms: whether the per-sample norms are recorded during the steps.
-        """
-        self.plan, self.optimization, self.start = plan, optimization, start
-        self.lora_seed, self.folder = lora_seed, folder
-        self._norms = GradientNormCallback() if with_norms else None
-        self._trajectory: Trajectory | None = None
-
-    def callbacks(self, adapted: Any, advance: Advance) -> list[L.Callback]:
-        """Return callbacks for the training of the model's active adapter."""
-        self._trajectory = Trajectory(adapted, self.start.first_step, len(self.plan))
-        return [ShowProgress(advance), self._trajectory, *([self._norms] if self._norms else [])]
-
-    def write(self, inputs: ProxyInputs) -> dict[str, Any]:
-        """Write the trajectory and the norms; return entries for the artifact's `info`, {} if no norms are recorded."""
-        if self._trajectory is not None:
-            self._trajectory.write(self.folder)
-        if self._norms is None:
-            return {}
-        encoded = inputs.encoded
-        info = write_norms(self.folder, self._norms.records.columns(encoded), encoded, shard=0, shards=1)
-        return {**info, "all_rows": len(encoded)}
 
 
 def train_together(
-    lanes: Lanes, inputs: ProxyInputs, epochs: Sequence[MemberEpoch], compute: ComputeConfig, advance: Advance
+    inputs: ProxyInputs, epochs: Sequence[Epoch], config: LoraConfig, compute: ComputeConfig
 ) -> list[dict[str, Any]]:
-    """Train each member over an epoch, and write into its folder what `train_epoch` writes.
+    """Train each member over an epoch, and write and return what `Epoch.write` does, with `forward_tokens`."""
+    with closing(Lanes(inputs.backbone.model, config, [epoch.lora_seed for epoch in epochs])) as adapters:
+        members, callbacks, left = [], [], []
+        for lane, epoch in enumerate(epochs):
+            adapters.activate(lane)
+            member = epoch.start(adapters.adapted, inputs)
+            own = with_save_point(member, inputs.encoded, epoch.plan, epoch.callbacks, compute, epoch.folder)
+            # `with_save_point` has restored the member, and `curve` has an entry for each step that it had taken
+            left.append(epoch.plan[len(member.curve) :])
+            members.append(member)
+            callbacks.append(own)
 
-    Args:
-        lanes: a fresh adapter for each of `epochs`.
+        def step(batches: Sequence[Sequence[int] | None]) -> Step:
+            rows = [(lane, place) for lane, batch in enumerate(batches) for place in batch or ()]
+            return Step([replace(inputs.encoded[place], lane=lane) for lane, place in rows])
 
-    Returns:
-        For each member, what `train_epoch` returns, and `forward_tokens`.
-    """
-    members, callbacks, left = [], [], []
-    for lane, epoch in enumerate(epochs):
-        lanes.activate(lane)
-        member = start_epoch(lanes.adapted, inputs, epoch.optimization, epoch.start)
-        own = [*epoch.callbacks(lanes.adapted, advance), optimizer_keeper(epoch.folder)]
-        callbacks.append(with_save_point(member, inputs.encoded, epoch.plan, own, compute, epoch.folder))
-        # `with_save_point` has restored the member, and `curve` has an entry for each step that it had taken
-        left.append(epoch.plan[len(member.curve) :])
-        members.append(member)
-
-    def step(batches: Sequence[Sequence[int] | None]) -> Step:
-        rows = [(lane, place) for lane, batch in enumerate(batches) for place in batch or ()]
-        return Step([replace(inputs.encoded[place], lane=lane) for lane, place in rows])
-
-    loader: Any = DataLoader(list(zip_longest(*left)), batch_size=None, collate_fn=step)  # type: ignore[arg-type]
-    train(Members(lanes, members), loader, compute, [_OfEachMember(callbacks)])
-    infos = []
-    for lane, (member, epoch) in enumerate(zip(members, epochs, strict=True)):
-        lanes.activate(lane)
-        require_finite_weights(member)
-        info = write_epoch(member, inputs, len(left[lane]), epoch.folder)
-        taken = member.curve[len(member.curve) - len(left[lane]) :]
-        infos.append({**info, "forward_tokens": sum(int(entry["tokens"]) for entry in taken)})
+        loader: Any = DataLoader(list(zip_longest(*left)), batch_size=None, collate_fn=step)  # type: ignore[arg-type]
+        train(Members(adapters, members), loader, compute, [_OfEachMember(callbacks)])
+        infos = []
+        for lane, (member, epoch) in enumerate(zip(members, epochs, strict=True)):
+            adapters.activate(lane)
+            require_finite_weights(member)
+            info = epoch.write(member, inputs, len(left[lane]))
+            taken = member.curve[len(member.curve) - len(left[lane]) :]
+            infos.append({**info, "forward_tokens": sum(int(entry["tokens"]) for entry in taken)})
     return infos
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from gradsift.gradients.probes import ADAPTER
 from gradsift.runtime import derive_seed
 from gradsift.training import lora
-from gradsift.training.curves import TRAJECTORY_FILE
+from gradsift.training.optimization import TRAJECTORY_FILE
 
 DIMENSIONS = 64
 POINTS = 16  # per epoch
@@ -35,22 +35,22 @@ class Trajectory(L.Callback):
     It uses none of the training's random streams and does not change the training.
     """
 
-    def __init__(self, adapted: Any, first_step: int, steps: int) -> None:
+    def __init__(self, first_step: int, steps: int, folder: Path) -> None:
         """
         Args:
-            adapted: the model whose adapter trains.
             first_step: optimiser steps of earlier epochs.
             steps: optimiser steps of this epoch.
+            folder: gets `steps` (P,), optimiser steps since the first epoch began, and `points` (P, D) float32.
         """
-        layers = dict(lora.lora_layers(adapted))
-        self._layers = [(layer, *_signs(name, layer)) for name, layer in layers.items()]
         self._first = first_step
         self._wanted = {round(steps * part / POINTS) for part in range(1, POINTS + 1)} - {0}
+        self._folder = folder
         self._done = 0  # steps of this epoch
         self._steps: list[int] = []
         self._points: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        self._layers = [(layer, *_signs(name, layer)) for name, layer in lora.lora_layers(module.model)]
         if self._first == 0 and not self._steps:
             self._record()
 
@@ -58,6 +58,9 @@ class Trajectory(L.Callback):
         self._done += 1
         if self._done in self._wanted:
             self._record()
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        save_file(self._tensors(), self._folder / TRAJECTORY_FILE)
 
     @torch.no_grad()
     def _record(self) -> None:
@@ -71,6 +74,10 @@ class Trajectory(L.Callback):
         self._steps.append(self._first + self._done)
         self._points.append(point / DIMENSIONS**0.5)
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        points = torch.stack(self._points) if self._points else torch.zeros(0, DIMENSIONS)
+        return {"steps": torch.tensor(self._steps, dtype=torch.int64), "points": points}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"done": torch.tensor(self._done), **self._tensors()}
 
@@ -78,14 +85,6 @@ class Trajectory(L.Callback):
         self._done = int(state_dict["done"])
         self._steps = state_dict["steps"].tolist()
         self._points = list(state_dict["points"])
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        points = torch.stack(self._points) if self._points else torch.zeros(0, DIMENSIONS)
-        return {"steps": torch.tensor(self._steps, dtype=torch.int64), "points": points}
-
-    def write(self, folder: Path) -> None:
-        """Write `steps` (P,), optimiser steps since the first epoch began, and `points` (P, D) float32."""
-        save_file(self._tensors(), folder / TRAJECTORY_FILE)
 
 
 def _signs(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from gradsift.errors import ConfigError, command
-from gradsift.report.figures.style import Format
+from gradsift.report.figures.style import FORMATS
 from gradsift.report.page import write_report
 from gradsift.run_folder import REPORT_FILE
 
@@ -23,10 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", default="png,svg", help="formats of the figures' files (default: png,svg)")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", help="the store, if it has moved")
     options = parser.parse_args(arguments)
-    known: dict[str, Format] = {form: form for form in get_args(Format)}
-    if unknown := [name for name in options.format.split(",") if name not in known]:
-        raise ConfigError(f"--format {unknown[0]!r} is not a format of figures; choose from {', '.join(known)}")
-    formats = [known[name] for name in options.format.split(",")]
+    formats = options.format.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ConfigError(f"--format {unknown[0]!r} is not a format of figures; choose from {', '.join(FORMATS)}")
     print(f"report: {write_report(options.run, options.to, formats=formats, artifacts=options.artifacts)}")
 
 

@@ -1,8 +1,8 @@
 """The noise audit of a sweep: every method side by side, on the terminal and in audit.json, audit.csv and audit.md.
 
-Methods are compared on the same corrupted dataset. If datasets differ by seeds alone, the tables show each method's
-means over the datasets, and the CSV has lines for each dataset. If the sweep varies an option of the data, each value
-of the option gets its own tables. A method that did not finish on one of the datasets is left out of the means.
+If datasets differ by seeds alone, the tables show each method's means over the datasets, and the CSV has lines for each
+dataset. If the sweep varies an option of the data, each value of the option gets its own tables. A method that did not
+finish on one of the datasets is left out of the means.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradsift.report.run_tables import SEED_KEYS, Run, method_name, with_settings
+from gradsift.report.run_tables import SEED_KEYS, Run, grouped, method_name, with_settings
 from gradsift.report.table import Table, fixed, write_records
 from gradsift.selection.audit import AUDIT_FILE
 
 Figures = Mapping[str, Any]  # the audit of one method, as `selection.audit.audit` returns it
-Verdict = Mapping[str, list[str]]  # alphas (as text) by outcome
+Verdict = Mapping[str, str]  # CLEANER, DIRTIER, TOO_FEW or "" by alpha (as text)
 
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
-CLEANER, DIRTIER, TOO_FEW, AS_CHANCE = "cleaner", "dirtier", "too few rows", "no different"
+CLEANER, DIRTIER, TOO_FEW = "cleaner", "dirtier", "too few rows"
 # keys of overrides that are left out of a method's name: the name has the scorer anyway; no audit depends on the others
 _TOLD_APART = ("scorer", "alpha", "target")
 _SPREADS = 2  # standard deviations of a random draw within which a spoilt share counts as chance
@@ -51,10 +51,10 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
     """Return the audits of jobs (pairs of a `run.json`'s path and its content); None if no job was audited."""
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
-    overrides = [run.get("overrides") or [] for _, run in jobs]
+    records = [run for _, run in jobs]
+    overrides = [run.get("overrides") or [] for run in records]
     keys = {override.split("=", 1)[0] for own in overrides for override in own}
     of_data = {key for key in keys if key == "data" or key.startswith("data.")}
-    records = [run for _, run in jobs]
     runs, with_data = with_settings(records, (*_TOLD_APART, *of_data)), with_settings(records, tuple(keys - of_data))
     for (path, _), run, data_run, own in zip(jobs, runs, with_data, overrides, strict=True):
         given = dict(override.split("=", 1) for override in own if "=" in override)
@@ -71,10 +71,14 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
         elif run["status"] in (FAILED, "interrupted"):
             failed.append({"method": name, **about, "error": run["error"]})
     for dataset in datasets.values():
-        dataset["overlap"] = _overlap(dataset["methods"])
-        for figures in dataset["methods"].values():
+        positions: dict[str, dict[str, list[int]]] = {}  # by alpha and method
+        for name, figures in dataset["methods"].items():
             for selection in figures["selections"]:
-                del selection["positions"]
+                positions.setdefault(f"{selection['alpha']:g}", {})[name] = selection.pop("positions")
+        dataset["overlap"] = {
+            alpha: {one: {other: jaccard(own[one], own[other]) for other in own} for one in own}
+            for alpha, own in positions.items()
+        }
     return SweepAudit(list(datasets.values()), failed) if datasets else None
 
 
@@ -84,22 +88,10 @@ def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
     return len(set(one) & set(other)) / len(union) if union else 1.0
 
 
-def _overlap(methods: Mapping[str, Figures]) -> dict[str, dict[str, dict[str, float]]]:
-    positions: dict[str, dict[str, list[int]]] = {}  # by alpha and method
-    for name, figures in methods.items():
-        for cell in figures["selections"]:
-            positions.setdefault(f"{cell['alpha']:g}", {})[name] = cell["positions"]
-    return {
-        alpha: {one: {other: jaccard(own[one], own[other]) for other in own} for one in own}
-        for alpha, own in positions.items()
-    }
-
-
 def mean_of(values: Sequence[Any]) -> Any:
-    """Return the average of nested structures, number by number.
+    """Return the average of nested structures, number by number, or None where any has None.
 
-    A number is None if any structure has None there. Texts come from the first structure, keys that a structure lacks
-    are left out, and lists are cut to the shortest.
+    Texts come from the first structure, keys that a structure lacks are left out, and lists are cut to the shortest.
     """
     first = values[0]
     if isinstance(first, Mapping):
@@ -116,39 +108,31 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 
 def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
-    """Return the tables of an audit.
+    """Return the tables of an audit, with the overlap at the middle alpha only if `brief`, else at every alpha."""
+    by_options = grouped(audit.datasets, lambda dataset: str(dataset["options"]))
+    tables = []
+    for options, datasets in by_options.items():
+        failed = [failure["method"] for failure in audit.failed if failure["options"] == options]
+        tables += _tables_of(options, datasets, failed, brief)
+    return tables
 
-    Args:
-        brief: whether to show the overlap at the middle alpha only (terminal) or at every alpha (`audit.md`).
-    """
-    groups = dict.fromkeys(dataset["options"] for dataset in audit.datasets)
-    return [table for options in groups for table in _tables_of(audit, options, brief)]
 
-
-def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
-    """Return the tables of the datasets with these data options, which differ only by seeds.
-
-    The list is empty if no method was audited on all of them.
-    """
-    datasets = [dataset for dataset in audit.datasets if dataset["options"] == options]
-    failed = [failure["method"] for failure in audit.failed if failure["options"] == options]
+def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequence[str], brief: bool) -> list[Table]:
+    """Return the tables of datasets that differ only by seeds; none if no method was audited on all of them."""
     names = dict.fromkeys(name for dataset in datasets for name in dataset["methods"])
     everywhere = [name for name in names if all(name in dataset["methods"] for dataset in datasets)]
     if not everywhere:
         return []
     means = {name: mean_of([dataset["methods"][name] for dataset in datasets]) for name in everywhere}
     methods = dict(sorted(means.items(), key=lambda item: sum(cell["spoilt"] for cell in item[1]["selections"])))
-    absent = []
+    different = len({dataset["data"] for dataset in datasets})
+    tables = [_spoilt_table(methods, different), _kinds_table(methods)]
     for name in dict.fromkeys((*names, *failed)):
         if name not in methods:
             count = sum(name not in dataset["methods"] for dataset in datasets)
             where = f" on {count} of {len(datasets)} datasets" if name in names else ""
-            absent.append([name, (FAILED if name in failed else "not run") + where])
-    different = len({dataset["data"] for dataset in datasets})
-    tables = [_spoilt_table(methods, different), _kinds_table(methods)]
-    for number, table in enumerate(tables):
-        padded = [[*row, *[""] * (len(table.header) - len(row))] for row in absent]
-        tables[number] = replace(table, rows=[*table.rows, *padded])
+            row = [name, (FAILED if name in failed else "not run") + where]
+            tables = [replace(each, rows=[*each.rows, [*row, *[""] * (len(each.header) - 2)]]) for each in tables]
     tables += _groups_table(methods)
     overlap = mean_of([dataset["overlap"] for dataset in datasets])
     alphas = [list(overlap)[len(overlap) // 2]] if brief else list(overlap)
@@ -162,35 +146,33 @@ def _tables_of(audit: SweepAudit, options: str, brief: bool) -> list[Table]:
 
 
 def _verdict(figures: Figures, datasets: int) -> Verdict:
-    """Return the alphas at which a selection is cleaner or dirtier than chance, or has too few rows to be cleaner.
+    """Return for each alpha whether the selection is CLEANER or DIRTIER than chance, TOO_FEW rows, or neither ("").
 
     Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
-    few rows if even one without a spoilt row would be within chance.
-
-    Args:
-        datasets: number of different datasets that the figures are means over. The mean of several random draws varies
-            less than one draw, but only if the datasets have different corrupted rows.
+    few rows if even one without a spoilt row would be within chance. `datasets` is the number of different datasets
+    that the figures are means over: the mean of several random draws varies less than one draw, but only if the
+    datasets have different corrupted rows.
     """
-    verdict: dict[str, list[str]] = {CLEANER: [], DIRTIER: [], TOO_FEW: []}
+    verdict = {}
     for cell in figures["selections"]:
         chance = _SPREADS * cell["spoilt_random_sd"] / math.sqrt(datasets)
+        verdict[_alpha(cell)] = TOO_FEW if chance >= figures["spoilt"] else ""
         if cell["spoilt"] < figures["spoilt"] - chance:
-            verdict[CLEANER].append(_alpha(cell))
+            verdict[_alpha(cell)] = CLEANER
         elif cell["spoilt"] > figures["spoilt"] + chance:
-            verdict[DIRTIER].append(_alpha(cell))
-        elif chance >= figures["spoilt"]:
-            verdict[TOO_FEW].append(_alpha(cell))
+            verdict[_alpha(cell)] = DIRTIER
     return verdict
 
 
-def _verdict_text(verdict: Verdict, alphas: Sequence[str]) -> str:
+def _verdict_text(verdict: Verdict) -> str:
     """Return a verdict as text, such as "cleaner" (at all alphas), "dirtier at 5 %" (only there) or "no different"."""
-    parts = [
-        word if verdict[word] == alphas else f"{word} at {', '.join(verdict[word])}"
-        for word in (CLEANER, DIRTIER)
-        if verdict[word]
-    ]
-    return "; ".join(parts) or (TOO_FEW if verdict[TOO_FEW] == alphas else AS_CHANCE)
+    if set(verdict.values()) in ({CLEANER}, {DIRTIER}, {TOO_FEW}):
+        return next(iter(verdict.values()))
+    parts = []
+    for word in (CLEANER, DIRTIER):
+        if alphas := [alpha for alpha, outcome in verdict.items() if outcome == word]:
+            parts.append(f"{word} at {', '.join(alphas)}")
+    return "; ".join(parts) or "no different"
 
 
 def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) -> str:
@@ -201,9 +183,9 @@ def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) ->
     cleaner = [
         f"{name} ({methods[name]['selections'][middle]['families']:.1f})"
         for name, verdict in verdicts.items()
-        if verdict[CLEANER] == alphas
+        if set(verdict.values()) == {CLEANER}
     ]
-    dirtier = [name for name, verdict in verdicts.items() if verdict[DIRTIER]]
+    dirtier = [name for name, verdict in verdicts.items() if DIRTIER in verdict.values()]
     families = f" (families kept at {alphas[middle]}, of {base['families_pool']:.1f})" if cleaner else ""
     lines = [f"Cleaner than a random draw at every alpha: {', '.join(cleaner) or 'none'}{families}."]
     if dirtier:
@@ -216,7 +198,7 @@ def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) ->
                 short.append(f"{name} ({cell['rows']:.4g} of {most:.4g} at {_alpha(cell)})")
     if short:
         lines.append(f"Fewer rows than others selected: {', '.join(short)}.")
-    if few := [alpha for alpha in alphas if any(alpha in verdict[TOO_FEW] for verdict in verdicts.values())]:
+    if few := [alpha for alpha in alphas if any(verdict[alpha] == TOO_FEW for verdict in verdicts.values())]:
         lines.append(
             f"At {', '.join(few)} too few rows are selected to tell: even a selection without a spoilt row is within "
             "chance. Take more rows (data.limit), a larger data.corruption.share, or means over "
@@ -237,8 +219,7 @@ def _spoilt_table(methods: Mapping[str, Figures], datasets: int) -> Table:
     for name, figures in methods.items():
         spoilt = [fixed(cell["spoilt"], 2) for cell in figures["selections"]]
         families = [fixed(cell["families"], 1) for cell in figures["selections"]]
-        verdict = _verdict_text(verdicts[name], alphas)
-        rows.append([name, *spoilt, verdict, fixed(figures["auroc_spoilt"], 2), *families])
+        rows.append([name, *spoilt, _verdict_text(verdicts[name]), fixed(figures["auroc_spoilt"], 2), *families])
     varies = ", ".join(f"{cell['spoilt_random_sd']:.3f} at {_alpha(cell)}" for cell in cells)
     kind = "clusters of prompts" if base["families"] == "clusters" else "kinds of task"
     title = f"spoilt share and effective families ({kind}); the spoilt share of a random draw varies by {varies}"
@@ -283,8 +264,8 @@ def _alpha(cell: Figures) -> str:
 
 def write_audit(folder: Path, audit: SweepAudit) -> None:
     """Write audit.json (without the selected positions), audit.csv (a line per method, dataset, alpha) and audit.md."""
-    content = {"datasets": audit.datasets, "failed": audit.failed}
-    (folder / AUDIT_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(audit), indent=1, allow_nan=False)
+    (folder / AUDIT_FILE).write_text(text + "\n", encoding="utf-8")
     rows = [row for dataset in audit.datasets for row in _flat(dataset)]
     rows += [{**failure, "seeds": " ".join(failure["seeds"]), "status": FAILED} for failure in audit.failed]
     write_records(folder / "audit.csv", rows)
@@ -301,8 +282,7 @@ def _flat(dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         pool = {f"{key}_pool": figures[key] for key in ("rows", "spoilt", "duplicates")}
         pool["families_pool"] = figures["families_pool"]
         aurocs = {"auroc_spoilt": figures["auroc_spoilt"]}
-        for key, values in {**figures["kinds"], **figures["groups"]}.items():
-            aurocs[f"auroc_{key}"] = values["auroc"]
+        aurocs |= {f"auroc_{key}": each["auroc"] for key, each in {**figures["kinds"], **figures["groups"]}.items()}
         for cell in figures["selections"]:
             plain = {key: value for key, value in cell.items() if not isinstance(value, Mapping)}
             shares = {f"share_{kind}": share for kind, share in {**cell["qualities"], **cell["groups"]}.items()}

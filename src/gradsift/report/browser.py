@@ -19,6 +19,7 @@ import numpy as np
 from gradsift.data.examples import Example
 from gradsift.pages import presentable
 from gradsift.report.material import Material, Run
+from gradsift.report.run_tables import grouped
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
 from gradsift.selection.choice import best_first
 
@@ -50,19 +51,14 @@ class Pool:
 class Packed(NamedTuple):
     """A pool in the form that is written into the page."""
 
-    name: str
-    rows: int
     about: dict[str, Any]  # for JSON: names, and the type and offset of each column
     data: str  # base64 of gzip
 
 
 def pools(material: Material) -> list[Pool]:
     """Return the pools of all runs that have data, scores and a selection in the store; other runs are left out."""
-    groups: dict[str, list[Run]] = {}
-    for run in material.runs:
-        if run.data is not None and run.has("load") and run.has("score") and run.has("select"):
-            groups.setdefault(run.data, []).append(run)
-    return [_pool(material, runs) for runs in groups.values()]
+    runs = [run for run in material.runs if run.has("load") and run.has("score") and run.has("select")]
+    return [_pool(material, group) for group in grouped(runs, lambda run: run.data).values()]
 
 
 def _pool(material: Material, runs: Sequence[Run]) -> Pool:
@@ -79,18 +75,14 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
         if scored not in methods:
             methods[scored] = len(pool.methods)
             names = [method["name"] for method in pool.methods]
-            pool.methods.append(_method(material, run, _unused(run.method, run.record.get("seed"), names)))
+            candidates = [run.method, f"{run.method}, seed {run.record.get('seed')}"]
+            candidates += [f"{run.method} ({number})" for number in range(2, len(names) + 3)]
+            unused = next(candidate for candidate in candidates if candidate not in names)
+            pool.methods.append(_method(material, run, unused))
         if selected not in selections:
             selections.add(selected)
             pool.selections.append(_selection(material, run, pool, methods[scored]))
     return pool
-
-
-def _unused(name: str, seed: Any, names: Sequence[str]) -> str:
-    """Return `name`, with the seed or a number added if it is one of `names` already."""
-    candidates = [name] if seed is None else [name, f"{name}, seed {seed}"]
-    candidates += [f"{name} ({number})" for number in range(2, len(names) + 3)]
-    return next(candidate for candidate in candidates if candidate not in names)
 
 
 def _method(material: Material, run: Run, name: str) -> dict[str, Any]:
@@ -136,51 +128,39 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
     }
 
 
-# ------------------------------------------------------------------------------------------- packed
-
-
-class _Columns:
-    """The bytes of all columns. Each column begins at a multiple of four bytes; equal columns are stored once."""
-
-    def __init__(self, rows: np.ndarray) -> None:
-        """
-        Args:
-            rows: (n,) positions of the examples to store.
-        """
-        self.bytes = bytearray()
-        self._rows = rows
-        self._places: dict[tuple[str, bytes], int] = {}
-
-    def described(self, value: Any) -> Any:
-        """Append to `bytes` the page's n entries of every array (N,) in the nested `value`.
-
-        Returns:
-            A copy of `value` with `[type, offset]` in place of each array. Types are f4, u4, u2 and u1, little-endian.
-        """
-        if isinstance(value, Mapping):
-            return {key: self.described(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.described(item) for item in value]
-        if not isinstance(value, np.ndarray):
-            return value
-        kind = f"{value.dtype.kind}{value.dtype.itemsize}"
-        data = value[self._rows].astype(f"<{kind}").tobytes()
-        if (kind, data) not in self._places:
-            self.bytes += bytes(-len(self.bytes) % 4)
-            self._places[kind, data] = len(self.bytes)
-            self.bytes += data
-        return [kind, self._places[kind, data]]
-
-
 def pack(pool: Pool, most: int = MOST) -> Packed:
     """Return at most `most` examples of a pool in packed form: columns (scores as 32-bit floats), then texts."""
     rows = held(pool, most)
-    columns = _Columns(rows)
+    packed = bytearray()
+    offsets: dict[tuple[str, bytes], int] = {}  # equal columns are stored once
+
+    def described(value: Any) -> Any:
+        """Append the page's n entries of every array (N,) in the nested `value`, from a multiple of four bytes on.
+
+        Returns a copy of `value` with `[type, offset]` in place of each array; types are f4, u4, u2, u1, little-endian.
+        """
+        if isinstance(value, Mapping):
+            return {key: described(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [described(item) for item in value]
+        if not isinstance(value, np.ndarray):
+            return value
+        kind = f"{value.dtype.kind}{value.dtype.itemsize}"
+        data = value[rows].astype(f"<{kind}").tobytes()
+        if (kind, data) not in offsets:
+            packed.extend(bytes(-len(packed) % 4))
+            offsets[kind, data] = len(packed)
+            packed.extend(data)
+        return [kind, offsets[kind, data]]
+
     count = len(pool.examples)
     labels, label = _coded(pool.quality or [""] * count)
     families, family = _coded(pool.family or [""] * count)
-    fields = [_fields(example) for example in pool.examples]
-    about = columns.described(
+    fields = []
+    for example in pool.examples:
+        before = "\n".join(f"{turn.role}: {turn.content}" for turn in example.history)
+        fields.append((example.instruction, example.input, example.output, before))
+    about = described(
         {
             "name": pool.name,
             "rows": len(rows),
@@ -196,10 +176,10 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
             "hidden": np.array([sum(max(0, len(text) - CUT) for text in texts) for texts in fields], np.uint32),
         }
     )
-    about["texts"] = len(columns.bytes)
+    about["texts"] = len(packed)
     texts = _END.join(_FIELD.join(presentable(text[:CUT]) for text in fields[row]) for row in rows)
-    packed = gzip.compress(bytes(columns.bytes) + texts.encode("utf-8"), 4, mtime=0)
-    return Packed(pool.name, len(rows), about, base64.b64encode(packed).decode("ascii"))
+    data = gzip.compress(bytes(packed) + texts.encode("utf-8"), 4, mtime=0)
+    return Packed(about, base64.b64encode(data).decode("ascii"))
 
 
 def held(pool: Pool, most: int) -> np.ndarray:
@@ -219,12 +199,6 @@ def held(pool: Pool, most: int) -> np.ndarray:
     others = np.flatnonzero(~selected)
     evenly = others[np.linspace(0, len(others) - 1, room).astype(int)] if room > 0 else others[:0]
     return np.union1d(np.flatnonzero(selected), evenly)
-
-
-def _fields(example: Example) -> tuple[str, str, str, str]:
-    """Return prompt, input, response, and the turns before the prompt."""
-    before = "\n".join(f"{turn.role}: {turn.content}" for turn in example.history)
-    return example.instruction, example.input, example.output, before
 
 
 def _coded(names: Sequence[str]) -> tuple[list[str], np.ndarray]:

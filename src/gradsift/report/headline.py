@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gradsift.cost import duration
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
@@ -17,17 +17,13 @@ ONE_SEED = "; with one seed, what varies from seed to seed is not in the interva
 
 
 class Tile(NamedTuple):
-    """A number in the head of the report, with its name."""
-
     name: str
     value: str
     note: str = ""
 
 
 class Note(NamedTuple):
-    """A note in the head of the report; `kind` is warning, failed or remark."""
-
-    kind: str
+    kind: str  # warning, failed or remark
     text: str
 
 
@@ -54,8 +50,10 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
         counted(len({(run.record.get("data_seed"), run.record.get("seed")) for run in known}), "seed"),
     ]
     verdicts, tiles = _best(material)
-    failed, stopped = (sum(run.status in statuses for run in runs) for statuses in (FAILED, ("stopped",)))
-    counts = {"did not": failed, "stopped as asked": stopped}
+    counts = {
+        "did not": sum(run.status in FAILED for run in runs),
+        "stopped as asked": sum(run.status == "stopped" for run in runs),
+    }
     others = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     tiles.append(Tile("runs finished", f"{len(material.finished)} of {len(runs)}", others))
     if sizes := sorted({run.record["data"]["rows"] for run in runs if "data" in run.record}):
@@ -68,10 +66,7 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:
-    """Return sentences and tiles on the cell with the highest PWS, and on the comparison of G-SNR with the baselines.
-
-    If there is no PWS, the only sentence says why.
-    """
+    """Return sentences and tiles on the cell with the highest PWS, and on how G-SNR compares with the baselines."""
     try:
         cells = cells_of(material)
     except Missing as reason:
@@ -112,24 +107,18 @@ def _invalid(row: Row) -> str:
 
 
 def _length_tile(row: Row) -> list[Tile]:
-    """Return a list with a tile of the length-controlled PWS; empty if there is none, as for a verifier."""
     value = row["pws_length_controlled"]
     return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a list with a tile: a cell's accuracy and the accuracies of the full-data and the untuned target.
-
-    If the cell has no accuracy, since its benchmark has no reference answers, the tile shows the held-out losses. The
-    list is empty if the cell has neither.
-    """
+    """Return a list with a tile of a cell's accuracy or, without reference answers, of its held-out loss, if any."""
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
     if best["accuracy"] is None:
-        return _measured_tile(
-            "its held-out loss", best["heldout_loss"], [run.get("heldout_loss") or {} for run in runs]
-        )
+        losses = [run.get("heldout_loss") or {} for run in runs]
+        return _measured_tile("its held-out loss", best["heldout_loss"], losses)
     by_benchmark = [run["accuracy"].get("by_benchmark") or {} for run in runs]
     own = [{kind: values.get(best["benchmark"]) for kind, values in each.items()} for each in by_benchmark]
     return _measured_tile("its accuracy", best["accuracy"], own)
@@ -138,8 +127,7 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
     """Return a list with a tile that shows `value`; empty if `value` is None.
 
-    The tile's note has the means over `measured` for the full-data target and for the untuned target. A mean is left
-    out if an entry lacks the value.
+    The tile's note has the means over `measured` for the full-data and the untuned target, if all entries have them.
     """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
@@ -187,39 +175,20 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
 def _settings(material: Material) -> str:
     """Return the main settings as text, each with all values that it has in the runs."""
     names = {"dataset": "data", "benchmark_sets": "benchmark"}
-    parts = []
-    for key in ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge"):
-        values = [run.record[key] for run in material.runs if run.record.get(key) is not None]
-        parts.append((names.get(key, key), values))
-    parts.append(("stopped after", [run.config["stop_after"] for run in material.runs if run.config.get("stop_after")]))
-    return "; ".join(f"{name} {' or '.join(dict.fromkeys(map(_text, values)))}" for name, values in parts if values)
-
-
-def _below_random(found: Mapping[str, Any]) -> str:
-    """Return the text of one warning about all methods whose PWS is below the PWS of random rows.
-
-    Args:
-        found: the diagnostics of these methods, by name.
-    """
-    names = [
-        f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({each['values']['pws']:.3f}, random "
-        f"{each['values']['pws_random']:.3f})"
-        for name, each in found.items()
-    ]
-    p_values = [each["values"].get("p_value") for each in found.values()]
-    apart = sum(p is not None and p < LEVEL for p in p_values)
-    return (
-        f"The PWS is below that of random rows for {'; '.join(names)}. Paired tests with Holm's correction tell "
-        f"{apart} of these {len(names)} from random rows [{AGAINST_RANDOM}]"
-    )
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    values = {
+        names.get(key, key): [run.record[key] for run in material.runs if run.record.get(key) is not None]
+        for key in ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge")
+    }
+    values["stopped after"] = [run.config["stop_after"] for run in material.runs if run.config.get("stop_after")]
+    texts = {
+        name: dict.fromkeys(",".join(map(str, each)) if isinstance(each, list) else str(each) for each in own)
+        for name, own in values.items()
+    }
+    return "; ".join(f"{name} {' or '.join(own)}" for name, own in texts.items() if own)
 
 
 def _notes(material: Material) -> Iterator[Note]:
-    runs: Sequence[Run] = material.runs
+    runs = material.runs
     failed = sum(run.status in FAILED for run in runs)
     if failed and material.is_sweep:
         yield Note("failed", f"{failed} of {len(runs)} runs did not finish; see what is missing.")
@@ -229,10 +198,20 @@ def _notes(material: Material) -> Iterator[Note]:
             messages.setdefault(name, []).append(f"{run.name}: {message}" if material.is_sweep else message)
     if material.is_sweep and (material.folder / DIAGNOSTICS_FILE).is_file():
         found = read_diagnostics(material.folder)
-        below = {name: found[name] for name in warnings_of(found) if name.startswith(AGAINST_RANDOM)}
+        below = {name: found[name]["values"] for name in warnings_of(found) if name.startswith(AGAINST_RANDOM)}
         messages |= {name: [message] for name, message in warnings_of(found).items() if name not in below}
         if below:
-            yield Note("warning", _below_random(below))
+            methods = [
+                f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({values['pws']:.3f}, random "
+                f"{values['pws_random']:.3f})"
+                for name, values in below.items()
+            ]
+            apart = sum(values["p_value"] is not None and values["p_value"] < LEVEL for values in below.values())
+            text = (
+                f"The PWS is below that of random rows for {'; '.join(methods)}. Paired tests with Holm's correction "
+                f"tell {apart} of these {len(below)} from random rows [{AGAINST_RANDOM}]"
+            )
+            yield Note("warning", text)
     for name, texts in messages.items():
         others = f" ({len(texts)} of {len(runs)} runs have this warning; this is the first)" if len(texts) > 1 else ""
         yield Note("warning", f"{texts[0]} [{name}]{others}")

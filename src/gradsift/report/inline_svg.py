@@ -30,32 +30,35 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
         name: name of the figure; ids begin with it.
         label: text for screen readers.
     """
-    shown = _element(ElementTree.fromstring(text), name)  # noqa: S314 - written by matplotlib a moment ago
+    root = ElementTree.fromstring(text)  # noqa: S314 - written by matplotlib a moment ago
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not isinstance(child.tag, str) or child.tag.removeprefix(_SVG) in _DROPPED:
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        element.attrib = _attributes(element, name)
     for key in ("height", "version"):  # the browser derives the height from the width
-        shown.attrib.pop(key, None)
+        root.attrib.pop(key, None)
     # the last two are what matplotlib's own style sheet sets for all elements
-    shown.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}
-    return Markup(ElementTree.tostring(shown, encoding="unicode"))  # noqa: S704 - escaped by ElementTree
+    root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - escaped by ElementTree
 
 
-def _element(source: ElementTree.Element, name: str) -> ElementTree.Element:
-    copy = ElementTree.Element(source.tag.removeprefix(_SVG))
-    copy.text, copy.tail = source.text, source.tail
-    attributes = dict(source.attrib)
-    style, link = attributes.pop("style", ""), attributes.pop(_LINK, attributes.pop("href", ""))
-    for key, value in [*attributes.items(), *_declarations(style)]:
+def _attributes(element: ElementTree.Element, name: str) -> dict[str, str]:
+    source = dict(element.attrib)
+    style, link = source.pop("style", ""), source.pop(_LINK, source.pop("href", ""))
+    attributes = {}
+    for key, value in [*source.items(), *_declarations(style)]:
         if key == "id":
-            copy.set("id", f"{name}-{value}")
+            attributes["id"] = f"{name}-{value}"
         elif not key.startswith("{") and not key.lower().startswith("on"):
-            copy.set(key, _THEMED.get(value.lower(), _LOCAL.sub(rf"url(#{name}-\1)", value)))
+            attributes[key] = _THEMED.get(value.lower(), _LOCAL.sub(rf"url(#{name}-\1)", value))
     if link.startswith("#"):
-        copy.set("href", f"#{name}-{link[1:]}")
-    elif copy.tag == "image" and link.startswith("data:image/png;base64,"):
-        copy.set("href", link)
-    for child in source:
-        if isinstance(child.tag, str) and child.tag.removeprefix(_SVG) not in _DROPPED:
-            copy.append(_element(child, name))
-    return copy
+        attributes["href"] = f"#{name}-{link[1:]}"
+    elif element.tag == "image" and link.startswith("data:image/png;base64,"):
+        attributes["href"] = link
+    return attributes
 
 
 def _declarations(style: str) -> list[tuple[str, str]]:

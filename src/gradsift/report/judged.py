@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_model_outputs, without_turns
+from gradsift.evaluation.judges import with_input
 from gradsift.evaluation.judgments import ORDERS, Judgment, read_judgments
 from gradsift.evaluation.pws import in_both_orders, outcome
-from gradsift.evaluation.turns import with_input
 from gradsift.pages import presentable
 from gradsift.report.material import Material, Missing, Run, attempt
+from gradsift.report.run_tables import grouped
 
 MOST = 120  # pairs on a page
 CUT = 600  # characters of a text
-_FIGURES = 4  # significant digits of a score
-Key = tuple[str, str]  # benchmark, item
 
 
 class Words(NamedTuple):
-    """What the judge said about a pair in one order: the scores of model and reference, and the judge's reply.
-
-    For an invalid judgment `scores` is "invalid", and `text` is the reason and the reply.
-    """
+    """What the judge said about a pair in one order."""
 
     order: str
-    scores: str
-    text: str
+    scores: str  # of model and reference, or "invalid"
+    text: str  # the judge's reply; for an invalid judgment the reason and the reply
 
 
 class JudgedPair(NamedTuple):
-    """A question with the answers of the model tuned on a selection and of the model tuned on all rows.
-
-    The texts are not escaped yet.
-    """
+    """A question with the answers of the model tuned on a selection and of the model tuned on all rows, not escaped."""
 
     method: str
     benchmark: str
@@ -47,19 +39,14 @@ class JudgedPair(NamedTuple):
 
 
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
-    """Return up to `most` judged pairs.
+    """Return up to `most` judged pairs, and the reasons why runs are not shown (see `attempt`).
 
     The pairs are divided equally among the combinations of method and alpha. A combination's pairs come from its first
     run whose answers are in the store. They are divided equally among the outcomes, as far as there are enough items
     with each outcome. The items taken are evenly spaced over all items with the outcome.
-
-    Returns:
-        The pairs, and the reasons why runs are not shown (see `attempt`).
     """
-    groups: dict[str, list[Run]] = {}
-    for run in material.finished:
-        if run.has("judge"):
-            groups.setdefault(f"{run.method} at {100 * run.alpha:g} %", []).append(run)
+    judged = [run for run in material.finished if run.has("judge")]
+    groups = grouped(judged, lambda run: f"{run.method} at {100 * run.alpha:g} %")
     if not groups:
         return [], ["no run has judgments in the store"]
     each = max(1, most // len(groups))
@@ -85,13 +72,17 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
         {item_key(row): row for row in without_turns(read_model_outputs(by_fingerprint[parent].file(OUTPUTS_FILE)))}
         for parent in parents
     )
-    by_outcome: dict[str, list[Key]] = {"win": [], "lose": [], "tie": [], "invalid": []}
+    by_outcome: dict[str, list[tuple[str, str]]] = {"win": [], "lose": [], "tie": [], "invalid": []}
     pairs = in_both_orders(read_judgments(judged.file("judgments.jsonl")))
     for key, orders in pairs.items():
         result = outcome(orders.get("forward"), orders.get("reverse"), judged.info["combine"])
         by_outcome[result].append(key)
+    turns = [(turn, kind) for kind, keys in by_outcome.items() for turn in range(len(keys))]
+    turns = sorted(turns, key=lambda turn: turn[0])[:most]  # the outcomes take turns
+    sizes = Counter(kind for _, kind in turns)
     sample = []
-    for kind, key in _balanced(by_outcome, most):
+    for turn, kind in turns:
+        key = by_outcome[kind][turn * len(by_outcome[kind]) // sizes[kind]]
         row = rows[key]
         words = [_words(pairs[key][order]) for order in ORDERS if order in pairs[key]]
         question, answer = with_input(row["instruction"], row["input"]), reference_rows[key]["output"]
@@ -99,22 +90,11 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
     return sample
 
 
-def _balanced(groups: Mapping[str, Sequence[Key]], most: int) -> list[tuple[str, Key]]:
-    """Return up to `most` tuples (group's name, key), taking one key of each group in turn.
-
-    The keys taken from a group are evenly spaced over its sequence.
-    """
-    turns = [(turn, name) for name, keys in groups.items() for turn in range(len(keys))]
-    turns = sorted(turns, key=lambda turn: turn[0])[:most]
-    sizes = Counter(name for _, name in turns)
-    return [(name, groups[name][turn * len(groups[name]) // sizes[name]]) for turn, name in turns]
-
-
 def _words(judgment: Judgment) -> Words:
     shown = "model first" if judgment.order == "forward" else "model second"
     if judgment.score_model is None or judgment.score_reference is None:
         return Words(shown, "invalid", _cut(f"{judgment.reason}: {judgment.reply}"))
-    scores = " : ".join(f"{score:.{_FIGURES}g}" for score in (judgment.score_model, judgment.score_reference))
+    scores = " : ".join(f"{score:.4g}" for score in (judgment.score_model, judgment.score_reference))
     return Words(shown, scores, _cut(judgment.reply or judgment.reason or ""))
 
 

@@ -1,8 +1,7 @@
 """The material of a report: the folder of a run or a sweep, and the artifacts that its runs name.
 
-Everything is read from files: `run.json`, `config.yaml` and other files of the folder, and artifacts. No model is
-loaded and no stage is run again, so a report can be made on any machine that has copies of the folder and the
-store. What is absent is reported (`Material.gaps`, `Missing`) and never guessed.
+Everything is read from files, so a report can be made on any machine that has copies of the folder and the store. What
+is absent is reported (`Material.gaps`, `Missing`) and never guessed.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from gradsift.errors import DataError, GradsiftError
 from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.manifests import MANIFEST
 from gradsift.pages import portable
-from gradsift.report.run_tables import method_name, with_settings
+from gradsift.report.run_tables import grouped, method_name, with_settings
 from gradsift.run_folder import RUN_FILE, config_values, is_run, job_folders, read_yaml
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
 from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import positions_of
-from gradsift.training.curves import TRAJECTORY_FILE, read_curve, read_trajectory
+from gradsift.training.optimization import read_trajectory
 
 BROKEN = "failed with"  # how the reason begins if something is absent because of an error
 FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not get as far as they were asked to
@@ -38,22 +37,20 @@ FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did no
 # distinguish datasets and cells of tables instead of methods
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
-Curve = list[dict[str, float]]  # for each optimiser step: batch (its index), loss, tokens (see `write_curve`)
 
 
 class Missing(GradsiftError):
-    """Raised if the files do not suffice for a figure or table; the message is the reason that the report shows."""
+    """The files do not suffice for a figure or table; the message is the reason that the report shows."""
 
 
 class Incomplete(GradsiftError):
-    """Raised after a report was written in which parts are absent because of errors; the message names these parts."""
+    """A report was written in which parts are absent because of errors; the message names these parts."""
 
 
 def attempt(make: Callable[[], T]) -> tuple[T | None, str]:
-    """Call `make` and catch its errors, so that an error in one figure or table does not affect the others.
+    """Return the value of `make` and "", or None and the reason, so that an error in one figure leaves the others.
 
-    Returns:
-        The value and "", or None and the reason; the reason begins with BROKEN for errors other than `Missing`.
+    The reason begins with BROKEN for errors other than `Missing`.
     """
     try:
         return make(), ""
@@ -84,7 +81,6 @@ class Run:
 
     @property
     def is_full(self) -> bool:
-        """Whether this is the full-data run."""
         return bool(self.record["scorer"] == "full")
 
     @property
@@ -111,11 +107,8 @@ class Run:
     @cached_property
     def artifacts(self) -> dict[str, list[Artifact]]:
         """The artifacts that are in the store, by stage, in the order of the run."""
-        artifacts: dict[str, list[Artifact]] = {}
-        for stage in self.record["stages"]:
-            if (artifact := self._open(stage)) is not None:
-                artifacts.setdefault(stage["name"], []).append(artifact)
-        return artifacts
+        opened = [artifact for stage in self.record["stages"] if (artifact := self._open(stage)) is not None]
+        return grouped(opened, lambda artifact: artifact.stage)
 
     @cached_property
     def lost(self) -> list[str]:
@@ -139,11 +132,7 @@ class Run:
         return bool(self.artifacts.get(stage))
 
     def one(self, stage: str, place: int = 0) -> Artifact:
-        """Return the artifact with the index `place` among the run's artifacts of a stage.
-
-        Raises:
-            Missing: there is no such artifact; the message says why.
-        """
+        """Return the artifact with the index `place` among the run's artifacts of a stage; `Missing` says why not."""
         artifacts = self.artifacts.get(stage, [])
         if place < len(artifacts):
             return artifacts[place]
@@ -154,10 +143,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """All runs of a folder, with readers of their artifacts that cache what they read.
-
-    Every reader raises `Missing` if the run lacks the artifact to read.
-    """
+    """All runs of a folder, and readers of their artifacts, which raise `Missing` if a run lacks the artifact."""
 
     folder: Path
     runs: Sequence[Run]
@@ -180,10 +166,10 @@ class Material:
                 gaps.append(f"{run.name}: {AUDIT_FILE} is not in the run's folder any more")
         return gaps
 
-    def _read(self, reader: Callable[[Any], T], artifact: Artifact, *, by_path: bool = False) -> T:
+    def _read(self, reader: Callable[[Artifact], T], artifact: Artifact) -> T:
         key = (reader, artifact.path)
         if key not in self._cache:
-            self._cache[key] = reader(artifact.path if by_path else artifact)
+            self._cache[key] = reader(artifact)
         value: T = self._cache[key]
         return value
 
@@ -205,10 +191,6 @@ class Material:
     def statistics(self, run: Run) -> Statistics:
         return self._read(read_statistics, run.one("statistics"))
 
-    def curve(self, run: Run, *, reference: bool = False) -> Curve:
-        """Return the training curve of the target on the run's selection or, if `reference`, on all rows."""
-        return self._read(read_curve, run.one("finetune", int(reference)), by_path=True)
-
     def members(self, run: Run) -> list[list[Artifact]]:
         """Return the ensemble's trained adapters, as [adapter][epoch - 1]."""
         run.one("member")
@@ -217,13 +199,6 @@ class Material:
             config = artifact.manifest["config"]
             adapters.setdefault(config["member"], {})[config["epoch"]] = artifact
         return [[epochs[epoch] for epoch in sorted(epochs)] for _, epochs in sorted(adapters.items())]
-
-    def member_curves(self, run: Run) -> list[Curve]:
-        """Return the training curve of each adapter over all its epochs."""
-        return [
-            [entry for artifact in epochs for entry in self._read(read_curve, artifact, by_path=True)]
-            for epochs in self.members(run)
-        ]
 
     def norms(self, run: Run, epoch: int) -> list[list[Artifact]]:
         """Return the artifacts of the members' gradient norms after an epoch, as [member][shard]."""
@@ -243,10 +218,7 @@ class Material:
         """Return for each adapter the optimiser steps (P,) and points (P, D) of `gradsift.proxy.trajectory`."""
         trajectories = []
         for epochs in self.members(run):
-            if not all(artifact.file(TRAJECTORY_FILE).is_file() for artifact in epochs):
-                raise Missing(f"{run.name}: these members predate trajectory logging; retrain them")
-            parts = [self._read(read_trajectory, artifact, by_path=True) for artifact in epochs]
-            steps, points = zip(*parts, strict=True)
+            steps, points = zip(*(read_trajectory(artifact.path) for artifact in epochs), strict=True)
             trajectories.append((np.concatenate(steps), np.concatenate(points)))
         return trajectories
 
@@ -267,23 +239,16 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
         raise DataError(
             f"{folder} holds neither {RUN_FILE} nor folders of jobs; give the folder of a run or of a sweep"
         )
+    records = [_record(job) for job in folders]
+    by_failure = grouped(records, lambda record: record["status"] in FAILED)
+    named = {failed: iter(with_settings(group, _TOLD_APART)) for failed, group in by_failure.items()}
     runs = []
-    for job, record in zip(folders, _named([_record(job) for job in folders]), strict=True):
-        config = config_values(job)
+    for job, status in zip(folders, [record["status"] for record in records], strict=True):
+        record, config = next(named[status in FAILED]), config_values(job)
         stores = [Path(store) for store in (artifacts, config.get("artifacts")) if store is not None]
         method = portable(method_name(record["scorer"], record["settings"]))
         runs.append(Run(job, record, config, method, stores))
     return Material(folder, runs, is_sweep)
-
-
-def _named(records: Sequence[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the records with `settings` (see `with_settings`), computed for failed runs and all others separately."""
-    named: list[Mapping[str, Any]] = list(records)
-    for failed in (True, False):
-        places = [i for i, record in enumerate(records) if (record["status"] in FAILED) is failed]
-        for i, record in zip(places, with_settings([records[i] for i in places], _TOLD_APART), strict=True):
-            named[i] = record
-    return named
 
 
 def _record(folder: Path) -> dict[str, Any]:

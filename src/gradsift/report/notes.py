@@ -7,8 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradsift.diagnostics import Diagnostic
-from gradsift.evaluation.intervals import Difference, holm
-from gradsift.report.run_tables import LEVEL, OUTCOMES, SEEDS, SETTINGS, Row, Run, compared, flat_rows, with_settings
+from gradsift.evaluation.intervals import holm
+from gradsift.report.run_tables import (
+    LEVEL,
+    OUTCOMES,
+    SEEDS,
+    SETTINGS,
+    Row,
+    Run,
+    compared,
+    flat_rows,
+    grouped,
+    with_settings,
+)
 from gradsift.report.table import cell_text
 
 _RATERS = {
@@ -60,11 +71,7 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 
 
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
-    """Return the messages of the diagnostics that warn, by name.
-
-    They keep the order of the stages, so a warning on the ensemble comes before the warnings on the selection that it
-    may explain.
-    """
+    """Return the messages of the diagnostics that warn, by name, in the order of the stages."""
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
 
@@ -73,32 +80,27 @@ def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
 
     The pooled PWS of a run is compared with the pooled PWS of its counterparts: the runs with random selection whose
     seeds and settings equal the run's, apart from the scorer and its constants. A method without counterparts gets no
-    diagnostic. The p-values come from paired tests, with Holm's correction over the methods.
+    diagnostic. The p-values come from paired tests over all seeds, with Holm's correction over the methods; a method
+    whose runs have several counterparts is not tested.
     """
     rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last row is the pooled row, or the only row
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
     named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
-    random: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["scorer"] == "random":
-            random.setdefault(_shared_with_random(row), []).append(row)
-    pairs: dict[str, list[tuple[Row, list[Row]]]] = {}  # a row of the method and its counterparts
-    for row in rows:
-        if row["scorer"] != "random" and (known := random.get(_shared_with_random(row))):
-            name = ", ".join(cell_text(row[n]) for n in named if row[n] != "")
-            pairs.setdefault(name, []).append((row, known))
-    tests = [_paired_test(each) for each in pairs.values()]
-    adjusted = iter(holm([test.p_value for test in tests if test is not None]))
-    p_values = [None if test is None else next(adjusted) for test in tests]
-    return [_compared(name, each, p) for (name, each), p in zip(pairs.items(), p_values, strict=True)]
-
-
-def _paired_test(pairs: Sequence[tuple[Row, list[Row]]]) -> Difference | None:
-    """Return the paired difference over all seeds; None if a run has several counterparts or `compared` gives None."""
-    if any(len(known) > 1 for _, known in pairs):
-        return None
-    ours, theirs = [row[OUTCOMES] for row, _ in pairs], [one[OUTCOMES] for _, (one,) in pairs]
-    return compared({OUTCOMES: ours}, {OUTCOMES: theirs})
+    random = grouped([row for row in rows if row["scorer"] == "random"], _shared_with_random)
+    methods = grouped(
+        [row for row in rows if row["scorer"] != "random" and _shared_with_random(row) in random],
+        lambda row: ", ".join(cell_text(row[n]) for n in named if row[n] != ""),
+    )
+    counterparts = {name: [random[_shared_with_random(row)] for row in own] for name, own in methods.items()}
+    p_values = {}
+    for name, own in methods.items():
+        if all(len(known) == 1 for known in counterparts[name]):
+            theirs = [known[0][OUTCOMES] for known in counterparts[name]]
+            test = compared({OUTCOMES: [row[OUTCOMES] for row in own]}, {OUTCOMES: theirs})
+            if test is not None:
+                p_values[name] = test.p_value
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [_compared(name, own, counterparts[name], adjusted.get(name)) for name, own in methods.items()]
 
 
 def _shared_with_random(row: Row) -> tuple[Any, ...]:
@@ -107,17 +109,18 @@ def _shared_with_random(row: Row) -> tuple[Any, ...]:
     return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
 
 
-def _compared(name: str, pairs: Sequence[tuple[Row, list[Row]]], p_value: float | None) -> Diagnostic:
-    figures = [(row["pws"], sum(one["pws"] for one in known) / len(known)) for row, known in pairs]
-    pws, pws_random = (sum(pair[i] for pair in figures) / len(pairs) for i in (0, 1))
-    lower = sum(pair[0] < pair[1] for pair in figures)
+def _compared(name: str, rows: Sequence[Row], random: Sequence[Sequence[Row]], p_value: float | None) -> Diagnostic:
+    ours = [row["pws"] for row in rows]
+    theirs = [sum(one["pws"] for one in known) / len(known) for known in random]
+    pws, pws_random = sum(ours) / len(ours), sum(theirs) / len(theirs)
+    lower = sum(one < other for one, other in zip(ours, theirs, strict=True))
     values = {"difference": pws - pws_random, "pws": pws, "pws_random": pws_random, "p_value": p_value}
     tested = "" if p_value is None else f" (a paired test {'tells' if p_value < LEVEL else 'does not tell'} them apart)"
     return Diagnostic.judged(
         f"{AGAINST_RANDOM} ({name})",
         pws < pws_random,
-        values | {"pairs": len(pairs), "pairs_lower": lower},
-        f"{name}: PWS {pws:.3f} against {pws_random:.3f} for random rows, lower in {lower} of {len(pairs)} pairs of "
+        values | {"pairs": len(rows), "pairs_lower": lower},
+        f"{name}: PWS {pws:.3f} against {pws_random:.3f} for random rows, lower in {lower} of {len(rows)} pairs of "
         f"runs{tested}",
         "the runs' own warnings, the full-data baseline (scorer=full: near random there is little to select), "
         "and more seeds before relying on it",

@@ -22,8 +22,8 @@ from gradsift.names import require_no_link
 from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
 from gradsift.report.browser import CUT, MOST, Packed, pack, pools
-from gradsift.report.figures import FIGURES, Entry, write_figures, write_tables
-from gradsift.report.figures.style import Format
+from gradsift.report.figures import FIGURES, write_figures, write_tables
+from gradsift.report.figures.style import Entry
 from gradsift.report.headline import headline
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.judged import CUT as CUT_PAIR
@@ -42,17 +42,17 @@ class Shown:
     """A figure on the page: its picture, or the reason why there is none."""
 
     entry: Entry
-    svg: Markup | None
-    reason: str
-    is_wide: bool
-    files: list[str]
+    svg: Markup | None = None
+    reason: str | None = None
+    is_wide: bool = False
+    files: Sequence[str] = ()
 
 
 def write_report(
     folder: Path,
     to: Path | None = None,
     *,
-    formats: Iterable[Format] = ("png", "svg"),
+    formats: Iterable[str] = ("png", "svg"),
     artifacts: Path | None = None,
 ) -> Path:
     """Write the report of a run's or a sweep's folder: the page, `figures/` and `tables/`.
@@ -60,80 +60,73 @@ def write_report(
     Args:
         to: the folder to write to; by default `folder` itself.
         formats: formats of the figures' files. SVG is always written, as the page contains it.
-        artifacts: the store's folder, if the artifacts are neither at the paths in `run.json` nor in the store that the
-            config names.
+        artifacts: the store's folder, if it has moved (see `material.read`).
 
     Returns:
         The path of the page.
 
     Raises:
-        DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.
+        DataError: see `material.read`.
         Incomplete: the page is written, but errors prevented some of its parts.
     """
     material = read(folder, artifacts)
     to = folder if to is None else to
-    wanted: dict[Format, None] = dict.fromkeys([*formats, "svg"])
+    wanted = list(dict.fromkeys([*formats, "svg"]))
     no_figure = write_figures(material, to / FIGURES_FOLDER, wanted)
     tables, no_table = write_tables(material, to / TABLES_FOLDER)
-    figures = [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES]
-    packed, left_out = _packed(material)
-    values: dict[str, Any] = {
-        "figures": figures,
+    packed: list[Packed] = []
+    left_out = []  # names of the pools that one page does not hold; it always holds the first
+    for pool in pools(material):
+        if packed and len(pool.examples) > MOST - sum(each.about["rows"] for each in packed):
+            left_out.append(pool.name)
+        else:
+            packed.append(pack(pool))
+    judged, no_pairs = judged_pairs(material)
+    values = {
+        "figures": [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES],
         "tables": [(name, tables.get(name), no_table.get(name)) for name in TABLES],
         "work_file": WORK_FILE if (to / WORK_FILE).is_file() else None,
         "pools": packed,
         "left_out": left_out,
+        "judged": judged,
+        "no_pairs": no_pairs,
     }
-    values["judged"], values["no_pairs"] = judged_pairs(material)
     part = require_no_link(to / f".{REPORT_FILE}.part")
     part.write_text(render(material, values), encoding="utf-8")
     part.rename(to / REPORT_FILE)
-    absent = [("figure", *item) for item in no_figure.items()] + [("table", *item) for item in no_table.items()]
-    absent += [("sample", "of judged answers", reason) for reason in values["no_pairs"]]
-    if broken := [f"the {kind} {name}, which {why}" for kind, name, why in absent if why.startswith(BROKEN)]:
+    absent = [(f"figure {name}", reason) for name, reason in no_figure.items()]
+    absent += [(f"table {name}", reason) for name, reason in no_table.items()]
+    absent += [("sample of judged answers", reason) for reason in no_pairs]
+    if broken := [f"the {what}, which {reason}" for what, reason in absent if reason.startswith(BROKEN)]:
         raise Incomplete(f"{to / REPORT_FILE} is written, but for {'; '.join(broken)}")
     return to / REPORT_FILE
 
 
-def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[Format]) -> Shown:
+def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[str]) -> Shown:
     if reason is not None:
-        return Shown(entry, None, reason, False, [])
+        return Shown(entry, reason=reason)
     files = [f"{FIGURES_FOLDER}/{entry.name}.{form}" for form in formats]
-    files += [path for path in [f"{TABLES_FOLDER}/{entry.name}.csv"] if (to / path).is_file()]
+    if (to / TABLES_FOLDER / f"{entry.name}.csv").is_file():
+        files.append(f"{TABLES_FOLDER}/{entry.name}.csv")
     text = (to / FIGURES_FOLDER / f"{entry.name}.svg").read_text(encoding="utf-8")
     width = float(text.partition('viewBox="0 0 ')[2].partition(" ")[0])  # points
-    return Shown(entry, inline_svg(text, entry.name, f"{entry.title}. {entry.caption}"), "", width > _WIDE, files)
-
-
-def _packed(material: Material) -> tuple[list[Packed], list[str]]:
-    """Return the pools that fit into one page (always including the first), and the names of the others."""
-    packed: list[Packed] = []
-    left_out: list[str] = []
-    room = MOST
-    for pool in pools(material):
-        if packed and len(pool.examples) > room:
-            left_out.append(pool.name)
-            continue
-        packed.append(pack(pool))
-        room -= packed[-1].rows
-    return packed, left_out
-
-
-# ------------------------------------------------------------------------------------------- the page
+    svg = inline_svg(text, entry.name, f"{entry.title}. {entry.caption}")
+    return Shown(entry, svg, is_wide=width > _WIDE, files=files)
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML.
-
-    Args:
-        values: the template's values that were made from artifacts or from the report's other files.
-    """
+    """Return the page as HTML; `values` are the template's values that are not in the material."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
     )
-    records = [run.record for run in material.runs]
     audit = sweep_audit([(run.folder / RUN_FILE, run.record) for run in material.runs])
+    style_hash, script_hash = (
+        base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
+    )
+    artifacts = [artifact for run in material.runs for group in run.artifacts.values() for artifact in group]
+    manifest = artifacts[-1].manifest if artifacts else {}
+    commit = {"commit": manifest["git_sha"]} if manifest.get("git_sha") else {}
     environment = templates("gradsift.report", "templates")
     environment.filters["clean"] = lambda text: presentable(portable(str(text)))
     environment.filters["breakable"] = lambda text: escape(text).replace("_", Markup("_<wbr>"))
@@ -142,42 +135,32 @@ def render(material: Material, values: Mapping[str, Any]) -> str:
         **values,
         style=Markup(style),  # noqa: S704 - a file of this package
         script=Markup(script),  # noqa: S704 - a file of this package
-        policy=_policy(style, script),
+        style_hash=style_hash,
+        script_hash=script_hash,
         head=headline(material),
         material=material,
         runs_table=results_table([run.record for run in material.finished]) if material.finished else None,
         audits=audit_tables(audit, brief=True) if audit else [],
-        work=work_table(records),
+        work=work_table([run.record for run in material.runs]),
         unfinished=[run for run in material.runs if run.status not in ("finished", "stopped")],
         cut=CUT,
         cut_pair=CUT_PAIR,
         repeat=_commands(material),
-        versions=_versions(material),
+        versions=commit | (manifest.get("packages") or {}),
         config=_config(material),
     )
 
 
-def figures_of(figures: Sequence[Shown], modules: Sequence[str]) -> list[Shown]:
-    """Return the figures that these modules draw, those without a picture last.
+def figures_of(figures: Sequence[Shown], section: str) -> list[Shown]:
+    """Return the figures of a section, those without a picture last.
 
     The last narrow figure is made wide if it would stand alone in its row.
     """
-    own = [shown for module in modules for shown in figures if shown.entry.module == module]
+    own = [shown for shown in figures if shown.entry.section == section]
     narrow = [shown for shown in own if shown.svg is not None and not shown.is_wide]
     if len(narrow) % 2:
         narrow[-1].is_wide = True
     return sorted(own, key=lambda shown: shown.svg is None)
-
-
-def _policy(style: str, script: str) -> str:
-    """Return a content security policy that allows only this style, this script and images inside figures."""
-    style_hash, script_hash = (
-        base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
-    )
-    return (
-        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def _commands(material: Material) -> list[str]:
@@ -195,14 +178,6 @@ def _commands(material: Material) -> list[str]:
         return [command(["-m", *read_yaml(material.folder / "multirun.yaml")["hydra"]["overrides"]["task"]])]
     except (KeyError, TypeError):  # Hydra left no such file, or a file of another form
         return [command(own) for own in overrides]
-
-
-def _versions(material: Material) -> dict[str, str]:
-    """Return the commit and package versions recorded in the last artifact of the last run that has artifacts."""
-    artifacts = [artifact for run in material.runs for group in run.artifacts.values() for artifact in group]
-    manifest = artifacts[-1].manifest if artifacts else {}
-    commit = {"commit": manifest["git_sha"]} if manifest.get("git_sha") else {}
-    return {**commit, **(manifest.get("packages") or {})}
 
 
 def _config(material: Material) -> str:

@@ -15,18 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.evaluation.intervals import holm
+from gradsift.report import run_tables
 from gradsift.report.material import Material, Missing
-from gradsift.report.run_tables import (
-    COUNTS,
-    LEVEL,
-    Row,
-    compared,
-    flat_rows,
-    intervals_text,
-    method_name,
-    over_seeds,
-    pws_text,
-)
+from gradsift.report.run_tables import COUNTS, LEVEL, Row, compared, grouped
 from gradsift.report.table import Table
 
 METHOD = "gsnr"
@@ -61,17 +52,16 @@ class Count:
 def cells_of(material: Material) -> Cells:
     """Return the rows by place and column (see `Place`, `Column`), averaged over runs that differ only by seeds.
 
-    Rows without a PWS, pooled rows and full-data runs are left out.
-
-    Raises:
-        Missing: no run has a PWS.
+    Rows without a PWS, pooled rows and full-data runs are left out. Raises `Missing` if no row is left.
     """
     cells: Cells = {}
-    rows = [row for run in material.finished for row in flat_rows(run.record) if row["benchmark"] != "pooled"]
-    for row in over_seeds(rows):
+    rows = [
+        row for run in material.finished for row in run_tables.flat_rows(run.record) if row["benchmark"] != "pooled"
+    ]
+    for row in run_tables.over_seeds(rows):
         if row["pws"] is not None and row["scorer"] != "full":
             place = (str(row["dataset"]), str(row["target"]), str(row["benchmark"]))
-            cells[place, (float(row["alpha"]), method_name(row["scorer"], row["settings"]))] = row
+            cells[place, (float(row["alpha"]), run_tables.method_name(row["scorer"], row["settings"]))] = row
     if not cells:
         raise Missing("no run got as far as a PWS against the full-data model")
     return cells
@@ -88,8 +78,7 @@ def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
 def count(cells: Cells) -> Count:
     """Compare G-SNR with the baselines in every cell and count the results (the paper's "19 of 24").
 
-    Raises:
-        Missing: no cell has both the method and a baseline.
+    Raises `Missing` if no cell has both the method and a baseline.
     """
     groups = []  # the method's row, and the baselines' rows by name
     for group in _by_scorer(cells).values():
@@ -99,14 +88,9 @@ def count(cells: Cells) -> Count:
     if not groups:
         raise Missing(f"no cell has both {METHOD} and a baseline such as random or superfilter")
     differences = [compared(row, other) for row, baselines in groups for other in baselines.values()]
-    adjusted = holm([1.0 if each is None else each.p_value for each in differences])
+    adjusted = iter(holm([1.0 if each is None else each.p_value for each in differences]))
     # 1 or -1 where the method is significantly better or worse, else 0
-    signs = iter(
-        [
-            0 if each is None or value >= LEVEL else int(np.sign(each.difference))
-            for each, value in zip(differences, adjusted, strict=True)
-        ]
-    )
+    signs = iter([int(np.sign(each.difference)) if next(adjusted) < LEVEL and each else 0 for each in differences])
     by_cell = [[next(signs) for _ in baselines] for _, baselines in groups]
     better, worse = sum(min(each) > 0 for each in by_cell), sum(min(each) < 0 for each in by_cell)
     leads = [row["pws"] - max(other["pws"] for other in baselines.values()) for row, baselines in groups]
@@ -121,19 +105,20 @@ def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
 
 
 def pws_table(material: Material) -> Table:
-    """Return the table of PWS: a row for each place, a column for each alpha and method.
-
-    In each row the highest PWS at each alpha is bold.
-    """
+    """Return the table of PWS: a row for each place, a column for each alpha and method."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))
     methods = list(dict.fromkeys(method for _, (_, method) in cells))
     columns = sorted({column for _, column in cells}, key=lambda column: (column[0], methods.index(column[1])))
     rows = [
-        [" / ".join(place), *(pws_text(cells[place, c]) if (place, c) in cells else "-" for c in columns)]
+        [" / ".join(place), *(run_tables.pws_text(cells[place, c]) if (place, c) in cells else "-" for c in columns)]
         for place in places
     ]
-    best = {key for key in cells if _is_best(cells, *key)}
+    best = set()
+    for at_alpha in grouped(cells, lambda key: (key[0], key[1][0])).values():  # cells of one place and alpha
+        highest = max(cells[key]["pws"] for key in at_alpha)
+        if len(at_alpha) > 1:
+            best |= {key for key in at_alpha if cells[key]["pws"] == highest}
     header = ["dataset / target / benchmark", *(f"{alpha:g}: {method}" for alpha, method in columns)]
     records = [
         {"dataset": place[0], "target": place[1], "benchmark": place[2], "alpha": column[0], "method": column[1]}
@@ -143,17 +128,11 @@ def pws_table(material: Material) -> Table:
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    sentences = ["Means over seeds" if averaged else "", intervals_text(cells.values())]
+    sentences = ["Means over seeds" if averaged else "", run_tables.intervals_text(cells.values())]
     note = ". ".join([*filter(None, sentences), "Bold: the highest of a row at its alpha."])
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."
     return Table("PWS against the model tuned on all rows (1 is parity)", header, rows, bold, note, records)
-
-
-def _is_best(cells: Cells, place: Place, column: Column) -> bool:
-    """Return whether a cell has the highest PWS of its row at this alpha; False if no other method has a cell there."""
-    beside = [row["pws"] for (where, (alpha, _)), row in cells.items() if where == place and alpha == column[0]]
-    return len(beside) > 1 and cells[place, column]["pws"] == max(beside)
 
 
 def ablation_table(material: Material) -> Table:

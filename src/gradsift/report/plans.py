@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ SHARED = "shared"
 AT_MOST = "to do, at most"
 ESTIMATES = ("time", "disk", "judge calls")
 Run = Mapping[str, Any]
-PlannedUnit = Mapping[str, Any]  # the fields of gradsift.planning.Unit
+PlannedUnit = Mapping[str, Any]  # an entry of `gradsift.planning.Planner.units`
 
 
 def write_plan(
@@ -34,15 +33,16 @@ def write_plan(
 
     Args:
         ends: why the plan stops before the end of the pipeline; None if it reaches the end.
-        finetunes: the fields of `gradsift.forecast.Forecast`, if there is one.
+        finetunes: what `gradsift.forecast.forecast` returned.
     """
-    place = next(parent for parent in (planner.store.absolute(), *planner.store.absolute().parents) if parent.is_dir())
+    store = planner.store.absolute()
+    place = next(folder for folder in (store, *store.parents) if folder.is_dir())
     content = {
         "status": "planned",
         **about,
         "stages": [],
         "pws": None,
-        "plan": [asdict(unit) for unit in planner.units.values()],
+        "plan": list(planner.units.values()),
         "plan_ends": ends,
         "forecast": finetunes,
         "free_bytes": shutil.disk_usage(place).free,
@@ -51,12 +51,9 @@ def write_plan(
 
 
 def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
-    """Return each run's units with their state: DONE, TO_DO, AT_MOST or SHARED.
+    """Return the units of each run, in the order of the jobs, with their state: DONE, TO_DO, AT_MOST or SHARED.
 
     AT_MOST marks a unit that may not have to be made: if selections turn out to be equal, they share one finetune.
-
-    Args:
-        runs: the runs, in the order of their jobs.
     """
     promised: set[str] = set()
 
@@ -78,10 +75,10 @@ def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
 
 def plan_table(run: Run) -> Table:
     """Return a table with a row for each unit of one run."""
-    rows = []
-    for unit, state in states([run])[0]:
-        estimates = _estimates([unit]) if state != DONE else ("", "", "")
-        rows.append((unit["name"], Path(unit["artifact"]).name, state, *estimates))
+    rows = [
+        (unit["name"], Path(unit["artifact"]).name, state, *_estimates([unit] if state != DONE else []))
+        for unit, state in states([run])[0]
+    ]
     return Table("Plan", ("stage", "unit", "state", *ESTIMATES), rows)
 
 
@@ -93,8 +90,7 @@ def jobs_table(runs: Sequence[Run]) -> Table:
         row = [str(number), run["settings"]]
         for wanted in ((DONE,), (SHARED,), (TO_DO, AT_MOST)):
             counts = Counter(unit["name"] for unit, state in units if state in wanted)
-            names = [name if count == 1 else f"{count} {name}" for name, count in counts.items()]
-            row.append(", ".join(names) or "-")
+            row.append(", ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items()) or "-")
         rows.append(row)
     return Table("Plan by job", ("job", "settings", "done", "shared", "to do"), rows)
 
@@ -102,16 +98,15 @@ def jobs_table(runs: Sequence[Run]) -> Table:
 def stages_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each stage of a sweep and a row for all stages.
 
-    A unit that several runs need counts once if it is done. Otherwise it counts once in `to do` or `at most`, and once
-    in `shared` for each later run.
+    A unit that is done counts once. Another counts once in `to do` or `at most`, and in `shared` for each later run.
     """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]
     for name in (*dict.fromkeys(unit["name"] for unit, _ in pairs), None):
         chosen = [(unit, state) for unit, state in pairs if name in (None, unit["name"])]
-        done = len({unit["fingerprint"] for unit, state in chosen if state == DONE})
         counts = Counter(state for _, state in chosen)
-        shown = [f"{count:,}" for count in (done, *(counts[state] for state in (TO_DO, AT_MOST, SHARED)))]
+        counts[DONE] = len({unit["fingerprint"] for unit, state in chosen if state == DONE})
+        shown = [f"{counts[state]:,}" for state in (DONE, TO_DO, AT_MOST, SHARED)]
         estimates = _estimates([unit for unit, state in chosen if state in (TO_DO, AT_MOST)])
         rows.append((name or "all", *shown, *estimates))
     return Table("Plan by stage", ("stage", "done", "to do", "at most", "shared", *ESTIMATES), rows)
@@ -119,18 +114,15 @@ def stages_table(runs: Sequence[Run]) -> Table:
 
 def _estimates(units: Sequence[PlannedUnit]) -> tuple[str, str, str]:
     """Return the total time, disk space and judge calls of units as text, with `?` for unknown estimates."""
-
-    def total(values: Sequence[float | None], show: Callable[[float], str]) -> str:
-        known = [value for value in values if value is not None]
-        if not known:
-            return "?"
-        return show(sum(known)) + (" + ?" if len(known) < len(values) else "")
-
     if not units:
         return "", "", ""
+    totals = []
+    for key, show in (("seconds", duration), ("bytes", volume)):
+        known = [unit[key] for unit in units if unit[key] is not None]
+        rest = " + ?" if len(known) < len(units) else ""
+        totals.append(show(sum(known)) + rest if known else "?")
     calls = sum(unit["calls"] for unit in units)
-    time = total([unit["seconds"] for unit in units], duration)
-    return time, total([unit["bytes"] for unit in units], volume), f"{calls:,}" if calls else ""
+    return totals[0], totals[1], f"{calls:,}" if calls else ""
 
 
 def volume(size: float) -> str:

@@ -1,9 +1,8 @@
 """Check whether a sweep of `experiment=world` reproduces the table that was recorded for it.
 
-The recorded table is `conf/experiment/world.recorded.json`, which is also part of the installed package. It has the
-figures (PWS, accuracy and others) of every scorer for each data seed, a hash of the settings, and the machine. Any
-sweep with exactly these settings is compared with it. A figure's mean agrees with the recorded mean unless a t test
-over the seeds finds a difference. The level of each test is divided by the number of figures (Bonferroni).
+`conf/experiment/world.recorded.json` has the figures (PWS, accuracy and others) of every scorer for each data seed, a
+hash of the settings, and the machine. Any sweep with exactly these settings is compared with it. A figure's mean agrees
+with the recorded mean unless a t test over the seeds finds a difference, with Bonferroni's correction over the figures.
 
 To print the record of a finished sweep, for `world.recorded.json`:
 
@@ -20,36 +19,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradsift.composition import conf_folder
 from gradsift.manifests import content_hash
 from gradsift.report.run_tables import Run, all_rows
 from gradsift.run_folder import RUN_FILE, config_values
-from gradsift.user_conf import conf_folder
 
 RECORDED_FILE = Path("experiment") / "world.recorded.json"
-_NAMES = {
-    "pws": "PWS",
-    "accuracy": "accuracy",
-    "heldout_loss": "held-out loss",
-    "spoilt_share": "spoilt share",
-    "families": "families",
-}
+_NAMES = {"pws": "PWS", "accuracy": "accuracy", "heldout_loss": "held-out loss"}
+_NAMES |= {"spoilt_share": "spoilt share", "families": "families"}
 _LEVEL = 0.05  # probability that an equivalent table made on another machine is reported as different
 _DIGITS = 6  # decimals of a recorded figure
-_IRRELEVANT = (
-    "export",
-    "artifacts",
-    "report",
-    "tracker",
-)  # options that no result depends on; of `compute`, only `precision` counts
+_IRRELEVANT = ("export", "artifacts", "report", "tracker")  # options that no result depends on
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     """Return lines that say whether the sweep agrees with the recorded table; empty if jobs or settings differ.
 
-    Args:
-        files: the `run.json` of each job, with its config beside it.
-        runs: the contents of these files.
+    `files` are the `run.json` of each job, with its config beside it, and `runs` their contents.
     """
     recorded = json.loads((conf_folder() / RECORDED_FILE).read_text(encoding="utf-8"))
     # compare the jobs first, as the hash needs the config of every job to be read
@@ -57,12 +44,12 @@ def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
         return []
     here = _figures(runs)
     count = sum(len(measures) for measures in recorded["figures"].values())
-    cells = {
-        f"{scorer}, {_NAMES[name]}": _difference(here.get(scorer, {}).get(name, []), expected, count)
-        for scorer, measures in recorded["figures"].items()
-        for name, expected in measures.items()
-    }
-    if differences := [f"{cell}: {difference}" for cell, difference in cells.items() if difference is not None]:
+    differences = []
+    for scorer, measures in recorded["figures"].items():
+        for name, expected in measures.items():
+            if difference := _difference(here.get(scorer, {}).get(name, []), expected, count):
+                differences.append(f"{scorer}, {_NAMES[name]}: {difference}")
+    if differences:
         return [f"differs from the recorded table ({recorded['machine']}): {line}" for line in differences]
     return [
         f"agrees with the recorded table ({recorded['machine']}): no figure differs by more than the seeds explain (t "
@@ -95,12 +82,9 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
-    """Return how the values of a cell differ from the recorded ones, as text; None if they agree.
+    """Return how the values of a cell differ from the recorded ones by a t test, as text; None if they agree.
 
-    They agree if a t test finds no difference, or if no values are recorded. Missing values count as a difference.
-
-    Args:
-        cells: number of cells that are tested, for the Bonferroni correction.
+    Missing values count as a difference. `cells` is the number of cells that are tested (Bonferroni's correction).
     """
     from scipy import stats
 

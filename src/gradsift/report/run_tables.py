@@ -1,15 +1,14 @@
 """The tables of a run or a sweep, made from `run.json` files alone: results and work.
 
-A row of results is for one run and one benchmark; a run with several benchmarks also has a pooled row. On the terminal,
-runs whose configs differ only in seeds share a line, which shows the mean of the runs with an interval over seeds and
-items. The column `settings` shows overrides that only some of the runs have.
+In the results, runs whose configs differ only in seeds share a line, which shows the mean of the runs with an interval
+over seeds and items. The column `settings` shows overrides that only some of the runs have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +18,8 @@ from gradsift.report.table import Table, cell_text, fixed
 
 Run = Mapping[str, Any]  # the content of a `run.json`
 Row = dict[str, Any]
+T = TypeVar("T")
+K = TypeVar("K")
 
 WORK_FILE = "work.csv"
 SETTINGS = ("dataset", "proxy", "members", "snapshots", "target", "judge", "scorer", "alpha", "settings", "benchmark")
@@ -26,12 +27,19 @@ SEEDS = ("data_seed", "seed")
 SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
-DEFAULT_CONFIDENCE = 0.95  # assumed for runs whose record names no confidence
 LEVEL = 0.05  # significance level of all tests of a table together (family-wise error rate)
 OUTCOMES = "outcomes"  # (hash of the items, a letter for each item); in a mean row a list of such pairs
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items by their keys, in order of first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 # ------------------------------------------------------------------------------------- names of runs
@@ -40,12 +48,11 @@ _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.mem
 def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
     """Return copies of the runs with the key `settings`: the run's overrides that not all runs share, as one text.
 
-    Args:
-        told_apart: keys of overrides to leave out because they are shown elsewhere; seeds are left out always.
+    Overrides with a key in `told_apart` are left out because they are shown elsewhere; seeds are left out always.
     """
     elsewhere = (*told_apart, *SEED_KEYS)
     own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in elsewhere] for run in runs]
-    shared = set(own[0]).intersection(*own) if own else set()
+    shared = set.intersection(*map(set, own)) if own else set()
     return [
         {**run, "settings": " ".join(o for o in overrides if o not in shared)}
         for run, overrides in zip(runs, own, strict=True)
@@ -62,9 +69,9 @@ def method_name(scorer: str, settings: str | None) -> str:
 
 
 def flat_rows(run: Run) -> list[Row]:
-    """Return the rows of one run as plain values; values that the run lacks are None.
+    """Return a row for each benchmark of a run and, unless there is exactly one, a row over all items.
 
-    There is a row for each benchmark. Unless there is exactly one benchmark, a row over all items follows.
+    Values that the run lacks are None.
     """
     cells: dict[str, Mapping[str, Any]] = dict(run.get("benchmarks") or {})
     outcomes = {name: (each["items"], each["outcomes"]) for name, each in (run.get("outcomes") or {}).items()}
@@ -87,10 +94,10 @@ def flat_rows(run: Run) -> list[Row]:
             "benchmark": benchmark,
             "rows": selection.get("rows"),
             **{name: cell.get(name) for name in ("pws", "pws_low", "pws_high", *COUNTS)},
-            "p_value": parity_p_value([outcomes[benchmark]]) if benchmark in outcomes else None,
+            "p_value": _p_value_of(outcomes[benchmark][1]) if benchmark in outcomes else None,
             OUTCOMES: outcomes.get(benchmark),
             "pws_length_controlled": controlled.get(benchmark),
-            "confidence": run.get("confidence", DEFAULT_CONFIDENCE),
+            "confidence": run.get("confidence", 0.95),
             "accuracy": by_benchmark.get(benchmark, accuracy.get("model")),
             "heldout_loss": (run.get("heldout_loss") or {}).get("model"),
             "spoilt_share": selection.get("spoilt_share"),
@@ -100,6 +107,11 @@ def flat_rows(run: Run) -> list[Row]:
         }
         for benchmark, cell in cells.items()
     ]
+
+
+def _p_value_of(letters: str) -> float | None:
+    matrix = outcome_matrix([letters])
+    return p_value(matrix) if matrix.size else None
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
@@ -125,63 +137,42 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
     Each row returned has two more keys: `runs`, the number of rows averaged, and `seeds`, their pairs of seeds.
     """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in _without_repeats(rows):
-        groups.setdefault((row["variant"], *(row[name] for name in SETTINGS)), []).append(row)
-    return [
-        (_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1})
-        | {"seeds": [[row[name] for name in SEEDS] for row in group]}
-        for group in groups.values()
-    ]
-
-
-def _without_repeats(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows, but only one row of the full-data run for each seed and setting.
-
-    A sweep over alpha repeats the full-data run for each alpha. The row of a finished run is kept if there is one.
-    """
+    # A sweep over alpha repeats the full-data run for each alpha: keep one row for each seed, finished if there is one.
     kept: dict[Any, Row] = {}
     for place, row in enumerate(rows):
         is_full = row["scorer"] == "full"
         key = tuple(row[name] for name in (*SETTINGS, *SEEDS)) if is_full else place
         if key not in kept or kept[key]["status"] != "finished":
             kept[key] = row | {"variant": None} if is_full else row
-    return list(kept.values())
+    return [
+        (_mean_row(group) if len(group) > 1 else group[0] | {"runs": 1})
+        | {"seeds": [[row[name] for name in SEEDS] for row in group]}
+        for group in grouped(kept.values(), lambda row: tuple(row[name] for name in ("variant", *SETTINGS))).values()
+    ]
 
 
 def _mean_row(group: Sequence[Row]) -> Row:
     mean: Row = {name: group[0][name] for name in (*SETTINGS, "confidence")} | {"runs": len(group)}
     for name in (*MEASURES, *COUNTS):
-        values = [row[name] for row in group if row[name] is not None]
-        # a mean over some of the runs must not be compared with means over all of them
-        complete = len(values) == len(group)
-        mean[name] = None if not complete else sum(values) if name in COUNTS else sum(values) / len(values)
+        values = [row[name] for row in group]
+        if None in values:  # a mean over some of the runs must not be compared with means over all of them
+            mean[name] = None
+        else:
+            mean[name] = sum(values) if name in COUNTS else sum(values) / len(values)
     mean |= {"pws_low": None, "pws_high": None, "p_value": None, OUTCOMES: None}
     outcomes = [row[OUTCOMES] for row in group]
     if mean["pws"] is not None and all(outcomes) and len({items for items, _ in outcomes}) == 1:
         matrix = outcome_matrix([letters for _, letters in outcomes])
         if matrix.size:
             low, high = mean_interval(matrix, group[0]["confidence"])
-            mean |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": parity_p_value(outcomes)}
-            mean[OUTCOMES] = [row[OUTCOMES] for row in group]
+            mean |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": p_value(matrix), OUTCOMES: outcomes}
     return mean
-
-
-def parity_p_value(outcomes: Sequence[tuple[str, str]]) -> float | None:
-    """Return the p-value of the hypothesis that the PWS is 1; None if no item is valid with every seed.
-
-    Args:
-        outcomes: the outcomes of the same items with each seed (see OUTCOMES).
-    """
-    matrix = outcome_matrix([letters for _, letters in outcomes])
-    return p_value(matrix) if matrix.size else None
 
 
 def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
     """Return the outcomes (seeds, items) as 1, 0 and -1, for the items that are valid with every seed.
 
-    Args:
-        letters: for each seed a letter per item, in the same order: w, t, l, or i (invalid).
+    `letters` has for each seed a letter per item, in the same order: w, t, l, or i (invalid).
     """
     values = {"w": 1.0, "t": 0.0, "l": -1.0, "i": math.nan}
     matrix = np.array([[values[letter] for letter in each] for each in letters])
@@ -191,8 +182,8 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 def compared(first: Row, second: Row) -> Difference | None:
     """Return the paired difference of two rows of `over_seeds`.
 
-    The result is None if outcomes are unknown, if the rows differ in seeds or items, or if no item is valid with every
-    seed of both. A row has fewer seeds than others if one of its jobs failed.
+    The result is None if outcomes are unknown, if the rows differ in seeds (one of them has a failed job) or items, or
+    if no item is valid with every seed of both.
     """
     if first.get("seeds") != second.get("seeds"):
         return None
@@ -216,15 +207,13 @@ def pws_text(row: Row) -> str:
 def intervals_text(rows: Iterable[Row]) -> str:
     """Return a description of the rows' intervals, as in "PWS with 95 % intervals over items and seeds"; "" if none.
 
-    If only some of the rows have several seeds, the text names items and seeds for all rows; the interval of a row with
-    one seed is over its items alone.
+    The text names items and seeds if any row has several seeds.
     """
     shown = [row for row in rows if row["pws_low"] is not None]
     if not shown:
         return ""
     shares = " or ".join(f"{100 * share:g} %" for share in sorted({row["confidence"] for row in shown}))
-    several = {row["runs"] > 1 for row in shown}
-    over = "items alone" if several == {False} else "items and seeds"
+    over = "items and seeds" if any(row["runs"] > 1 for row in shown) else "items alone"
     return f"PWS with {shares} intervals over {over}"
 
 
@@ -249,8 +238,8 @@ def results_table(runs: Sequence[Run]) -> Table:
         title += f", benchmark {benchmarks.pop()}"
     if (most := max(row["runs"] for row in rows)) > 1:
         title += f"; means of {most} seeds"
-    if any(row["pws_low"] is not None for row in rows):
-        title += f"; {intervals_text(rows)}"
+    if intervals := intervals_text(rows):
+        title += f"; {intervals}"
     varied = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows} - {None}) > 1]
     columns = {
         **{name: [cell_text(row[name]) for row in rows] for name in varied},

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -51,46 +50,28 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
     scores = pq.read_table(scored.file(SCORES_FILE), memory_map=True).drop_columns("example_id")
     if clash := [name for name in scores.column_names if name in ("id", "row_index", "text_hash")]:
         raise DataError(f"a part of the score is named {clash[0]}, as a column of the file is; rename that task")
-    part, start = require_no_link(out.with_name(f".{out.name}.part")), 0
-    try:
-        with _writer(part, out.suffix) as write:
-            for texts in read_blocks(loaded.file(EXAMPLES_FILE), ("example_id", "row_index", "content_hash")):
-                write(_joined(pa.table(texts), scores.slice(start, texts.num_rows)))
-                start += texts.num_rows
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
-    return start
-
-
-def _joined(texts: pa.Table, scores: pa.Table) -> pa.Table:
-    """Return the rows of one block, with null for each score or part that is NaN (not defined for the example)."""
+    blocks = read_blocks(loaded.file(EXAMPLES_FILE), ("example_id", "row_index", "content_hash"))
+    texts = pa.Table.from_batches(blocks)
     columns = {"id": texts["example_id"], "row_index": texts["row_index"], "text_hash": texts["content_hash"]}
     for name in sorted(scores.column_names, key=lambda name: name in OWN[4:]):  # status and reason last
         column = scores[name]
-        columns[name] = pc.if_else(pc.is_nan(column), None, column) if pa.types.is_floating(column.type) else column
-    return pa.table(columns)
-
-
-@contextmanager
-def _writer(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], object]]:
-    """Yield a function that appends a table to the file, in the format that `suffix` names."""
-    if suffix == ".jsonl":
-        with path.open("w", encoding="ascii") as stream:
-            yield lambda table: stream.writelines(json.dumps(json_value(row)) + "\n" for row in table.to_pylist())
-        return
-    kind, writer = (pq.ParquetWriter if suffix == ".parquet" else pyarrow.csv.CSVWriter), None
-
-    def write(table: pa.Table) -> None:
-        nonlocal writer
-        writer = writer or kind(str(path), table.schema)
-        writer.write_table(table)
-
+        is_number = pa.types.is_floating(column.type)  # NaN: not defined for the example
+        columns[name] = pc.if_else(pc.is_nan(column), None, column) if is_number else column
+    table = pa.table(columns)
+    part = require_no_link(out.with_name(f".{out.name}.part"))
     try:
-        yield write
+        if out.suffix == ".parquet":
+            pq.write_table(table, part)
+        elif out.suffix == ".csv":
+            pyarrow.csv.write_csv(table, part)
+        else:
+            with part.open("w", encoding="ascii") as stream:
+                for batch in table.to_batches():
+                    stream.writelines(json.dumps(json_value(row)) + "\n" for row in batch.to_pylist())
+        part.replace(out)
     finally:
-        if writer is not None:
-            writer.close()
+        part.unlink(missing_ok=True)
+    return len(table)
 
 
 @command

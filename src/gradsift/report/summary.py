@@ -19,11 +19,11 @@ def summary(run: Run) -> Iterator[Line]:
     """Yield lines on the selection, the results, the cost and the warnings of a run, as far as it has them."""
     if text := _kept(run):
         selection = run["selection"]
-        for key, form in (("spoilt_share", "{:.0%} of them spoilt"), ("families", "{:.1f} families")):
+        for key, form, words in (("spoilt_share", ".0%", "of them spoilt"), ("families", ".1f", "families")):
             if (value := selection.get(key)) is not None:
-                text += f", {form.format(value)}"
+                text += f", {value:{form}} {words}"
                 if (pool := selection.get(f"{key}_pool")) is not None:
-                    text += f" (all rows {form.split(' ')[0].format(pool)})"
+                    text += f" (all rows {pool:{form}})"
         yield "selected", text
     if run.get("pws_by_definition"):
         yield "PWS", "1 by definition: this is the model tuned on all rows"
@@ -40,7 +40,17 @@ def summary(run: Run) -> Iterator[Line]:
             others = {"all rows": values.get("reference"), "no finetuning": values.get("untuned")}
             beside = ", ".join(f"{name} {value:.3f}" for name, value in others.items() if value is not None)
             yield label, f"{values['model']:.3f}{unit}" + (f" ({beside})" if beside else "")
-    yield from _cost(run)
+    if work := run.get("work"):
+        parts = [duration(run["seconds"])] if "seconds" in run else []
+        if work["made"]:
+            passed = _passed(work["optimizer_steps"], work["forward_tokens"])
+            parts.append(f"{counted(work['made'], 'unit')} made" + (f" with {passed}" if passed else ""))
+        if work["reused"]:
+            passed = _passed(work["saved_steps"], work["saved_tokens"])
+            parts.append(f"{counted(work['reused'], 'unit')} reused" + (f" that had taken {passed}" if passed else ""))
+        yield "work", ", ".join(parts)
+    if peaks := run.get("memory"):
+        yield "memory", "at most " + ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())
     if warnings := warnings_of(run.get("diagnostics")):
         (first, message), *further = warnings.items()
         if len(message) > _LONGEST_WARNING:
@@ -75,17 +85,3 @@ def _kept(run: Run) -> str:
 
 def _passed(steps: int, tokens: int) -> str:
     return " and ".join(f"{count:,} {name}" for count, name in ((steps, "steps"), (tokens, "tokens")) if count)
-
-
-def _cost(run: Run) -> Iterator[Line]:
-    if work := run.get("work"):
-        parts = [duration(run["seconds"])] if "seconds" in run else []
-        if work["made"]:
-            passed = _passed(work["optimizer_steps"], work["forward_tokens"])
-            parts.append(f"{counted(work['made'], 'unit')} made" + (f" with {passed}" if passed else ""))
-        if work["reused"]:
-            passed = _passed(work["saved_steps"], work["saved_tokens"])
-            parts.append(f"{counted(work['reused'], 'unit')} reused" + (f" that had taken {passed}" if passed else ""))
-        yield "work", ", ".join(parts)
-    if peaks := run.get("memory"):
-        yield "memory", "at most " + ", ".join(f"{peak:.1f} GB {_MEMORY[name]}" for name, peak in peaks.items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
-_LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
+_WORD, _FIGURE = re.compile(r"[^\W\d_]|\("), re.compile(r"[+-]*\d")  # how a cell begins
+_ESCAPES = {character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -22,6 +24,7 @@ _LATEX = {character: "\\" + character for character in "&%$#_{}"} | {
     "[": "{[}",  # at the start of a row, LaTeX would take [ for an argument of the line break before
     "]": "{]}",
 }
+_LATEX = str.maketrans(_ESCAPES)
 _LONGEST_MARKDOWN = 200  # rows; longer tables are written as CSV alone
 
 
@@ -40,7 +43,7 @@ class Table:
     def text_columns(self) -> set[int]:
         """The columns to align left: the first column, and all columns that contain words and no numbers."""
         columns = enumerate(zip(*self.rows, strict=True))
-        return {0} | {i for i, cells in columns if any(map(_is_word, cells)) and not any(map(_is_figure, cells))}
+        return {0} | {i for i, cells in columns if any(map(_WORD.match, cells)) and not any(map(_FIGURE.match, cells))}
 
     def __rich__(self) -> RichTable:
         from rich import box
@@ -70,35 +73,41 @@ class Table:
             fitted = replace(fitted, header=fitted.header[:-1], rows=[row[:-1] for row in fitted.rows])
         return fitted, left_out
 
+    def _cells(self, escaped: Callable[[str], str], bold: str) -> list[list[str]]:
+        """Return the escaped cells, the best ones in `bold`, a format with one `%s`."""
+        return [
+            [bold % escaped(cell) if (i, j) in self.best else escaped(cell) for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+
     def markdown(self) -> str:
         """Return the table as Markdown, with its title above and its note below."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        rows = [
-            [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(row)]
-            for i, row in enumerate(self.rows)
-        ]
-        lines = [f"**{self.title}**", "", *map(_markdown_line, (self.header, rule, *rows))]
+        rows = self._cells(lambda text: text.replace("|", "\\|"), "**%s**")
+        header = [name.replace("|", "\\|") for name in self.header]
+        lines = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in (header, rule, *rows))]
         return "\n".join([*lines, "", self.note] if self.note else lines)
 
     def latex(self) -> str:
         """Return the table as LaTeX (package booktabs), with its title as the caption and its note below it."""
         left = self.text_columns
-        rows = [
-            [rf"\textbf{{{_latex(cell)}}}" if (i, j) in self.best else _latex(cell) for j, cell in enumerate(row)]
-            for i, row in enumerate(self.rows)
-        ]
+        rows = self._cells(lambda text: text.translate(_LATEX), r"\textbf{%s}")
+        header = [[name.translate(_LATEX) for name in self.header]]
+        if groups := groups_of(header[0]):
+            above = [rf"\multicolumn{{{len(names)}}}{{c}}{{{title}}}" for title, names in groups]
+            header = [["", *above], [header[0][0], *(name for _, names in groups for name in names)]]
         lines = [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_latex(self.title)}}}",
+            rf"\caption{{{self.title.translate(_LATEX)}}}",
             rf"\begin{{tabular}}{{{''.join('l' if i in left else 'r' for i in range(len(self.header)))}}}",
             r"\toprule",
-            *(rf"{line} \\" for line in _latex_header(self.header)),
+            *(" & ".join(row) + r" \\" for row in header),
             r"\midrule",
             *(" & ".join(row) + r" \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
-            *([rf"\par\smallskip{{\footnotesize {_latex(self.note)}}}"] if self.note else []),
+            *([rf"\par\smallskip{{\footnotesize {self.note.translate(_LATEX)}}}"] if self.note else []),
             r"\end{table}",
         ]
         return "\n".join(lines)
@@ -149,16 +158,10 @@ def counted(number: int, name: str) -> str:
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Group the columns of a table by alpha, if their names have the form `ALPHA: METHOD`.
+    """Return the title and the methods of each group of columns with one alpha, if their names are `ALPHA: METHOD`.
 
-    Returns:
-        The title and the methods of each group. The list is empty if the name of any column but the first has another
-        form, or if no two adjacent columns share an alpha.
+    The list is empty if a column but the first has another name, or if no two adjacent columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []
@@ -167,26 +170,3 @@ def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
             groups.append((f"alpha {alpha}", []))
         groups[-1][1].append(name)
     return groups if all(colon for _, colon, _ in pairs) and len(groups) < len(pairs) else []
-
-
-def _latex_header(header: Sequence[str]) -> list[str]:
-    """Return the lines of the heading: one, or two if the columns form groups."""
-    groups = groups_of(header)
-    if not groups:
-        return [" & ".join(map(_latex, header))]
-    above = [rf"\multicolumn{{{len(names)}}}{{c}}{{{_latex(title)}}}" for title, names in groups]
-    names = [name for _, own in groups for name in own]
-    return [" & ".join(["", *above]), " & ".join(map(_latex, [header[0], *names]))]
-
-
-def _latex(text: str) -> str:
-    """Return the text with LaTeX's special characters escaped."""
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-def _is_word(cell: str) -> bool:
-    return cell[:1].isalpha() or cell.startswith("(")
-
-
-def _is_figure(cell: str) -> bool:
-    return cell.lstrip("+-")[:1].isdigit()

@@ -10,7 +10,7 @@ named. These are available:
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) mean over the members of each example's loss at the late snapshot
     answer_losses
-                 `gradsift.proxy.answer_losses.AnswerLosses` of the members at the late snapshot, with dropout off; for
+                 `gradsift.proxy.member_tables.AnswerLosses` of the members at the late snapshot, with dropout off; for
                  proxy.ensemble=mc_dropout, the losses of the single adapter
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first

@@ -8,25 +8,11 @@
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
     score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
 
-body_i is the mean loss of an answer's tokens before the last one, and end_i is the loss of its last token. other_i is
-the mean loss of the same tokens as in body_i, but after the prompt of another example (`AnswerLosses`).
+body_i is the mean loss of an answer's tokens before the last one, and end_i is the loss of its last token, both at the
+late snapshot. other_i is the mean loss of the same tokens as in body_i, but after the prompt of another example; where
+it is unknown (see `AnswerLosses`), d_i^m = c_i^m.
 
-- A loss is low if an answer is right, but also if its kind of task is easy. Comparing with similar prompts removes the
-  second effect, so that easy kinds of task do not crowd out the other kinds.
-- A wrong token within an answer raises body_i, and an answer that stops early raises end_i. In a mean over all tokens
-  of a long answer, the last token would hardly count, so it has its own weight w. Both losses are measured at the
-  late snapshot. Each is divided by its mean over the pool, because the ratio of the two means differs between datasets.
-- A fluent answer to another question has a low loss too, but its prompt makes it no likelier than another example's
-  prompt does, so g_i is near 0. A prompt says less about each token of a long answer, so g_i is compared with the
-  answers of like length. Only a g_i more than one standard deviation below their mean lowers the score. Above this
-  bound, a larger g_i does not raise the score: a score of g_i alone ranks truncated answers above complete ones.
-  Where other_i is unknown (see `AnswerLosses`), d_i^m = c_i^m.
-- The members' standard deviation lowers the score of rows on which the members disagree.
-- Within the best fifth (`saturation`), a row with a higher bound is more typical and slightly cleaner. A target learns
-  more if the rows of this fifth are ranked at random (measured in the embedded world).
-
-Prompts are compared by their words and word pairs (TF-IDF, reduced to at most 50 dimensions). This needs no model and
-gives the same neighbours for every proxy. Reasons, ablations and limits: docs/methods.md.
+Reasons for each term, ablations and limits: docs/methods.md.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -40,19 +26,16 @@ import numpy as np
 from gradsift.data.examples import Example
 from gradsift.errors import ConfigError
 from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
-from gradsift.proxy.answer_losses import AnswerLosses
+from gradsift.proxy.member_tables import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 # Added to losses before the logarithm, because differences between smaller losses are only rounding errors.
 _FLOOR = 1e-3
-# Least mean over the pool, in nats, that losses are divided by. If a member has learnt all bodies (or all ends) by
-# heart, the quotients stay near 0 and have hardly any effect.
+# Least mean over the pool, in nats, that losses are divided by: a member may have learnt all bodies or ends by heart.
 _LEAST_MEAN = 1e-3
-# Least standard deviation that differences are divided by. The neighbours' log losses hardly differ if the neighbours
-# are copies of one row, and the gains g_i are all near 0 if no answer depends on its prompt.
+# Least standard deviation that differences are divided by: neighbours may be copies of one row.
 _LEAST_DEVIATION = 0.1
-# A gain g_i lowers the score if it lies more than this number of standard deviations below the mean.
-_USUAL_GAIN = 1.0
+_USUAL_GAIN = 1.0  # standard deviations below the mean, below which a gain g_i lowers the score
 _LEAST_GAINS = 20  # fewest gains from which a mean and a standard deviation are taken
 
 
@@ -71,12 +54,10 @@ def contrast(
     """Return a score of each answer's loss compared with answers to similar prompts (see the module's docstring).
 
     Args:
-        answer_losses: losses at the late snapshot, (M, N) each.
         neighbours: k.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
-        like_length: number of answers whose gains a gain is compared with, half of them shorter and half longer; all
-            others if there are fewer.
+        like_length: number of answers whose gains a gain is compared with; all others if there are fewer.
         caution: how many standard deviations over the members are subtracted.
         saturation: share of the examples, those with the highest bounds, whose scores are drawn at random (`seed`).
 
@@ -111,8 +92,7 @@ def member_contrasts(
     body, end = answer_losses.body[:, known], answer_losses.end[:, known]
     prompts = [prompt_of(example) for example, has_loss in zip(examples, known, strict=True) if has_loss]
     contrasts = np.full(answer_losses.body.shape, np.nan)
-    # Logarithms, because the losses of easy and of hard tasks differ in scale: a difference of logarithms is a ratio of
-    # losses, which does not depend on the scale.
+    # logarithms, because a ratio of losses does not depend on their scale, which differs between easy and hard tasks
     logs = np.log(relative_losses(body, end, end_share) + _FLOOR)
     contrasts[:, known] = contrast_with(logs, nearest_prompts(prompts, neighbours))
     return contrasts
@@ -124,10 +104,8 @@ def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_
     All are 0 if fewer than _LEAST_GAINS examples have such a loss, since few gains have no reliable mean.
 
     Args:
-        body: (M, N) losses of the answers after their own prompts.
-        other: (M, N) losses after other prompts, drawn for each member; they are averaged over the members.
+        body, other: (M, N) losses of the answers after their own prompts, and after other prompts.
         lengths: (N,) characters of the answers.
-        like_length: number of answers of like length that a gain is compared with.
     """
     term = np.zeros(body.shape)
     gained = np.flatnonzero(~np.isnan(body + other).any(0))
@@ -143,8 +121,7 @@ def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_
 def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
     """Return for each example the positions of the `count` others around it in the order of lengths, (N, count) int64.
 
-    Equal lengths are in the order of their positions. At the ends, the others are the `count` shortest or longest. If
-    there are fewer than `count` others, all are returned.
+    Equal lengths are in the order of their positions. If there are fewer than `count` others, all are returned.
     """
     count = min(count, len(lengths) - 1)
     order = np.argsort(lengths, kind="stable")
@@ -157,17 +134,13 @@ def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarr
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
-    """Return the relative losses l (M, N) from the losses of bodies and ends in nats, (M, N) each.
-
-    Losses are divided by their mean over the examples, or by `_LEAST_MEAN` if the mean is smaller. In the first case,
-    bodies or ends have their full weight, however small their losses are.
-    """
+    """Return the relative losses l (M, N) from the losses of bodies and ends in nats, (M, N) each."""
     body, end = (part / np.maximum(part.mean(1, keepdims=True), _LEAST_MEAN) for part in (body, end))
     return (1 - end_share) * body + end_share * end
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless `count` is larger than `neighbours`: each example needs that many other examples."""
+    """Raise a `ConfigError` unless each of `count` examples has that many other examples as neighbours."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
@@ -186,14 +159,9 @@ def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-    """Return how many standard deviations each value lies below the mean of its neighbours' values.
+    """Return how many standard deviations values (M, N) lie below the mean of their neighbours' values, (M, N) float64.
 
-    Args:
-        values: (M, N)
-        nearest: (N, K) positions of the neighbours.
-
-    Returns:
-        (M, N) float64
+    `nearest` (N, K) has the positions of the neighbours.
     """
     contrasts = np.empty_like(values)
     for member, row in enumerate(values):  # one member at a time: (N, K) numbers and not (M, N, K)
@@ -203,11 +171,7 @@ def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
 
 
 def nearest_prompts(prompts: Sequence[str], count: int) -> np.ndarray:
-    """Return the positions of the `count` most similar other prompts of each prompt, (N, count) int64.
-
-    Raises:
-        ConfigError: no prompt has a word.
-    """
+    """Return the positions of the `count` most similar other prompts of each prompt, (N, count) int64."""
     from sklearn.neighbors import NearestNeighbors
 
     vectors = prompt_vectors(prompts)

@@ -2,18 +2,16 @@
 
     score(z) = sum_k s_k <row_z, K_k> / sum_k s_k
 
-The core knowledge consists of principal components of the target gradients (`gradsift.selection.core_knowledge`). K_k
-is the k-th of these components, with the sign for which the mean target gradient has a positive projection on K_k. s_k
-is the share of the variance that K_k explains. row_z is the gradient feature of example z. The paper selects by a walk
-and defines no score; this score is our reading. With `selector.fill=topup`, `selector=gradient_walk` uses this
-score to fill the rest of the budget after its walks. Any other selector can rank by this score.
+K_k is the k-th principal component of the target gradients (`gradsift.selection.core_knowledge`), with the sign for
+which the mean target gradient has a positive projection on it. s_k is the share of the variance that K_k explains, and
+row_z the gradient feature of example z. The paper selects by a walk and defines no score; this one is our reading.
 """
 
 from __future__ import annotations
 
 from gradsift.features.vectors import Features
-from gradsift.scoring.agreement import agreement, mark_undirected
 from gradsift.scoring.scores import Scores
+from gradsift.scoring.similarity import agreement, mark_undirected
 from gradsift.selection.core_knowledge import core_knowledge
 
 
@@ -22,9 +20,6 @@ def g2is(gradients: Features, target_gradients: Features, *, explained: float) -
 
     Args:
         explained: least share of the target gradients' variance that the components together explain.
-
-    Raises:
-        GradsiftError: every gradient of the target set is zero.
     """
     core = core_knowledge(target_gradients, explained)
     projections = agreement(gradients, core.directions)  # (N, C)

@@ -2,16 +2,13 @@
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
-R  representativeness: Gaussian kernel density of the pool's gradient signals at the example's signal. The signal
-   consists of statistics of the example's gradients with respect to input embedding and LM head, after one epoch of
-   preliminary training.
+R  representativeness: Gaussian kernel density of the pool's gradient signals at the example's signal: statistics of the
+   gradients with respect to input embedding and LM head, after one epoch of preliminary training.
 C  content diversity: how much the example differs from the rest of the pool, by its embedding or by its words.
 S  redundancy: mean cosine of the example's embedding to its nearest neighbours.
 
-R, C and S are each scaled to 0..1 over the scored examples. Those with weight 0 are not computed. No code is published,
-and the paper does not say how the two gradients are combined, which bandwidth is used, whether a high or a low density
-is representative, and how content diversity is measured. `grads` is our reading and has a parameter for each of these
-choices.
+R, C and S are each scaled to 0..1 over the scored examples. Those with weight 0 are not computed. No code is published;
+`grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -27,8 +24,7 @@ import numpy as np
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.features.products import mean_cosines, nearest_cosines, row_blocks
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, mean_cosines, nearest_cosines, row_blocks
 from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
@@ -82,19 +78,20 @@ def grads(
                 f"{named}: {count} examples have an embedding with a direction, so none has {least} others; "
                 f"give {remedy}"
             )
+    score = np.where(scored, 0.0, np.nan)
     if of_gradients:
         density, described = density_of(embedding_gradients, scored, combine, bandwidth, task)
-        factors["representativeness"] = to_unit(density if region == "high" else -density, scored, scale)
         diagnostics.append(described)
+        factors["representativeness"] = to_unit(density if region == "high" else -density, scored, scale)
+        score += of_gradients * factors["representativeness"]
     if of_content:
         content = 1 - mean_cosines(embeddings) if diversity == "spread" else word_rarity(examples)
         factors["diversity"] = to_unit(content, scored, scale)
+        score += of_content * factors["diversity"]
     if of_similarity:
         with task("grads, neighbours", len(examples)) as advance:
             factors["redundancy"] = to_unit(nearest_cosines(embeddings, neighbours, advance), scored, scale)
-    zero = np.where(scored, 0.0, np.nan)
-    score = of_gradients * factors.get("representativeness", zero) + of_content * factors.get("diversity", zero)
-    score += of_similarity * (1 - factors.get("redundancy", zero))
+        score += of_similarity * (1 - factors["redundancy"])
     scores = Scores(score, factors, diagnostics)
     scores.mark(~has_response, UNDEFINED, NO_RESPONSE)
     if needs_direction:
@@ -102,22 +99,16 @@ def grads(
     return scores
 
 
-# -------------------------------------------------------------------------------- representativeness
-
-
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the density of the signal at each example, (N,), and a diagnostic of the signal.
-
-    Only the examples in `rows` (N,) bool have a signal; the density is NaN for all others.
-    """
+    """Return the density of the signal at each example, (N,), NaN except for `rows` (N,) bool; and a diagnostic."""
     signal = signal_of(gradients, combine, rows)
+    columns = signal.shape[1]
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
     density = np.full(len(rows), np.nan)
     with task("grads, density", len(signal)) as advance:
         density[rows] = kernel_density(signal, width, advance)
-    columns = signal.shape[1]
     diagnostic = Diagnostic.judged(
         "grads_signal",
         columns == 0,
@@ -130,19 +121,14 @@ def density_of(
 
 
 def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:
-    """Return the signal of the examples in `rows` (N,) bool, each column with mean 0 and variance 1.
+    """Return the signal (rows.sum(), F) float64 of the examples in `rows` (N,) bool, in columns of mean 0, variance 1.
 
-    `combine` says which columns the signal has:
+    combine=statistics  maximum, minimum, mean and standard deviation of both gradients
+    combine=norms       the norm of each gradient
+    combine=norm        the norm of both gradients together
 
-    statistics   maximum, minimum, mean and standard deviation of both gradients
-    norms        the norm of each gradient
-    norm         the norm of both gradients together
-
-    Columns without information are left out: constant columns, and means whose true value is 0, which are only
-    rounding errors. The true mean is always 0 for the head, and 0 for the embedding if a LayerNorm follows it.
-
-    Returns:
-        (rows.sum(), F) float64
+    Constant columns are left out, and means whose true value is 0, which are only rounding errors: always the head's
+    mean, and the embedding's if a LayerNorm follows it.
     """
     table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
     sizes = {use: np.hypot(table[f"{use}_mean"], table[f"{use}_std"]) for use in ("embedding", "head")}
@@ -163,10 +149,7 @@ def scott(count: int, columns: int) -> float:
 
 
 def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lambda done: None) -> np.ndarray:
-    """Return the Gaussian kernel density (N,) float64 of all points in `signal` (N, F), at each of these points.
-
-    The density is exact. The N^2 kernel evaluations are computed for one block of rows at a time.
-    """
+    """Return the exact Gaussian kernel density (N,) float64 of the points in `signal` (N, F), at each of the points."""
     count, columns = signal.shape
     points = signal / bandwidth
     lengths = np.square(points).sum(1)
@@ -183,14 +166,8 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
     return density * scale
 
 
-# ------------------------------------------------------------------------------ diversity and scale
-
-
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Return the mean inverse document frequency of each example's different words, (N,).
-
-    The inverse document frequency is log(N / number of examples with the word). An example without words has 0.
-    """
+    """Return the mean of log(N / number of examples with the word) over each example's different words, (N,)."""
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
     holders = Counter(word for each in words for word in each)

@@ -3,9 +3,8 @@
     GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
 G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
-norms over the members. The paper gives no value for eps. If the norm rises from s to t, the drop G^s - G^t is
-negative, and dividing by V^t then favours a high variance, the opposite of the score's intent. The part `drop` is
-negative for such examples.
+norms over the members. If the norm rises from s to t, the part `drop`, G^s - G^t, is negative, and dividing by V^t then
+favours a high variance, the opposite of the score's intent.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.ndarray:
     """Return Eq. 5: the normalised drop divided by the late variance; arguments and result are (N,) float64."""
-    # The same eps is added to a norm and to a squared norm, so an eps that is small beside G_s may outweigh V_t;
-    # `eps_share` reports the share of rows in which this is so.
+    # the same eps is added to a norm and to a squared norm, so an eps that is small beside G_s may outweigh V_t
     value: np.ndarray = (G_s - G_t) / (G_s + eps) / (V_t + eps)
     return value
 
@@ -34,10 +32,7 @@ def gsnr(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t.
-
-    `eps` is accepted but unused, so that one sweep can set it for all four scorers of this module.
-    """
+    """Return ablation 1: G_s - G_t. `eps` is unused: one sweep can set it for all four scorers of this module."""
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
@@ -52,17 +47,9 @@ def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
-    """Return `Scores` with parts and, if eps was used, the diagnostic `eps_share`.
-
-    Args:
-        denominators: names of the parts that eps was added to.
-    """
-    parts = {
-        "G_s": statistics.G_s,
-        "G_t": statistics.G_t,
-        "V_t": statistics.V_t,
-        "drop": statistics.G_s - statistics.G_t,
-    }
+    """Return `Scores` with parts and the diagnostic `eps_share` of the parts that eps was added to (`denominators`)."""
+    parts = {"G_s": statistics.G_s, "G_t": statistics.G_t, "V_t": statistics.V_t}
+    parts["drop"] = statistics.G_s - statistics.G_t
     diagnostics = [eps_share(eps, {name: parts[name] for name in denominators})] if denominators else []
     scores = Scores(score, parts, diagnostics)
     scores.mark(np.isnan(statistics.G_t), UNDEFINED, NO_RESPONSE)

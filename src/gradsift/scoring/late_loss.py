@@ -8,10 +8,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def late_loss(late_losses: np.ndarray) -> Scores:
-    """Return minus the mean over the members of each example's loss at the late snapshot.
-
-    `proxy.collect` sets whether the losses are measured during the epoch or at its end.
-    """
+    """Return minus the mean over the members of each example's loss at the late snapshot."""
     scores = Scores(-late_losses)
     scores.mark(np.isnan(late_losses), UNDEFINED, NO_RESPONSE)
     return scores

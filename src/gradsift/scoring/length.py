@@ -1,8 +1,6 @@
-"""Lengths of the response, the prompt or both: a cheap baseline.
+"""Lengths of the response, the prompt or both: a cheap baseline (Zhao et al., arXiv 2402.04833).
 
-Long responses alone make a strong selection (Zhao et al., arXiv 2402.04833), and many scores correlate with length.
-Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses between the two
-scorers of this module; counting characters needs no model.
+Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses between the two scorers.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.scoring.scores import Scores
-from gradsift.scoring.spans import token_ids
+from gradsift.scoring.superfilter import token_ids
 from gradsift.training.backbones import Backbone
 
 

@@ -3,9 +3,8 @@
     score(z) = max over tasks of  mean over the task's rows z' of  sum_c w_c cos(Gamma_c(z), g_c(z'))
 
 c runs over the checkpoints of the warm-up. The sum over c is the inner product of the feature rows of z and z'
-(`gradsift.features.gradients` explains these rows and the symbols). The mean is over cosines and not over gradients; it
-is computed as the inner product with the mean of the task's feature rows. Target rows whose gradient is zero have no
-cosine and are left out of the mean.
+(`gradsift.features.gradients` explains these rows and the symbols). The mean over z' is computed as the inner product
+with the mean of the task's feature rows. Target rows whose gradient is zero have no cosine and are left out of it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy as np
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
-from gradsift.scoring.agreement import agreement, mark_undirected
 from gradsift.scoring.scores import Scores
+from gradsift.scoring.similarity import agreement, mark_undirected, rows_by_task
 
 
 def less(gradients: Features, target_gradients: Features) -> Scores:
@@ -25,25 +24,17 @@ def less(gradients: Features, target_gradients: Features) -> Scores:
     Raises:
         GradsiftError: every gradient of the target set is zero.
     """
-    means, missing = task_means(target_gradients)  # (D,) each
-    # (N, tasks) from one pass over the pool: the mean over a task's rows is taken before the product, which is linear
-    similarity = agreement(gradients, np.stack(list(means.values())))
+    tasks = rows_by_task(target_gradients)
+    means = {
+        task: target_gradients.vectors[rows].mean(0, dtype=np.float64) for task, rows in tasks.items() if len(rows)
+    }
+    if not means:
+        raise GradsiftError("every gradient of the target set is zero; look at its rows and at features.warmup")
+    similarity = agreement(gradients, np.stack(list(means.values())))  # (N, tasks)
     scores = Scores(similarity.max(1), {f"task:{task}": similarity[:, k] for k, task in enumerate(means)})
-    if missing:
+    if missing := [task for task in tasks if task not in means]:
         message = f"no row of {', '.join(missing)} has a gradient, so nothing is selected towards it"
         values: dict[str, float | None] = {"tasks_without_gradient": len(missing)}
         scores.diagnostics.append(Diagnostic("target_tasks", "warning", values, f"{message}; check its responses"))
     mark_undirected(scores, gradients)
     return scores
-
-
-def task_means(target: Features) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the mean (D,) float64 of each task's rows that have a direction, and the tasks without such rows."""
-    rows: dict[str, list[int]] = {task: [] for task in target.tasks}
-    for row, directed in enumerate(target.has_direction):
-        if directed:
-            rows[target.tasks[row]].append(row)
-    means = {task: target.vectors[own].mean(0, dtype=np.float64) for task, own in rows.items() if own}
-    if not means:
-        raise GradsiftError("every gradient of the target set is zero; look at its rows and at features.warmup")
-    return means, [task for task, own in rows.items() if not own]

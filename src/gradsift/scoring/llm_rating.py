@@ -3,11 +3,8 @@
     alpagasus   score = one grade, 0-5, for accuracy and helpfulness
     deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
-The questions are in our own words (`gradsift.evaluation.judges.rating`). The scorer differs from the sources in two
-points. AlpaGasus keeps all rows with a grade of at least 4.5; here the budget decides how many are kept. Grades are
-coarse, and rows with equal grades rank in their order in the data. DEITA finetunes scorers and takes their expected
-grade; here the configured judge is asked. In a conversation the last exchange is rated, and the judge sees the earlier
-turns. An example without a valid grade is `undefined`.
+In a conversation the last exchange is rated, and the judge sees the earlier turns. An example without a valid grade is
+`undefined`. How the scorer differs from its sources: docs/methods.md.
 """
 
 from __future__ import annotations
@@ -30,10 +27,7 @@ _UNRATED_LIMIT = 0.05  # share of examples without a grade above which a warning
 def llm_rating(
     examples: Sequence[Example], rater: Rater, task: Task, *, style: Literal["alpagasus", "deita"]
 ) -> Scores:
-    """Return the product of the grades for the style's questions, with the grades (N,) for each question as a part.
-
-    A grade is NaN if the judge gave no valid grade.
-    """
+    """Return the product of the grades for the style's questions, with the grades (N,) for each question as a part."""
     questions = QUESTIONS[style]
     # both questions of an example in sequence, so that an interrupted run has complete examples
     requests = [

@@ -4,9 +4,7 @@
 
 Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
 conversation counts. `prefer=low` prefers responses that the model expects, `high` responses that it does not expect
-(hard rows and noise alike), and `middle` the rows whose rank is closest to the median. Papers prune by perplexity
-in all three ways; the middle is then a band of percentiles. Our score for `middle` falls with the distance of a row's
-rank from the median rank, so the highest scores are such a band around the median.
+(hard rows and noise alike), and `middle` the rows whose rank is closest to the median, a band of percentiles.
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ from gradsift.training.head import ResponseLosses, require_finite
 
 def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal, *, prefer: str) -> Scores:
     """Return scores that prefer low, high or middle perplexity under the proxy's backbone, without adapters.
-
-    The perplexity and the mean loss (nats) of each response are parts.
 
     Raises:
         GradsiftError: a loss is not finite; the message names the rows.
@@ -60,14 +56,8 @@ def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: 
 
 
 def from_median(values: np.ndarray) -> np.ndarray:
-    """Return the distance of each value's rank from the median rank, divided by the number of values, (N,): 0 to 0.5.
-
-    Equal values have equal distances. NaN stays NaN.
-    """
+    """Return the distance of each value's rank from the median rank, as a share of the values (0 to 0.5), (N,)."""
     from scipy.stats import rankdata
 
-    distances = np.full(len(values), np.nan)
-    known = ~np.isnan(values)
-    if known.any():
-        distances[known] = np.abs((rankdata(values[known]) - 0.5) / known.sum() - 0.5)
-    return distances
+    shares = (rankdata(values, nan_policy="omit") - 0.5) / (~np.isnan(values)).sum()
+    return np.asarray(np.abs(shares - 0.5))

@@ -1,6 +1,4 @@
-"""Published scores, read from a file that `gradsift scores RUN --out FILE` wrote and joined to the data by text.
-
-The file has the columns
+"""Published scores: a file that `gradsift scores RUN --out FILE` wrote, joined to the data by text. Its columns:
 
     id         content hash and occurrence number of the example in the data that was scored
     row_index  the example's row in that data
@@ -32,11 +30,7 @@ OWN = ("id", "row_index", "text_hash", "score", "status", "reason")  # all other
 
 
 def require_scores(path: Path) -> None:
-    """Check that a file of scores exists, has a known type, and has the required columns in its first row.
-
-    Raises:
-        ConfigError: there is no such file, its type is unknown, or a column is missing.
-    """
+    """Raise ConfigError unless a file of scores exists, has a known type, and has the required columns."""
     if not path.is_file() or not path.name.lower().endswith(SUFFIXES):
         problem = "is of no known type" if path.is_file() else f"is no file (now in {Path.cwd()})"
         raise ConfigError(
@@ -52,67 +46,48 @@ def require_scores(path: Path) -> None:
         )
 
 
-class Published:
-    """The scores of a file, looked up by the hash of an example's texts."""
+def join_scores(
+    path: Path, pool: Sequence[Example], accepted: Sequence[Example]
+) -> tuple[list[Example], list[Rejected], Scores, int]:
+    """Join the scores of a file to the pool by the hash of the examples' texts.
 
-    def __init__(self, path: Path) -> None:
-        require_scores(path)
-        self.path = path
-        self._rows = [_checked(path, number, row.content) for number, row in enumerate(read_rows(path), start=1)]
-        self._by_hash: dict[str, list[int]] = {}
-        for place, row in enumerate(self._rows):
-            self._by_hash.setdefault(row["text_hash"], []).append(place)
+    The k-th of several equal texts gets the k-th score of this text in the file, or the last one if the file has fewer.
 
-    def divide(self, examples: Sequence[Example]) -> tuple[list[Example], list[Rejected]]:
-        """Return the examples that have a score in the file, and the other examples as rejected rows.
+    Returns:
+        The examples of the pool that have a score, the other examples as rejected rows, the scores, and the number of
+        scores in the file that belong to no `accepted` example, held-out examples included.
 
-        Raises:
-            DataError: no example has a score.
-        """
-        kept = [example for example in examples if example.content_hash in self._by_hash]
-        if not kept:
-            raise DataError(
-                f"data.scores={self.path}: none of the {len(examples):,} rows has one of its {len(self._rows):,} "
-                "scores; give the data that was scored, with the same data.format and data.fields"
-            )
-        rejected = [
-            Rejected(
-                example.row_index,
-                f"no score in {self.path.name} has the hash of its text, {example.content_hash}",
-                None,
-                example.original,
-            )
-            for example in examples
-            if example.content_hash not in self._by_hash
-        ]
-        return kept, rejected
-
-    def unused(self, examples: Sequence[Example]) -> int:
-        """Return the number of scores in the file that belong to none of the examples."""
-        used = {example.content_hash for example in examples}
-        return sum(len(places) for digest, places in self._by_hash.items() if digest not in used)
-
-    def of(self, examples: Sequence[Example]) -> Scores:
-        """Return the scores of examples that `divide` kept, in their order.
-
-        The k-th of several equal texts gets the k-th score of this text in the file, or the last one if the file
-        has fewer.
-        """
-        places = []
-        for example in examples:
-            same = self._by_hash[example.content_hash]
-            # example_id is the content hash and the occurrence number: the k-th of n equal texts gets the k-th score
-            occurrence = int(example.example_id.rsplit("-", 1)[1])
-            places.append(same[min(occurrence, len(same) - 1)])
-        rows = [self._rows[place] for place in places]
-        names = dict.fromkeys(name for row in self._rows for name in row if name not in OWN)
-        parts = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
-        scores = Scores(np.array([row["score"] for row in rows]), parts)
-        status = np.array([row["status"] for row in rows], dtype=object)
-        for kind in (UNDEFINED, EXCLUDED):
-            for reason in dict.fromkeys(row["reason"] for row in rows if row["status"] == kind):
-                scores.mark((status == kind) & np.array([row["reason"] == reason for row in rows]), kind, reason)
-        return scores
+    Raises:
+        DataError: no example has a score, or a row of the file cannot be used.
+    """
+    require_scores(path)
+    by_hash: dict[str, list[dict[str, Any]]] = {}
+    names: dict[str, None] = {}  # of the parts, in their order
+    for number, entry in enumerate(read_rows(path), start=1):
+        checked = _checked(path, number, entry.content)
+        by_hash.setdefault(checked["text_hash"], []).append(checked)
+        names |= dict.fromkeys(name for name in checked if name not in OWN)
+    kept, rejected, rows = [], [], []
+    for example in pool:
+        if same := by_hash.get(example.content_hash):
+            kept.append(example)
+            occurrence = int(example.example_id.rsplit("-", 1)[1])  # the id is the content hash and this number
+            rows.append(same[min(occurrence, len(same) - 1)])
+        else:
+            reason = f"no score in {path.name} has the hash of its text, {example.content_hash}"
+            rejected.append(Rejected(example.row_index, reason, None, example.original))
+    if not kept:
+        raise DataError(
+            f"data.scores={path}: none of the {len(pool):,} rows has one of its {sum(map(len, by_hash.values())):,} "
+            "scores; give the data that was scored, with the same data.format and data.fields"
+        )
+    parts = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+    scores = Scores(np.array([row["score"] for row in rows]), parts)
+    marks = [(row["status"], row["reason"]) for row in rows]
+    for status, reason in dict.fromkeys(marks):
+        scores.mark(np.array([mark == (status, reason) for mark in marks]), status, reason)
+    used = {example.content_hash for example in accepted}
+    return kept, rejected, scores, sum(len(same) for digest, same in by_hash.items() if digest not in used)
 
 
 def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:

@@ -42,10 +42,9 @@ class Scores:
         self.reason[fresh] = _one(reason)
 
     def require_finite(self, row_indices: Callable[[], Sequence[int]]) -> None:
-        """Raise a `GradsiftError` if the score of an example with status `scored` is not finite.
+        """Raise a `GradsiftError` if the score of a `scored` example is not finite.
 
-        Args:
-            row_indices: returns the row number of each example in the data's source, for the error message.
+        `row_indices` returns each example's row number in the data's source, for the message.
         """
         bad = (self.status == SCORED) & ~np.isfinite(self.score)
         if bad.any():
@@ -63,26 +62,19 @@ def _one(text: str) -> np.ndarray:
 
 
 def write_scores(path: Path, scores: Scores, example_ids: Iterable[Sequence[str] | pa.Array]) -> None:
-    """Write the score table to a Parquet file, block by block.
-
-    Args:
-        example_ids: the ids of the N examples, in blocks.
-    """
+    """Write the score table to a Parquet file; `example_ids` are the ids of the N examples, in blocks."""
     writer, start = None, 0
     with contextlib.ExitStack() as stack:
         for ids in example_ids:
-            table = _table(scores, slice(start, start + len(ids)), ids)
+            rows = slice(start, start + len(ids))
+            columns = {"example_id": pa.array(ids, pa.string()), "score": pa.array(scores.score[rows])}
+            columns |= {name: pa.array(np.asarray(values)[rows]) for name, values in scores.parts.items()}
+            columns |= {"status": pa.array(scores.status[rows], pa.string())}
+            columns |= {"reason": pa.array(scores.reason[rows], pa.string())}
+            table = pa.table(columns)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
-            start += len(ids)
-
-
-def _table(scores: Scores, rows: slice, ids: Sequence[str] | pa.Array) -> pa.Table:
-    columns = {"example_id": pa.array(ids, pa.string()), "score": pa.array(scores.score[rows])}
-    columns |= {name: pa.array(np.asarray(values)[rows]) for name, values in scores.parts.items()}
-    columns |= {"status": pa.array(scores.status[rows], pa.string())}
-    columns |= {"reason": pa.array(scores.reason[rows], pa.string())}
-    return pa.table(columns)
+            start = rows.stop
 
 
 def read_scores(path: Path) -> Scores:

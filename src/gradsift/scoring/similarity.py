@@ -1,9 +1,6 @@
-"""Similarity to a target set: RDS+ and Sentence-BERT.
+"""Similarity to a target set: RDS+ and Sentence-BERT; and what all scorers share that compare vectors.
 
-Embeddings have length 1, so an inner product is a cosine. Products are computed in float64 and rounded to float32, so
-that equal rows have equal scores.
-
-Shape letters: N examples, Q target rows, D features.
+Shape letters: N examples, K directions, D features.
 """
 
 from __future__ import annotations
@@ -14,39 +11,37 @@ import numpy as np
 
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
-from gradsift.features.products import blocks
-from gradsift.features.vectors import Features
-from gradsift.scoring.agreement import spread
-from gradsift.scoring.scores import UNDEFINED, Scores
+from gradsift.features.vectors import DECIMALS, Features, blocks, unit_rows
+from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-NO_DIRECTION = "the embedding has no direction: the text is empty, or the embedder gave it zeros"
-_CHECK = "the embedder: its model (random weights?), embedder.pooling and embedder.max_length"
-
-Over = Literal["mean", "max"]
+NO_GRADIENT = "the gradient is zero, so it has no direction"
+# Mean cosine between two rows above which a warning is given. The bound is near 1 because last hidden states always
+# have a high mean cosine (see docs/methods.md).
+MOST_ALIKE = 0.9999
 
 
 def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
-    """Return the largest cosine to any target row; the part `task:<name>` is the largest cosine to a row of that task.
-
-    With the selector `round_robin_queries`, the budget is divided among target rows or tasks.
-    """
+    """Return the largest cosine to any target row; the part `task:<name>` is the largest to a row of that task."""
     return sbert(embeddings, target_embeddings, over="max")
 
 
-def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> Scores:
+def sbert(embeddings: Features, target_embeddings: Features, *, over: Literal["mean", "max"]) -> Scores:
     """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only that task's rows.
 
     Args:
-        over: mean or max. The mean counts each target row once, so a task with more rows weighs more. The mean
-            gives the same ranking as the cosine to the mean of the target rows: the two differ by a constant factor.
+        over: mean or max. The mean counts each target row once, so a task with more rows weighs more.
     """
-    targets = target_embeddings
-    by_task, diagnostics = _rows_by_task(targets)
+    by_task = rows_by_task(target_embeddings)
     cosines = np.empty((len(embeddings), len(by_task)))
-    for place, positions in enumerate(by_task.values()):
-        queries = np.asarray(targets.vectors[positions], dtype=np.float64)
+    for place, (task, positions) in enumerate(by_task.items()):
+        if not len(positions):
+            raise GradsiftError(
+                f"no row of the target set's task {task!r} has an embedding that points anywhere; look at its texts, "
+                "or take another embedder"
+            )
+        queries = np.asarray(target_embeddings.vectors[positions], dtype=np.float64)
         for where, rows in blocks(embeddings, np.arange(len(embeddings))):
-            inner = rows @ queries.T  # (B, Q)
+            inner = rows @ queries.T  # (rows of the block, target rows of the task)
             cosines[where, place] = inner.max(axis=1) if over == "max" else inner.mean(axis=1)
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())
@@ -55,27 +50,59 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Over) -> S
     score, cosines = (values.astype(np.float32).astype(np.float64) for values in (score, cosines))
     score[blank], cosines[blank] = np.nan, np.nan
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}
-    scores = Scores(score, parts, [spread(embeddings, "embedding", _CHECK), *diagnostics])
-    scores.mark(blank, UNDEFINED, NO_DIRECTION)
+    check = "the embedder: its model (random weights?), embedder.pooling and embedder.max_length"
+    scores = Scores(score, parts, [spread(embeddings, "embedding", check)])
+    scores.mark(blank, UNDEFINED, "the embedding has no direction: the text is empty, or the embedder gave it zeros")
+    if left_out := len(target_embeddings) - int(sizes.sum()):
+        message = f"{left_out} of {len(target_embeddings)} target rows have an embedding of zeros and are left out"
+        values = {"rows": float(left_out)}
+        scores.diagnostics.append(Diagnostic.judged("target_direction", True, values, message, "their texts"))
     return scores
 
 
-def _rows_by_task(targets: Features) -> tuple[dict[str, np.ndarray], list[Diagnostic]]:
-    """Return the positions of each task's target rows that have a direction, and a warning if some rows have none.
+def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
+    """Return the features' inner products (N, K) float64 with `directions` (K, D), rounded so that equal rows tie."""
+    inner = np.empty((len(features), len(directions)))
+    columns = directions.astype(np.float64).T
+    for where, rows in blocks(features, np.arange(len(features))):
+        inner[where] = rows @ columns
+    largest = np.abs(inner).max(initial=0.0)
+    return np.round(inner / largest, DECIMALS) * largest if largest else inner
 
-    Raises:
-        GradsiftError: no row of a task has a direction.
+
+def mark_undirected(scores: Scores, features: Features) -> None:
+    """Mark examples without a response or a gradient as undefined, and add the diagnostic `gradient_spread`."""
+    scores.diagnostics.append(spread(features, "gradient", "the data for equal rows, and features.warmup"))
+    silent = np.zeros(len(features), dtype=bool)
+    silent[list(features.silent)] = True
+    undirected = ~features.has_direction
+    for values in (scores.score, *scores.parts.values()):
+        values[undirected] = np.nan
+    scores.mark(silent, UNDEFINED, NO_RESPONSE)
+    scores.mark(undirected, UNDEFINED, NO_GRADIENT)
+
+
+def rows_by_task(targets: Features) -> dict[str, np.ndarray]:
+    """Return for each task of a target set the positions of its rows that have a direction."""
+    tasks = np.array(targets.tasks)
+    return {task: np.flatnonzero((tasks == task) & targets.has_direction) for task in dict.fromkeys(targets.tasks)}
+
+
+def spread(features: Features, kind: str, check: str) -> Diagnostic:
+    """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
+
+    If the mean is near 1, the vectors do not separate the rows; the message then says what to `check`.
     """
-    tasks, directed = np.array(targets.tasks), targets.has_direction
-    by_task = {task: np.flatnonzero((tasks == task) & directed) for task in dict.fromkeys(targets.tasks)}
-    for task, positions in by_task.items():
-        if not len(positions):
-            raise GradsiftError(
-                f"no row of the target set's task {task!r} has an embedding that points anywhere; look at its texts, "
-                "or take another embedder"
-            )
-    if directed.all():
-        return by_task, []
-    blank = int((~directed).sum())
-    message = f"{blank} of {len(tasks)} target rows have an embedding of zeros and are left out"
-    return by_task, [Diagnostic.judged("target_direction", True, {"rows": float(blank)}, message, "their texts")]
+    name, value = f"{kind}_spread", "mean_cosine"
+    total, count = np.zeros(features.vectors.shape[1]), 0
+    for _, block in features.blocks():
+        total += unit_rows(block).sum(axis=0, dtype=np.float64)
+        count += int(np.any(block != 0, axis=1).sum())
+    if count < 2:
+        return Diagnostic.unknown(name, value, f"fewer than two rows have a {kind} with a direction")
+    # |sum of N unit rows|^2 = N + N (N - 1) mean cosine
+    mean = float((total @ total - count) / (count * (count - 1)))
+    message = f"two rows' {kind}s have a mean cosine of {mean:.4f}"
+    if mean > MOST_ALIKE:
+        message += ": they hardly tell the rows apart, and equal scores go by row order"
+    return Diagnostic.judged(name, mean > MOST_ALIKE, {value: mean}, message, check)

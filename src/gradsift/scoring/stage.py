@@ -31,8 +31,7 @@ def score(
     """Return the artifact that holds the score of each example of the pool.
 
     Args:
-        diagnose: returns diagnostics of the scorer's inputs, given the inputs' names. The diagnostics are stored with
-            the scores, so they must depend on these inputs only.
+        diagnose: returns diagnostics that depend only on the scorer's inputs, given their names.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -3,49 +3,36 @@
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
 Rows with an IFD of at least 1 are excluded. `keep=high` selects the remaining rows with the highest IFD, `keep=low`
-those with the lowest. In noisy data, clean rows rank higher with `keep=low`. The details follow the published
-procedure. The prompt is `instruction` and `input`, each on its own line, whatever template the training uses, without
-BOS and EOS. The prompt is cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to
-L - p + 1 tokens, and its first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens
-after the prompt are scored. The paper does not treat conversations; for them the prompt is everything before the last
-response.
+those with the lowest. The prompt is `instruction` and `input`, each on its own line, without BOS and EOS. It is cut to
+L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1 tokens, and its first token
+is not scored. Prompt and answer together are cut to L tokens, and only the tokens after the prompt are scored.
 
-`fidelity=original` gives every row the IFD that the published code gives it, including the code's errors:
-
-    a text that the model cannot process     the IFD is 0, so with keep=high the row ranks last. Such a text has no
-                                             token, or more tokens than the backbone's context (possible only if
-                                             max_length is larger than the context)
-    an answer of one token                   the IFD is NaN, so the row is never selected; with `original` and with
-                                             `fixed` its status is `undefined`
-    a perplexity that float32 cannot hold    counts as infinite. The IFD is 0 if only the perplexity of the answer alone
-                                             is infinite, infinite if only the perplexity after the prompt is
-                                             infinite, and NaN if both are
-    a tokenizer that puts BOS before a text  BOS counts as a token (GPT-2's tokenizer adds no BOS)
-
-With `fidelity=fixed`, a row whose losses are not defined is `undefined` and never gets a number. Texts are cut to the
-model's context if that is smaller than L, and the IFD is computed in float64. The published budget, a share of 52,002
-rows whatever the data, belongs to the selection and is not reproduced: to select k of N rows, give alpha=k/N.
+`fidelity=original` gives every row the IFD that the published code gives it, including the code's errors, which
+docs/methods.md lists. With `fidelity=fixed`, a row whose losses are not defined is `undefined` and never gets a number,
+texts are cut to the model's context if that is smaller than L, and the IFD is computed in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from gradsift.data.batching import collate
 from gradsift.data.examples import Example
-from gradsift.data.tokens import Encoded
+from gradsift.data.tokens import Encoded, chunks, start_of
 from gradsift.diagnostics import Diagnostic
 from gradsift.journal import Journal
-from gradsift.runtime import Task
+from gradsift.runtime import Advance, Task
 from gradsift.scoring.scores import EXCLUDED, UNDEFINED, Scores
-from gradsift.scoring.spans import span, span_losses, token_ids
 from gradsift.training.backbones import Backbone
+from gradsift.training.device import TokenBudget, tokens_factor
+from gradsift.training.head import OutputHead, require_finite, token_losses
 
-_NOTHING_LEFT = "the prompt leaves no token of the response within max_length"
-_NOTHING_ALONE = "the response has a single token, of which none is scored alone"
-_NOT_BELOW_ONE = "IFD is at least 1: the prompt does not make the response likelier"
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}  # of a batch, padding included; no effect on results. 512 fit in CPU caches
 
 
 def superfilter(
@@ -71,11 +58,7 @@ def superfilter(
     spans = [*alone, *together]
     fails = np.array([original and not 0 < len(one.input_ids) <= backbone.context for one in spans])
     with task("superfilter", len(spans)) as advance:
-        losses = np.full(len(spans), np.nan)
-        passed = np.flatnonzero(~fails)
-        losses[passed] = span_losses(backbone, [spans[i] for i in passed], advance, journal)
-        advance(int(fails.sum()))
-    loss_alone, loss_together = losses.reshape(2, -1)
+        loss_alone, loss_together = span_losses(backbone, spans, advance, journal, fails).reshape(2, -1)
     if original:
         scores = published_scores(loss_alone, loss_together, fails.reshape(2, -1))
     else:
@@ -86,24 +69,15 @@ def superfilter(
 
 
 def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return the scores of `fidelity=fixed`.
-
-    Args:
-        loss_alone, loss_together: (N,) mean losses in nats; NaN where no token is scored.
-    """
-    ifd = np.exp(loss_together) / np.exp(loss_alone)
-    scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
-    scores.mark(np.isnan(loss_together), UNDEFINED, _NOTHING_LEFT)
-    scores.mark(np.isnan(loss_alone), UNDEFINED, _NOTHING_ALONE)
-    scores.mark(ifd >= 1, EXCLUDED, _NOT_BELOW_ONE)
-    return scores
+    """Return the scores of `fidelity=fixed`, given mean losses (N,) in nats, which are NaN where no token is scored."""
+    return _with_reasons(np.exp(loss_together) / np.exp(loss_alone), loss_alone, loss_together)
 
 
 def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: np.ndarray) -> Scores:
     """Return the scores of `fidelity=original`, as the published code computes them.
 
     Args:
-        loss_alone, loss_together: (N,) nats; NaN where no token is scored.
+        loss_alone, loss_together: as in `ifd_scores`.
         fails: (2, N) bool, texts (alone, together) that the model cannot process; their perplexity and loss count as 0.
     """
     losses = np.where(fails, 0.0, [loss_alone, loss_together])
@@ -111,19 +85,31 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
         # the published code exponentiates in float32, where a loss above 88.7 overflows
         alone, together = np.where(fails, 0.0, np.exp(losses.astype(np.float32)).astype(float))
         ifd = np.divide(together, alone, out=np.zeros_like(alone), where=~fails[0])  # 0 instead of a division by 0
-    either = fails.any(0)
-    failed = Diagnostic.judged(
+    scores = _with_reasons(ifd, *losses)
+    scores.mark(np.isnan(ifd), UNDEFINED, "both perplexities are larger than float32 can hold")
+    failed = int(fails.any(0).sum())
+    diagnostic = Diagnostic.judged(
         "failed_rows",
-        bool(either.any()),
-        {"failed": float(either.sum())},
-        f"{int(either.sum()):,} rows have IFD 0 because their text could not be scored, as in the published code",
+        failed > 0,
+        {"failed": float(failed)},
+        f"{failed:,} rows have IFD 0 because their text could not be scored, as in the published code",
         "whether such rows were selected; scorer.fidelity=fixed leaves them out",
     )
-    scores = Scores(ifd, {"ifd": ifd, "loss_alone": losses[0], "loss_with_prompt": losses[1]}, [failed])
-    scores.mark(np.isnan(ifd) & np.isnan(losses[1]), UNDEFINED, _NOTHING_LEFT)
-    scores.mark(np.isnan(ifd) & np.isnan(losses[0]), UNDEFINED, _NOTHING_ALONE)
-    scores.mark(np.isnan(ifd), UNDEFINED, "both perplexities are larger than float32 can hold")
-    scores.mark(ifd >= 1, EXCLUDED, _NOT_BELOW_ONE)
+    scores.diagnostics.append(diagnostic)
+    return scores
+
+
+def _with_reasons(ifd: np.ndarray, loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
+    """Return scores with their parts and, for rows that are left out, the reasons."""
+    scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
+    undefined = np.isnan(ifd)
+    scores.mark(
+        undefined & np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length"
+    )
+    scores.mark(
+        undefined & np.isnan(loss_alone), UNDEFINED, "the response has a single token, of which none is scored alone"
+    )
+    scores.mark(ifd >= 1, EXCLUDED, "IFD is at least 1: the prompt does not make the response likelier")
     return scores
 
 
@@ -136,14 +122,10 @@ def ifd_prompt(example: Example) -> str:
 def ifd_spans(
     tokenizer: Any, examples: Sequence[Example], limit: int, *, special: bool = False
 ) -> tuple[list[Encoded], list[Encoded]]:
-    """Return token spans of the answers alone and of the answers after their prompts.
+    """Return token spans of the answers alone and of the answers after their prompts, for `limit` = L.
 
     The published code looks for the answer's last occurrence in the text. Since the text ends with the answer,
     everything before this occurrence is the prompt, even if the prompt also contains the answer.
-
-    Args:
-        limit: L.
-        special: whether the tokenizer adds its special tokens, as in `fidelity=original`.
     """
     alone, together = [], []
     prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
@@ -154,3 +136,67 @@ def ifd_spans(
         alone.append(span(row, example, answer[: limit - min(len(prompt), limit) + 1], 1))
         together.append(span(row, example, text[:limit], len(prompt)))
     return alone, together
+
+
+def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
+    """Return the span with the token ids (T,) of the example at position `row`, scored from position `start` on."""
+    # from 1 at least: nothing precedes the first token, so no model predicts it
+    return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int | None = None) -> Iterator[np.ndarray]:
+    """Yield token ids (T,) int32 of each text, in order.
+
+    Args:
+        special: whether the tokenizer adds its special tokens (such as a start token) as it does by default.
+        limit: number of tokens that the caller uses, or None for all. A far longer text is shortened before it is
+            tokenised.
+    """
+    cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
+    for chunk in chunks(cut, len):
+        for ids in tokenizer(chunk, add_special_tokens=special, verbose=False)["input_ids"]:
+            yield np.array(ids, dtype=np.int32)
+
+
+def span_losses(
+    backbone: Backbone, spans: Sequence[Encoded], advance: Advance, journal: Journal, skip: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the mean loss (nats) over each span's scored tokens, (N,) float64; NaN without such tokens or if skipped.
+
+    Only one of several equal spans passes through the model, so equal spans have exactly equal losses.
+
+    Raises:
+        GradsiftError: a loss is not finite; the message names the rows.
+    """
+    losses = np.full(len(spans), np.nan)
+    equal: dict[tuple[bytes, bytes], list[int]] = {}
+    for index, one in enumerate(spans):
+        if one.scored and (skip is None or not skip[index]):
+            # equal spans in batches of different widths could have losses that differ in the last bit
+            equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
+    groups = list(equal.values())
+    different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]
+    advance(len(spans) - len(different))
+    head = OutputHead.of(backbone.model)
+    usual = _BATCH_TOKENS[backbone.model.device.type] * min(2, tokens_factor(backbone.model))
+
+    def means_of(batch: list[Encoded]) -> list[list[Any]]:
+        return [[one.row for one in batch], _batch_losses(backbone, head, batch).tolist()]
+
+    for batches in TokenBudget(backbone.tokens or usual).passes(different, means_of, journal, advance):
+        for places, means in batches:
+            for place, mean in zip(places, means, strict=True):
+                losses[groups[place]] = mean
+            indices = [index for place in places for index in groups[place]]
+            rows = torch.tensor([spans[index].row for index in indices])
+            require_finite("loss", rows, torch.from_numpy(losses[indices]), spans)
+    return losses
+
+
+@torch.inference_mode()
+def _batch_losses(backbone: Backbone, head: OutputHead | None, spans: Sequence[Encoded]) -> np.ndarray:
+    """Return the mean loss of each span, (B,), averaged in float64; every span must have a scored token."""
+    batch = collate(spans, backbone.pad_id).to(backbone.model.device)
+    losses = token_losses(backbone.model, head, batch.model_inputs(), batch.places, batch.targets)
+    ends = np.cumsum([one.scored for one in spans])
+    return np.array([part.mean() for part in np.split(losses.cpu().double().numpy(), ends[:-1])])

@@ -1,8 +1,8 @@
 """Selectors, one module per method: they choose the examples to keep, as many as the budget.
 
 A selector is a function. Its first two parameters are `scores` and `size` (the budget, a number of examples). Its other
-positional parameters name further inputs. All inputs of scorers are available (see `gradsift.scoring`). The pipeline
-computes only the inputs that are named. Selectors use these:
+positional parameters name further inputs, which the pipeline computes only if they are named. All inputs of scorers are
+available (see `gradsift.scoring`). Selectors use these:
 
     examples           the examples of the pool
     embeddings         `gradsift.features.vectors.Features` of the pool, computed by the run's embedder

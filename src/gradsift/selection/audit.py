@@ -1,8 +1,7 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
-The audit uses labels that methods do not see: those of the embedded world (the generated toy task of `data=verifiable`)
-or of `data.corruption` on a user's own data. It reports three measures, each with a reason why the others
-do not suffice:
+The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. It reports three
+measures, each with a reason why the others do not suffice:
 
     spoilt share  share of spoilt rows in the selection at each alpha; with a high AUROC a few of them may rank first
     AUROC         for clean rows against each kind of corrupted rows; a small selection may be clean by luck
@@ -35,6 +34,8 @@ def audit(
 ) -> dict[str, Any]:
     """Return the audit of one scorer as JSON values; a measure that is not defined is None.
 
+    The clean examples of each group in the data are compared with the clean examples in no group.
+
     Args:
         families: (N,) kind of task of each example, from the labels or from clusters.
         chosen: for each alpha the selected positions (k,).
@@ -42,8 +43,19 @@ def audit(
     quality = np.array(labels.quality)
     spoilt = np.isin(quality, SPOILT)
     ranked = np.where(scores.status == SCORED, scores.score, -np.inf)  # rows without a score are never selected
-    clean = ranked[quality == CLEAN]
     kinds = {kind: ranked[quality == kind] for kind in (*SPOILT, *COPIES)}
+    is_clean = quality == CLEAN
+    clean = ranked[is_clean]
+    family = np.array(labels.family or [])
+    groups = {}
+    for name, its_family in _groups_in(labels).items():
+        members = is_clean & (family == its_family)
+        others = is_clean & ~np.isin(family, list(GROUPS.values()))
+        groups[name] = {
+            "rows": int(members.sum()),
+            "share": float(members.mean()),
+            "auroc": auroc(ranked[members], ranked[others]),  # above 0.5: the score prefers the group
+        }
     return {
         "rows": len(quality),
         "spoilt": float(spoilt.mean()),
@@ -53,7 +65,7 @@ def audit(
         "kinds": {
             kind: {"rows": len(ranks), "auroc": auroc(clean, ranks)} for kind, ranks in kinds.items() if len(ranks)
         },
-        "groups": _groups(ranked, labels),
+        "groups": groups,
         "selections": [_selection(alpha, positions, labels, families) for alpha, positions in sorted(chosen.items())],
     }
 
@@ -61,8 +73,7 @@ def audit(
 def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
     """Return the chance that a random entry of `clean` is above a random entry of `other`; ties count half.
 
-    At 1 every clean example ranks before all others, at 0.5 the score cannot tell the two groups apart, and below 0.5
-    the score prefers the others. The result is None if either array is empty.
+    The result is None if either array is empty.
     """
     if not len(clean) or not len(other):
         return None
@@ -74,10 +85,9 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def spread_of_random(share: float, rows: int, chosen: int) -> float:
-    """Return the standard deviation of the spoilt share if `chosen` of `rows` are drawn at random without replacement.
+    """Return the standard deviation of the spoilt share if `chosen` of `rows`, with a spoilt share `share`, are drawn.
 
-    Args:
-        share: spoilt share of all `rows`.
+    The rows are drawn at random without replacement.
     """
     if rows <= 1:
         return 0.0
@@ -112,24 +122,4 @@ def _selection(alpha: float, positions: np.ndarray, labels: Labels, families: Se
 
 
 def _groups_in(labels: Labels) -> dict[str, str]:
-    """Return the entries of GROUPS whose family occurs in the data."""
     return {name: family for name, family in GROUPS.items() if family in (labels.family or [])}
-
-
-def _groups(ranked: np.ndarray, labels: Labels) -> dict[str, Any]:
-    """Return for each group in the data the number of its clean examples, their share of all examples, and their AUROC.
-
-    The AUROC compares the group's clean examples with the clean examples in no group; above 0.5 the score prefers the
-    group.
-    """
-    clean, family = np.array(labels.quality) == CLEAN, np.array(labels.family or [])
-    groups = {}
-    for name, its_family in _groups_in(labels).items():
-        members = clean & (family == its_family)
-        others = clean & ~np.isin(family, list(GROUPS.values()))
-        groups[name] = {
-            "rows": int(members.sum()),
-            "share": float(members.mean()),
-            "auroc": auroc(ranked[members], ranked[others]),
-        }
-    return groups

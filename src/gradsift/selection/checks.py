@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 
 from gradsift.data.examples import read_blocks
 from gradsift.diagnostics import Diagnostic
-from gradsift.features.products import nearest_anchor_cosines
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, nearest_anchor_cosines
 
 # A warning needs a mean of the selection below this share of the pool's mean. Measured ratios of the two means: 0.44
 # for a score that only preferred short answers, 0.2 for the late loss itself in the embedded world
@@ -55,8 +54,7 @@ def diagnose_selection(
         pool: the file of the N examples.
         measures: `late_loss` and `response_tokens` from the ensemble, (N,) each; may be empty. If the numbers of
             response tokens are known, the numbers of response characters are not checked.
-        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots; None if the score has no such
-            part.
+        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots, or None.
     """
     compared = {**lengths(pool), **measures}
     if "response_tokens" in measures:
@@ -66,44 +64,41 @@ def diagnose_selection(
 
 
 def lengths(pool: Path) -> dict[str, np.ndarray]:
-    """Return the numbers of characters of responses (trained assistant turns) and of all other text, and their ratio.
-
-    Args:
-        pool: the file of the N examples, read block by block.
+    """Return the lengths of the texts in a file of N examples, which is read block by block.
 
     Returns:
-        response_characters, prompt_characters, response_to_prompt (NaN if there is no other text); (N,) float64 each.
+        response_characters (trained assistant turns), prompt_characters (all other text) and response_to_prompt, their
+        ratio (NaN if there is no other text); (N,) float64 each.
     """
-    blocks = [_lengths(block) for block in read_blocks(pool, ("instruction", "input", "output", "history"))]
-    response, prompt = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    responses, prompts = [], []
+    for block in read_blocks(pool, ("instruction", "input", "output", "history")):
+        turns = block["history"].flatten()
+        owners = np.repeat(np.arange(block.num_rows), _numbers(pc.list_value_length(block["history"])))
+        length = _characters(pc.struct_field(turns, "content"))
+        is_assistant = pc.equal(pc.struct_field(turns, "role"), "assistant")
+        trained = _numbers(pc.and_(is_assistant, pc.struct_field(turns, "is_trained")))
+        earlier = np.bincount(owners[trained], length[trained], minlength=block.num_rows)
+        others = np.bincount(owners[~trained], length[~trained], minlength=block.num_rows)
+        responses.append(earlier + _characters(block["output"]))
+        prompts.append(others + _characters(block["instruction"]) + _characters(block["input"]))
+    response, prompt = np.concatenate(responses), np.concatenate(prompts)
     ratio = np.divide(response, prompt, out=np.full(len(prompt), np.nan), where=prompt > 0)
     return {"response_characters": response, "prompt_characters": prompt, "response_to_prompt": ratio}
 
 
-def _lengths(block: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of characters of the responses and of all other text, for the rows of a block."""
+def _numbers(array: pa.Array) -> np.ndarray:
+    numbers: np.ndarray = array.to_numpy(zero_copy_only=False)
+    return numbers
 
-    def characters(texts: pa.Array) -> np.ndarray:
-        counts: np.ndarray = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(float)
-        return counts
 
-    turns = block["history"].flatten()
-    counts = pc.list_value_length(block["history"]).to_numpy(zero_copy_only=False)
-    owners = np.repeat(np.arange(block.num_rows), counts)
-    length = characters(pc.struct_field(turns, "content"))
-    trained = pc.and_(pc.equal(pc.struct_field(turns, "role"), "assistant"), pc.struct_field(turns, "is_trained"))
-    answers = trained.to_numpy(zero_copy_only=False)
-    responses = np.bincount(owners[answers], length[answers], minlength=block.num_rows)
-    prompts = np.bincount(owners[~answers], length[~answers], minlength=block.num_rows)
-    prompts = prompts + characters(block["instruction"]) + characters(block["input"])
-    return responses + characters(block["output"]), prompts
+def _characters(texts: pa.Array) -> np.ndarray:
+    return _numbers(pc.utf8_length(texts)).astype(float)
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Compare the mean of a measure over the selection with the mean over the pool; warn if the first is far lower.
+    """Compare the mean of `values` (N,) over the selection with that over the pool; warn if the first is far lower.
 
-    Args:
-        values: (N,) the measure of each example, NaN if it is unknown.
+    Values that are NaN are left out.
     """
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
@@ -122,11 +117,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
 
 
 def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Check the drop G_s - G_t of the selected examples: the share below 0 (the gradient norm rose), and the mean.
-
-    Args:
-        drop: (N,) G_s - G_t, NaN where undefined.
-    """
+    """Check the drop G_s - G_t (N,) of the selected examples: the share below 0 (the norm rose), and the mean."""
     chosen = drop[positions][np.isfinite(drop[positions])]
     if not chosen.size:
         return Diagnostic.unknown("selection_drop_sign", "negative_share", "no selected row has a gradient norm")
@@ -143,17 +134,11 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
 def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
     """Check how well the selection covers the pool, compared with a random selection of the same size.
 
-    An example's distance to a selection is one minus its cosine to the nearest selected example; a selected example has
-    distance 0. Examples whose vectors are zeros are left out.
+    An example's distance to a selection is one minus its cosine to the nearest selected example. An example counts as
+    covered within the distance `radius`. Examples whose vectors are zeros are left out.
 
     Args:
-        features: vectors of the pool.
         positions: (k,) positions of the selected examples.
-        radius: distance within which an example counts as covered.
-
-    Returns:
-        A diagnostic with the pool's mean distance to the selection, its mean distance to the random selection, the
-        ratio of the first to the second, and the share of the pool that each of the two selections covers.
     """
     usable = np.flatnonzero(features.has_direction)
     size = len(np.intersect1d(positions, usable))

@@ -18,11 +18,7 @@ from gradsift.scoring.scores import SCORED, Scores
 
 @dataclass(frozen=True)
 class Choice:
-    """The selected positions of the pool, best first, and the selector's diagnostics.
-
-    If there are fewer positions than the budget, the select stage reports a shortfall; the selector can give its reason
-    in a diagnostic (see `shortfall`).
-    """
+    """The selected positions of the pool, best first, and the selector's diagnostics (see `shortfall`)."""
 
     positions: np.ndarray  # (k,) int64, unique, of examples that are `scored`
     diagnostics: Sequence[Diagnostic] = ()
@@ -68,7 +64,7 @@ def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
-    """Return a list with a warning if fewer than `size` were selected and candidates were left, else an empty list.
+    """Return a warning, as a list, if fewer than `size` were selected and candidates were left; else an empty list.
 
     Args:
         selected, candidates: numbers of examples.

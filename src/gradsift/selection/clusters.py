@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
-from gradsift.features.products import blocks
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, blocks
 from gradsift.scoring.scores import Scores
 from gradsift.selection.budget import equal_shares, proportional_shares
 from gradsift.selection.choice import Choice, best_by_direction, rank_within
@@ -18,9 +17,7 @@ from gradsift.selection.choice import Choice, best_by_direction, rank_within
 def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, allocation: str, seed: int) -> Choice:
     """Select the examples with the highest scores in each k-means cluster.
 
-    Clusters are numbered in the order of their best examples, so that neither the numbers from k-means nor the row
-    order affect the selection. Examples whose embedding is zero belong to no cluster and are taken only if the clusters
-    do not fill the budget.
+    Examples whose embedding is zero belong to no cluster and are taken only if the clusters do not fill the budget.
 
     Args:
         clusters: number of clusters. If fewer are found, because there are fewer different embeddings or k-means leaves
@@ -47,7 +44,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
 
 
 def _different(features: Features, positions: np.ndarray, most: int) -> int:
-    """Return the number of different vectors at `positions`, or `most` if there are more, to bound the memory."""
+    """Return the number of different vectors at `positions`, at most `most`, which bounds the memory."""
     seen: set[bytes] = set()
     for _, rows in blocks(features, positions):
         for row in rows + 0.0:  # makes -0.0 the same as 0.0

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.errors import GradsiftError
-from gradsift.features.products import blocks, products
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, blocks, products
 
 _NO_VARIANCE = 1e-9  # share of the mean squared length; a smaller variance is due to float32's rounding
 _NO_PROJECTION = 1e-9  # projection of the mean on a component; below this value the sign is due to rounding

@@ -15,21 +15,17 @@ Shape letters: n candidates, D features, B rows of a block, C columns whose gain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import ConfigError
-from gradsift.features.products import DECIMALS, blocks, squared_lengths
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import DECIMALS, Features, blocks, squared_lengths
 from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction
-
-# returns (B, C) >= 0, given inner products (B, C), squared lengths of the rows (B,) and of the columns (C,), and D
-Similarity = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
 
 _FIRST_BATCH = 16  # number of gains computed together at first; doubled until the largest gain is known
 _LARGEST_BATCH = 512
@@ -41,12 +37,9 @@ def facility_location(
 ) -> Choice:
     """Select candidates greedily by their gain in f; the positions are in the order in which they are picked.
 
-    A candidate's gain never grows while others are picked, so its last computed gain is an upper bound. Only gains that
-    may be the largest are recomputed.
-
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool's examples that are candidates. The candidates are those with the highest scores.
+        candidates: share of the pool's examples that are candidates: those with the highest scores.
 
     Raises:
         ConfigError: there are fewer candidates than the budget.
@@ -59,7 +52,7 @@ def facility_location(
             f"is {size:,}; raise selector.candidates, or lower alpha below it"
         )
     ground = np.concatenate(best_by_direction(scores, embeddings))[:count]
-    cover = _Cover(embeddings, ground, SIMILARITIES[similarity])
+    cover = _Cover(embeddings, ground, similarity)
     picked: list[int] = []
     with task("facility location", min(size, len(ground))) as advance:
         while len(picked) < min(size, len(ground)):
@@ -74,27 +67,10 @@ def facility_location(
     return Choice(ground[picked], diagnostics)
 
 
-def exp_distance(inner: np.ndarray, rows: np.ndarray, columns: np.ndarray, dimensions: int) -> np.ndarray:
-    squared = rows[:, None] + columns - 2 * inner
-    squared[squared < _SAME] = 0
-    distance = np.sqrt(squared, out=squared)
-    distance /= -dimensions
-    near: np.ndarray = np.exp(distance, out=distance)
-    return near
-
-
-def cosine(inner: np.ndarray, rows: np.ndarray, columns: np.ndarray, dimensions: int) -> np.ndarray:
-    positive: np.ndarray = np.maximum(inner, 0)
-    return positive
-
-
-SIMILARITIES: dict[str, Similarity] = {"exp_distance": exp_distance, "cosine": cosine}
-
-
 class _Cover:
     """The candidates, their largest similarities to a picked candidate, and upper bounds of their gains."""
 
-    def __init__(self, features: Features, ground: np.ndarray, similarity: Similarity) -> None:
+    def __init__(self, features: Features, ground: np.ndarray, similarity: str) -> None:
         self.features = features
         self.ground = ground
         self.similarity = similarity
@@ -121,11 +97,7 @@ class _Cover:
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Return the candidates whose gain may exceed the largest gain of the `fresh` candidates, largest bound first.
-
-        Args:
-            fresh: (n,) bool, the candidates whose gain has been computed for this pick.
-        """
+        """Return the candidates whose gain may exceed the largest of the `fresh` gains (n,), largest bound first."""
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
@@ -142,9 +114,18 @@ class _Cover:
         return np.round(gains, DECIMALS)
 
     def _similarities(self, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks of candidates and their similarities (B, C) to the candidates `columns`."""
         others = self.features.vectors[self.ground[columns]].astype(np.float64)  # (C, D)
         for where, rows in blocks(self.features, self.ground):
-            near = self.similarity(rows @ others.T, self.squares[where], self.squares[columns], rows.shape[1])
+            inner = rows @ others.T
+            if self.similarity == "cosine":
+                near = np.maximum(inner, 0)
+            else:
+                squared = self.squares[where, None] + self.squares[columns] - 2 * inner
+                squared[squared < _SAME] = 0
+                distance = np.sqrt(squared, out=squared)
+                distance /= -rows.shape[1]
+                near = np.exp(distance, out=distance)
             near[~self.directed[where]] = 0
             near[:, ~self.directed[columns]] = 0
             yield where, near

@@ -15,8 +15,8 @@ Our reading, where the paper is silent: (i) and the sum start anew with each com
 zero is never taken. The neighbours are the `neighbours` examples with the largest inner product, used or not. Tasks of
 the target set are not distinguished (see `gradsift.selection.core_knowledge`).
 
-An example that (i) has ruled out stays ruled out within the component, so it is not tested again. A step costs one pass
-over the gradients of the unused examples that are not ruled out or, if `neighbours` is set, of all candidates.
+A step costs one pass over the gradients of the unused examples that (i) has not ruled out within the component or, if
+`neighbours` is set, of all candidates.
 
 Shape letters: n candidates, D features, C components.
 """
@@ -29,8 +29,7 @@ import numpy as np
 
 from gradsift.diagnostics import Diagnostic
 from gradsift.errors import GradsiftError
-from gradsift.features.products import products, squared_lengths
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, products, squared_lengths
 from gradsift.runtime import Advance, Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.budget import proportional_shares
@@ -39,10 +38,6 @@ from gradsift.selection.core_knowledge import CoreKnowledge, core_knowledge
 
 _ROUNDING = 1e-9  # tolerance of (ii)
 _MOST_CONFLICTS = 0.5  # largest share of conflicting pairs of target gradients without a warning
-_WHY_STRICT = (
-    "no further example agrees with those selected and with the core knowledge; take selector.fill=topup to fill the "
-    "rest by score, or lower selector.keep or alpha"
-)
 
 
 def gradient_walk(
@@ -65,8 +60,7 @@ def gradient_walk(
         keep: share of the sum's cosine with K that must remain when an example is added.
         fill: what happens if the walks stop before the budget: `strict` selects fewer examples, `topup` adds those with
             the highest scores.
-        graph: False for the paper's ablation without a graph, in which each component takes the examples with the
-            largest <g, K>.
+        graph: False for the paper's ablation, in which each component takes the examples with the largest <g, K>.
         neighbours: number of examples that are the last example's neighbours; None: all.
 
     Raises:
@@ -82,12 +76,12 @@ def gradient_walk(
     walk = Walk(gradients, pool, towards, squared_lengths(gradients, pool), np.ones(len(pool), dtype=bool))
     shares = proportional_shares(min(size, len(pool)), core.variances)
     with task("gradient walk", int(shares.sum())) as advance:
-        rows = [
-            walk.component(index, int(share), keep, neighbours, advance)
-            if graph
-            else walk.nearest(index, int(share), advance)
-            for index, share in enumerate(shares)
-        ]
+        rows = []
+        for index, share in enumerate(shares.tolist()):
+            if graph:
+                rows.append(walk.component(index, share, keep, neighbours, advance))
+            else:
+                rows.append(walk.nearest(index, share, advance))
     picked = pool[[place for taken in rows for place in taken]]
     diagnostics = [_core_diagnostic(core, explained), _walk_diagnostic(walk, rows, shares)]
     if fill == "topup":
@@ -97,7 +91,12 @@ def gradient_walk(
         check = "what the same budget gives with selector=topk"
         diagnostics.append(Diagnostic.judged("topped_up", len(rest) > 0, values, message, check))
         picked = np.concatenate([picked, rest])
-    reason = _WHY_STRICT if len(picked) < len(pool) else "all others have a gradient of zero; lower alpha"
+    reason = "all others have a gradient of zero; lower alpha"
+    if len(picked) < len(pool):
+        reason = (
+            "no further example agrees with those selected and with the core knowledge; take selector.fill=topup to "
+            "fill the rest by score, or lower selector.keep or alpha"
+        )
     diagnostics += shortfall(len(picked), size, len(directed) + len(undirected), reason)
     return Choice(picked, diagnostics)
 
@@ -165,10 +164,7 @@ class Walk:
 
 
 def _first_largest(values: np.ndarray, where: np.ndarray) -> int | None:
-    """Return the index of the largest of the `values` (n,) where `where` (n,) is True; None if it is True nowhere.
-
-    If several values are the largest, their first index is returned.
-    """
+    """Return the first index of the largest of the `values` where `where` is True; None if it is True nowhere."""
     return int(np.argmax(np.where(where, values, -np.inf))) if where.any() else None
 
 
@@ -179,7 +175,6 @@ def _largest(values: np.ndarray, count: int) -> list[int]:
 
 
 def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
-    """Report whether the target gradients agree with each other."""
     components = len(core.directions)
     values = {
         "conflicting_pairs": core.conflicts,
@@ -190,7 +185,7 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
         "target_gradients": core.used,
     }
     message = (
-        f"{components} component{'s' if components > 1 else ''} of {core.used:,} target gradients (selector.explained="
+        f"{components} component(s) of {core.used:,} target gradients (selector.explained="
         f"{explained}) with cosines of {core.cosines.min():.2f} to {core.cosines.max():.2f} to their mean"
     )
     if core.conflicts is None:
@@ -201,7 +196,7 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
 
 
 def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
-    """Report how many examples the walks took; warn if a walk stopped early or points away from its component."""
+    """Warn if a walk stopped early or points away from its component."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
     # (ii) compares absolute values, so a small cosine of the sum with K may change its sign
@@ -216,9 +211,8 @@ def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> D
         "ruled_out": walk.ruled_out / walk.tested if walk.tested else None,
     }
     listed = "/".join(f"{count} of {share}" for count, share in zip(counts[:8], shares[:8], strict=True))
-    message = (
-        f"the components took {listed}{'/...' if len(counts) > 8 else ''} examples, {walk.by_core} past all neighbours"
-    )
+    more = "/..." if len(counts) > 8 else ""
+    message = f"the components took {listed}{more} examples, {walk.by_core} past all neighbours"
     if walk.tested:
         message += f"; {walk.ruled_out / walk.tested:.0%} of those looked at conflicted with the last"
     if away:

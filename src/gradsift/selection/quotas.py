@@ -24,8 +24,8 @@ def quotas(
 ) -> Choice:
     """Select the rows with the highest scores in each group, so that the groups have given shares of the selection.
 
-    If a group has fewer scored rows than its share, the rest of its share goes to the other groups in proportion to
-    their shares, and a diagnostic warns.
+    If a group has fewer scored rows than its share, the rest goes to the other groups in proportion to their shares,
+    and a diagnostic warns.
 
     Args:
         column: column of the data that names a row's group; a value that is not text is written as JSON.
@@ -53,11 +53,7 @@ def quotas(
 def groups_of(
     examples: Sequence[Example], column: str, shares: Mapping[Any, float] | None
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the groups (G,), the index of each example's group (N,), and the groups' weights (G,).
-
-    Raises:
-        ConfigError: see `quotas`.
-    """
+    """Return the names of the groups (G,), the index of each example's group (N,), and the groups' weights (G,)."""
     if not any(column in example.original for example in examples):
         raise ConfigError(
             f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
@@ -73,7 +69,6 @@ def _name(value: object) -> str:
 
 
 def _weights(names: Sequence[str], shares: Mapping[Any, float]) -> np.ndarray:
-    """Return the weights (G,) of the groups in the order of `names`."""
     shares = {_name(name): share for name, share in shares.items()}  # names in YAML may be numbers
     for name in shares:
         if name not in names:

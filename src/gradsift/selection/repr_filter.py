@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradsift.features.products import DECIMALS, blocks
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import DECIMALS, Features, blocks
 from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction, shortfall

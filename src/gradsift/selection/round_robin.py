@@ -1,8 +1,7 @@
 """Round robin: select examples for tasks, or for the queries of a target set, in turn.
 
 A query is a row of the target set. Its ranking lists the pool's examples by descending similarity to the query. A turn
-selects the best remaining example. In RDS+ as published, only the next example of the ranking is considered, and
-nothing is selected if an earlier turn selected this example (see `round_robin_queries`).
+selects the best remaining example.
 
 Shape letters: N examples, n candidates, D features.
 """
@@ -15,8 +14,7 @@ from itertools import cycle
 import numpy as np
 
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.features.products import products
-from gradsift.features.vectors import Features
+from gradsift.features.vectors import Features, products
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import Choice, best_by_direction, best_first
 
@@ -60,7 +58,7 @@ def round_robin_queries(
     Args:
         fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own
             ranking, and selects nothing if that row has been taken already. `fixed`: a turn takes the best remaining
-            row, so that the numbers of rows selected for two queries (or tasks) differ by at most 1.
+            row.
 
     Raises:
         GradsiftError: the embeddings of all queries are zero.
@@ -72,11 +70,13 @@ def round_robin_queries(
     pool = np.sort(directed)  # in the order on disk
     tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
     within = min(size, len(pool))
-    rankings = (
-        _tasks_rank(embeddings, pool, target_embeddings, queries, tasks)
-        if len(set(tasks)) > 1
-        else _queries_rank(embeddings, pool, target_embeddings, queries)
-    )
+    if len(set(tasks)) > 1:
+        best = {task: np.full(len(pool), -np.inf) for task in tasks}
+        for place, similarity in _similarities(embeddings, pool, target_embeddings, queries):
+            best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
+        rankings = [iter(_by_similarity(similarity, pool)) for similarity in best.values()]
+    else:
+        rankings = _queries_rank(embeddings, pool, target_embeddings, queries)
     turns = _take_turns(rankings, within, len(embeddings), loses_turns=fidelity == "original")
     return Choice(np.concatenate([turns, undirected[: size - within]]))
 
@@ -85,10 +85,8 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
     """Return positions (size,) int64 from the rankings in turn, without repeats.
 
     Args:
-        rankings: iterators over the same positions in different orders. There are at least `size` positions, all below
-            `count`.
-        loses_turns: if True, a turn yields nothing if the ranking's next position is already taken; if False, it yields
-            the ranking's next position that is not taken.
+        rankings: iterators over the same positions, all below `count`, in different orders.
+        loses_turns: if True, a turn yields nothing if the ranking's next position is already taken.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
@@ -111,23 +109,10 @@ def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
 def _similarities(
     pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each query's index in `queries` and its cosines (n,) to the rows at `positions`.
-
-    One pass over the pool computes the cosines of up to _AT_ONCE queries.
-    """
+    """Yield each query's index in `queries` and its cosines (n,) to the rows at `positions`."""
     for start in range(0, len(queries), _AT_ONCE):
         cosines = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
         yield from enumerate(cosines.T, start)
-
-
-def _tasks_rank(
-    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray, tasks: Sequence[str]
-) -> list[Iterator[int]]:
-    """Return for each task, in order of occurrence, the ranking of `positions` by largest cosine to its queries."""
-    best = {task: np.full(len(positions), -np.inf) for task in tasks}
-    for place, similarity in _similarities(pool, positions, target, queries):
-        best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
-    return [iter(_by_similarity(similarity, positions)) for similarity in best.values()]
 
 
 def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> list[Iterator[int]]:

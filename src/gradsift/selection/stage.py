@@ -88,8 +88,8 @@ def write_selection(
     """Write one line per example, best first: the original row, and under `gradsift` its rank, score and ids.
 
     The original row is the row of the source, even if the example was corrupted for an audit; in this case the kind of
-    corruption is added under `gradsift`. The file `examples` is read once, in order. Lines are kept in a temporary file
-    until they are written in order of rank, so that neither the pool nor the selection has to fit in memory.
+    corruption is added under `gradsift`. Lines are kept in a temporary file until they are written in order of rank, so
+    that neither the pool nor the selection has to fit in memory.
     """
     # lines are written in the order of the selection, but the pool is read in its own order
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected

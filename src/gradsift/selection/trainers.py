@@ -49,9 +49,6 @@ def export(
     return written
 
 
-# -------------------------------------------------------------------------------------------- rows
-
-
 def turns(example: Example) -> list[Turn]:
     """Return all turns of the conversation; the input, if any, follows the instruction after a line break."""
     prompt = example.instruction + ("\n" + example.input if example.input else "")
@@ -75,9 +72,8 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
     """Yield rows with the messages of a conversation.
 
     Args:
-        by_reply: if True, yield a row for each trained reply, whose last message is this reply; if False, yield one row
-            for each example.
-        marks: if True, add to each message the key `train`, which is True if the message is trained.
+        by_reply: whether each trained reply gets a row, which ends with it, and not each example.
+        marks: whether to add to each message the key `train`, which is True if the message is trained.
     """
     for example in examples:
         whole = turns(example)
@@ -111,24 +107,16 @@ def _preferences(examples: Iterable[Example]) -> Iterator[tuple[Example, Turn]]:
             continue
         reply = example.original[pair[1]]
         try:
-            whole = [Turn("assistant", reply)] if isinstance(reply, str) else turns_of(_as_list(reply))
+            if isinstance(reply, str):
+                whole = [Turn("assistant", reply)]
+            else:
+                whole = turns_of(reply if isinstance(reply, list) else [reply])
         except Unusable:
             continue
         answer, prompt = ([turn for turn in part if turn.role != "system"] for part in (whole, turns(example)[:-1]))
-        if (
-            answer
-            and answer[-1].role == "assistant"
-            and [_message(turn) for turn in answer[:-1]]
-            in (
-                [],
-                [_message(turn) for turn in prompt],
-            )
-        ):
+        before = [_message(turn) for turn in answer[:-1]]
+        if answer and answer[-1].role == "assistant" and before in ([], [_message(turn) for turn in prompt]):
             yield example, answer[-1]
-
-
-def _as_list(reply: Any) -> list[Any]:
-    return reply if isinstance(reply, list) else [reply]
 
 
 def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
@@ -151,9 +139,6 @@ def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
         yield row | {"example_id": example.example_id}
 
 
-# ----------------------------------------------------------------------------------------- configs
-
-
 def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
     chat = is_chat(target.template)
     several = any(len(_trained(example)) > 1 for example in examples)
@@ -164,12 +149,13 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
         rows, loss = _replies(examples, target.template), {"completion_only_loss": True}
     _write_rows(folder / "train.jsonl", rows)
     schedule = {"max_steps": target.steps} if target.steps else {"num_train_epochs": target.epochs}
+    layers = target.lora.targets
     adapter = {
         "use_peft": True,
         "lora_r": target.lora.rank,
         "lora_alpha": _whole(target.lora.alpha),
         "lora_dropout": target.lora.dropout,
-        "lora_target_modules": _one_or_list(target.lora.targets),
+        "lora_target_modules": list(layers) if len(layers) > 1 else layers[0],
         "use_rslora": target.lora.use_rslora,
     }
     common = {
@@ -183,12 +169,13 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
         "max_grad_norm": target.max_grad_norm or 0.0,
         "report_to": "none",
     }
+    revision = {"model_revision": target.model.revision} if target.model.revision else {}
     own = _own_template(folder, target)
     template = {"chat_template_path": own} if own else {}
 
     def config(file: str) -> dict[str, Any]:
         data = [{"path": "json", "data_files": file, "split": "train"}]
-        return {"model_name_or_path": model, "datasets": data} | _revision(target) | schedule | common | adapter
+        return {"model_name_or_path": model, "datasets": data} | revision | schedule | common | adapter
 
     run = f"cd {folder.name} && trl sft --config sft.yaml"
     _write_yaml(folder / "sft.yaml", run, config("train.jsonl") | loss | template)
@@ -198,7 +185,7 @@ def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Exam
 
 
 def _own_template(folder: Path, target: TargetConfig) -> str | None:
-    """Copy the user's chat template beside the rows and return the copy's name; None if the template is no file."""
+    """Copy the user's chat template beside the rows and return the copy's name; None if it is no file."""
     if not is_file(target.template):
         return None
     (folder / "template.jinja").write_text(file_text(target.template), encoding="utf-8")
@@ -210,19 +197,13 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
     _write_rows(folder / "train.jsonl", _messages(examples, by_reply=by_reply))
     tags = {"role_tag": "role", "content_tag": "content"}
     tags |= {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
-    info: dict[str, Any] = {
-        "gradsift": {
-            "file_name": "train.jsonl",
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": tags,
-        }
-    }
+    entry = {"file_name": "train.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    info: dict[str, Any] = {"gradsift": entry}
     # if the config names no template, LLaMA-Factory uses the tokenizer's chat template
     template = {} if is_chat(target.template) else {"template": "alpaca"}
     config = {
         "model_name_or_path": model,
-        **_revision(target),
+        **({"model_revision": target.model.revision} if target.model.revision else {}),
         "do_train": True,
         "finetuning_type": "lora",
         "lora_rank": target.lora.rank,
@@ -251,8 +232,8 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
     _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | own)
     if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
         columns = {name: name for name in ("messages", "chosen", "rejected")}
-        entry = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "ranking": True}
-        info["gradsift_pairs"] = entry | {"columns": columns, "tags": tags}
+        pairs = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "ranking": True}
+        info["gradsift_pairs"] = pairs | {"columns": columns, "tags": tags}
         _write_yaml(folder / "dpo.yaml", f"{run} dpo.yaml", config | {"stage": "dpo", "dataset": "gradsift_pairs"})
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
@@ -277,7 +258,7 @@ def _axolotl(folder: Path, target: TargetConfig, model: str, examples: Sequence[
     layers = target.lora.targets
     config = {
         "base_model": model,
-        **_revision(target, "revision_of_model"),
+        **({"revision_of_model": target.model.revision} if target.model.revision else {}),
         **chat,
         "adapter": "lora",
         "lora_r": target.lora.rank,
@@ -312,10 +293,6 @@ _FORMATS: Mapping[str, Callable[[Path, TargetConfig, str, Sequence[Example]], No
 }
 
 
-def _revision(target: TargetConfig, name: str = "model_revision") -> dict[str, str]:
-    return {name: target.model.revision} if target.model.revision else {}
-
-
 def _scheduler(target: TargetConfig) -> str:
     """Return transformers' name of the learning-rate schedule."""
     warms_up = target.warmup_steps or target.warmup_ratio
@@ -324,10 +301,6 @@ def _scheduler(target: TargetConfig) -> str:
 
 def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
-
-
-def _one_or_list(names: Sequence[str]) -> str | list[str]:
-    return names[0] if len(names) == 1 else list(names)
 
 
 def _write_yaml(path: Path, command: str, config: Mapping[str, Any]) -> None:

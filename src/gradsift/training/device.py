@@ -1,23 +1,32 @@
-"""The device, and the token budget: the largest number of tokens that pass through a model at once."""
+"""The device, and the token budget: the largest number of tokens that pass through a model at once.
+
+The memory that a LoRA training takes on a GPU is computed (`tests/test_memory.py` compares it with what autograd
+keeps). The forward pass keeps the tensors that the backward pass reads. In a frozen block these are the residual stream
+before each normalisation layer, the queries, keys, values and outputs of attention (a fused kernel keeps no attention
+scores), three tensors of the MLP (GPT-2: one), and the inputs of the layers that have an adapter. With activation
+checkpointing only the residual stream before each block is kept, and the other tensors for one block at a time, as its
+backward pass recomputes them.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradsift.config import ComputeConfig
 from gradsift.cost import passed
 from gradsift.data.batching import by_length, spread_out
 from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
-from gradsift.training.checkpointing import is_checkpointed
-from gradsift.training.memory import fitting_tokens
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384  # largest budget on a GPU: with more tokens at once it is no faster
@@ -26,23 +35,27 @@ _GPU_TOKENS = 16384  # largest budget on a GPU: with more tokens at once it is n
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _halved: dict[Any, int] = {}  # halved budgets by `kind`: later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
+_GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model types whose kept activations are known, besides gpt2
+_STREAM = 4  # bytes of a number in the residual stream, which is float32 (`gradsift.training.residual`)
+# If a layer has an adapter, its inputs are kept: the hidden states before attention or before the MLP, or
+# the MLP's inner activations. (GPT-2's attention has a c_proj too, but the outputs of attention are kept in any case.)
+_READ_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "c_attn"}
+_READ_IN_MLP = {"gate_proj", "up_proj", "c_fc"}
+_READ_WIDE = {"down_proj", "c_proj"}
+_SHARE = 0.8  # share of a GPU's memory to use; the rest is for chunks of logits and gradients, buffers and fragments
+_ROOM = 4096  # tokens at once that keep a GPU busy: if fewer fit, recomputing activations costs less time than it saves
 
 
 class TokenBudget:
     """The largest number of tokens, padding included, that pass through a model at once.
 
-    It is halved whenever memory runs out. The number changes results by rounding only.
+    It is halved whenever memory runs out, and changes results by rounding only.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
-        """
-        Args:
-            kind: identifies budgets for the same model and memory. After a halving, `of` starts later budgets of the
-                same kind with the halved number. With None, a halving has no effect on later budgets.
-        """
         self.tokens = tokens
         self.say = say
-        self._kind = kind
+        self._kind = kind  # of the model and memory, for `_halved`; None: a halving has no effect on later budgets
 
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
@@ -64,8 +77,7 @@ class TokenBudget:
 
         Args:
             work: must leave no partial result behind when memory runs out.
-            lengths: numbers of tokens of the examples that `work` passes through the model; their sum is counted as
-                forward tokens (`gradsift.cost`).
+            lengths: tokens of each example that `work` passes through the model, to be counted (`gradsift.cost`).
 
         Raises:
             GradsiftError: memory does not hold a single example.
@@ -79,7 +91,23 @@ class TokenBudget:
             else:
                 passed(sum(lengths))
                 return result
-            self._halve(lengths)  # not in the handler, where the exception holds the failed pass's tensors
+            # not in the handler, where the exception holds the failed pass's tensors
+            longest = max(lengths)
+            used = min(self.tokens, longest * len(lengths))
+            if used <= longest:
+                raise GradsiftError(
+                    f"memory ran out with a single example of {longest:,} tokens; lower max_length, or take a smaller "
+                    "model or compute.precision=bfloat16"
+                )
+            self.tokens = max(used // 2, longest)
+            if self._kind is not None:
+                _halved[self._kind] = self.tokens
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.say(
+                f"  memory ran out with {used:,} tokens at once; the batch is repeated with {self.tokens:,} "
+                f"(compute.tokens={self.tokens} starts with that)"
+            )
 
     def passes(
         self,
@@ -88,11 +116,7 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Divide the examples into groups of similar length, and yield what the method `group` returns for each group.
-
-        Args:
-            advance: called with the number of examples just done, estimated from their tokens.
-        """
+        """Divide the examples into groups of similar length, and yield what the method `group` returns for each."""
         advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
             yield self.group(group, work, journal)
@@ -103,41 +127,21 @@ class TokenBudget:
     ) -> list[T]:
         """Return the results of `work`: one for all examples or, if memory runs out, one for each smaller batch.
 
-        Args:
-            journal: keeps the results, so that an interrupted pass continues after its last group.
+        An interrupted pass continues after the last group whose results `journal` keeps.
         """
 
         def batch_by_batch(tokens: int) -> list[T]:
-            return [work(batch) for batch in by_length(examples, tokens)]
+            return list(map(work, by_length(examples, tokens)))
 
         lengths = [len(example.input_ids) for example in examples]
         rows = [example.row for example in examples]
         return (journal or Journal()).once(rows, lambda: self.run(batch_by_batch, lengths))
 
-    def _halve(self, lengths: Sequence[int]) -> None:
-        longest = max(lengths)
-        used = min(self.tokens, longest * len(lengths))
-        if used <= longest:
-            raise GradsiftError(
-                f"memory ran out with a single example of {longest:,} tokens; lower max_length, or take a smaller "
-                "model or compute.precision=bfloat16"
-            )
-        self.tokens = max(used // 2, longest)
-        if self._kind is not None:
-            _halved[self._kind] = self.tokens
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.say(
-            f"  memory ran out with {used:,} tokens at once; the batch is repeated with {self.tokens:,} "
-            f"(compute.tokens={self.tokens} starts with that)"
-        )
-
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may hold.
+    """Return how many numbers a temporary tensor may hold; results do not depend on it.
 
-    On a CPU it is `on_cpu`. On a GPU it is the number of float32 values that fill a 128th of the GPU's memory.
-    Callers choose `on_cpu` so that the tensor fits into a cache. Results do not depend on the number.
+    On a CPU it is `on_cpu`, which fits into a cache. On a GPU it is the float32 values in a 128th of its memory.
     """
     if device.type != "cuda":
         return on_cpu
@@ -145,29 +149,23 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the multiplier of a CPU's token budget: the model's attribute `tokens_factor`, or 1 if it has none.
-
-    Models with packed weights have the attribute (`gradsift.cpu`): each pass reads all weights once, so more tokens per
-    pass save time.
-    """
+    """Return the multiplier of a CPU's token budget, which a model with packed weights has (`gradsift.cpu`)."""
+    # each pass reads all packed weights once, so more tokens per pass save time
     return int(getattr(model, "tokens_factor", 1))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error is a failed allocation, by its class or, if torch has none for it, by its message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    message = str(error).lower()
-    return any(sign in message for sign in _SIGNS)
+    return any(sign in str(error).lower() for sign in _SIGNS)
 
 
 @contextmanager
 def without_host_reads() -> Iterator[None]:
     """Turn off checks by transformers that read token ids or masks, because reading makes the host wait for the GPU.
 
-    In a forward pass transformers checks whether a row holds several examples, whether there is padding without a mask,
-    and whether the mask hides any token. Here each row holds one example, padding is on the right or has a mask, and
-    every mask is applied, so the answers are known.
+    The checks ask whether a row holds several examples, whether there is padding without a mask, and whether the mask
+    hides any token. Here each row holds one example, padding is on the right or has a mask, and every mask is applied.
     """
     lookups = _lookups()
     try:
@@ -193,11 +191,7 @@ def _lookups() -> list[tuple[Any, str, Any, Any]]:
 
 
 def device_of(compute: ComputeConfig) -> torch.device:
-    """Return the device that `compute.device` asks for.
-
-    Raises:
-        GradsiftError: there is no such device, or there are fewer than `compute.devices`.
-    """
+    """Return the device that `compute.device` asks for; refuse one that is not there `compute.devices` times."""
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
     if compute.device == "cpu" or not torch.cuda.is_available():
@@ -210,6 +204,96 @@ def device_of(compute: ComputeConfig) -> torch.device:
     return torch.device("cuda")
 
 
-def has_bfloat16() -> bool:
-    """Return whether the GPU has bfloat16 products in hardware, not only emulated."""
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpointed: bool) -> int | None:
+    """Return the number of bytes that a training keeps for each token; None for a model type that is not known here.
+
+    Args:
+        config: transformers' config of the model.
+        number: bytes of a number in the model's products: 2 in bfloat16, 4 in float32.
+        adapted: last parts of the names of the layers with an adapter.
+    """
+    kind = str(config.model_type)
+    if kind not in (*_GATED, "gpt2"):
+        return None
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)  # other models may lack these
+    size = int(getattr(config, "head_dim", None) or hidden // heads)
+    queries, keys = heads * size, int(getattr(config, "num_key_value_heads", None) or heads) * size
+    mlp = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
+    read = {*adapted}
+    inputs = hidden * (bool(read & _READ_IN_ATTENTION) + bool(read & _READ_IN_MLP)) + mlp * bool(read & _READ_WIDE)
+    attention, of_mlp = 2 * queries + 2 * keys, mlp if kind == "gpt2" else 3 * mlp
+    norms = 2 * hidden + (queries + keys if kind == "qwen3" else 0)  # float32, whatever the products are
+    block = _STREAM * norms + number * (inputs + attention + of_mlp)
+    layers = int(config.num_hidden_layers)
+    return layers * _STREAM * hidden + block if checkpointed else layers * block
+
+
+def adapted_names(model: Any) -> set[str]:
+    """Return the last parts of the names of the layers that have an adapter."""
+    names = (name.split(".lora_")[0] for name, each in model.named_parameters() if each.requires_grad)
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None:
+    """Return how many tokens can pass through the model at once when it is trained on a GPU with `memory` bytes.
+
+    If the model has no adapter yet, adapters on all layers are assumed, but their own size is not counted. The number
+    is negative if the weights alone do not fit, and None for a model type that is not known here.
+    """
+    adapted = adapted_names(model) or _READ_IN_ATTENTION | _READ_IN_MLP | _READ_WIDE
+    each = token_bytes(model.config, next(model.parameters()).element_size(), adapted, checkpointed=checkpointed)
+    if each is None:
+        return None
+    held = 0
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # a rank's part
+        # a trainable number has a gradient and two moments of Adam
+        held += local.numel() * (4 * local.element_size() if parameter.requires_grad else local.element_size())
+    return int((_SHARE * memory - held) / each)
+
+
+def needs_checkpointing(model: Any, device: torch.device) -> bool:
+    """Return whether fewer than 4,096 tokens are known to fit into a GPU without checkpointing; False for a CPU."""
+    if device.type != "cuda":
+        return False
+    tokens = fitting_tokens(model, torch.cuda.get_device_properties(device).total_memory, checkpointed=False)
+    return tokens is not None and tokens < _ROOM
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Make the blocks of a causal language model compute their activations again in the backward pass.
+
+    Gradients, their norms and dropout masks stay the same. transformers' own `gradient_checkpointing_enable` works in
+    training mode only, while the frozen backbone stays in evaluation mode here.
+    """
+    blocks: list[nn.Module] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ConfigError(
+            f"compute.checkpointing=true, but transformers does not know the blocks of {type(model).__name__}; "
+            "leave it out, or take another model"
+        )
+    for block in blocks:
+        become(block, _Checkpointed)
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    return any(isinstance(module, _Checkpointed) for module in model.modules())
+
+
+class _Checkpointed:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block = super().forward  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return block(*args, **kwargs)
+        return checkpoint(block, *args, use_reentrant=False, **kwargs)
+
+
+def become(module: Any, mixin: Any) -> None:
+    """Change a module's class to a subclass that has the forward pass of `mixin`."""
+    if not isinstance(module, mixin):
+        module.__class__ = _with(mixin, module.__class__)
+
+
+@functools.cache
+def _with(mixin: Any, kind: Any) -> type:
+    return type(kind.__name__, (mixin, kind), {})  # the same name: `parallel.layers_of` finds layers by it

@@ -1,12 +1,26 @@
-"""Training with Lightning's `Trainer`, and the callbacks of every training."""
+"""Training with Lightning's `Trainer`, and the callbacks of every training.
+
+The batches of a training are known before it starts, so a save point holds the number of steps taken and everything
+that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks need no
+state, because they are seeded anew in each step.) A resumed training takes the remaining steps and ends with the same
+bytes as an uninterrupted training.
+
+A save point is one safetensors file with a checksum. A new save point is written beside the old file and then renamed,
+so after a kill at any moment either the old or the new file is there, complete. A damaged save point is ignored, and
+the training starts again.
+"""
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
+import os
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +28,22 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from gradsift.config import ComputeConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
+from gradsift.manifests import UNFINISHED
 from gradsift.training import lora, parallel
 from gradsift.training.device import device_of
 from gradsift.training.head import require_finite
-from gradsift.training.modules import AdapterModule, Step, TargetFinetuning
-from gradsift.training.save_point import SavePoint
+from gradsift.training.modules import AdapterModule, Step
+
+POINT_FILE = "training.safetensors"
+_FORMAT = 4  # raised when the content of the file changes: files of other formats are ignored
+_SHARE = 0.01  # share of the time that saving may take, whatever `compute.save_every` asks for
 
 
 def fit(
@@ -38,8 +58,7 @@ def fit(
     """Take an optimiser step for each batch of `plan` (positions in `encoded`), in order.
 
     Args:
-        folder: the folder of the artifact in the making. Save points are written there, and the training continues from
-            the save point that an interrupted run left there. With None there are no save points.
+        folder: the folder of the artifact in the making, for save points. With None there are no save points.
 
     Returns:
         The number of optimiser steps that this process took; `module.curve` also has those of interrupted runs.
@@ -75,7 +94,13 @@ def with_save_point(
 
 def train(module: AdapterModule, loader: Any, compute: ComputeConfig, callbacks: Sequence[L.Callback]) -> None:
     """Train `module` on the steps that `loader` yields."""
-    trainer = quiet_trainer(compute, strategy_of(compute, module), callbacks)
+    strategy: Strategy | str = "auto"
+    if module.is_divided:
+        strategy = ModelParallelStrategy(data_parallel_size=parallel.size(), tensor_parallel_size=1)
+    elif parallel.size() > 1:
+        # a layer may take no part in a pass (experts); every rank has loaded the same weights, so none are broadcast
+        strategy = DDPStrategy(find_unused_parameters=True, init_sync=False)
+    trainer = quiet_trainer(compute, strategy, callbacks)
     with keyboard_interrupts():
         trainer.fit(module, loader)
     if trainer.strategy.root_device.type == "cuda":
@@ -84,7 +109,6 @@ def train(module: AdapterModule, loader: Any, compute: ComputeConfig, callbacks:
 
 
 def require_finite_weights(module: AdapterModule) -> None:
-    """Raise a `GradsiftError` if a trained weight is not finite."""
     if not all(bool(p.isfinite().all()) for p in lora.trainable_parameters(module.model).values()):
         raise GradsiftError(
             "the adapter's weights are not finite after the last step, though all losses were; lower the learning "
@@ -93,11 +117,7 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the number of optimiser steps, and how many of them interrupted runs took.
-
-    Args:
-        taken: the number of steps that this process took.
-    """
+    """Return the number of optimiser steps, and how many of them interrupted runs took; this process took `taken`."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
@@ -116,13 +136,8 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
     """Return a trainer for one pass over a loader; the trainer itself writes, logs and prints nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
-    for message in (
-        ".*does not have many workers.*",
-        r".*module\(s\) in eval mode.*",
-        ".*LeafSpec.*",
-        ".*no `val_dataloader`.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+    ignored = r".*(does not have many workers|module\(s\) in eval mode|LeafSpec|no `val_dataloader`).*"
+    warnings.filterwarnings("ignore", ignored)
     shared, has_gpu = isinstance(strategy, Strategy), device_of(compute).type == "cuda"
     own_device: Any = [torch.cuda.current_device()] if has_gpu else 1
     return L.Trainer(
@@ -141,16 +156,6 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-
-
-def strategy_of(compute: ComputeConfig, module: AdapterModule) -> Strategy | str:
-    """Return Lightning's strategy for a training: auto with one process, FSDP2 for a divided target, else DDP."""
-    if parallel.size() == 1:
-        return "auto"
-    if isinstance(module, TargetFinetuning) and module.is_divided:
-        return ModelParallelStrategy(data_parallel_size=parallel.size(), tensor_parallel_size=1)
-    # a layer may take no part in a pass (experts); every rank has loaded the same weights, so none are broadcast
-    return DDPStrategy(find_unused_parameters=True, init_sync=False)
 
 
 class ShowProgress(L.Callback):
@@ -175,8 +180,7 @@ class ShowProgress(L.Callback):
 class StopAtNonFinite(L.Callback):
     """Stops a training if a loss or gradient norm is NaN or infinite.
 
-    Losses and norms are checked only every 16 steps, before each save point and at the end, because a check makes the
-    host wait for the device.
+    The check is made every 16 steps, before each save point and at the end, because the host waits for the device.
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
@@ -202,3 +206,119 @@ class StopAtNonFinite(L.Callback):
             for name in names.keys() & outputs.keys():
                 require_finite(names[name], outputs["rows"], outputs[name], self._encoded)
         self._recent.clear()
+
+
+class SavePoint(L.Callback):
+    """Saves the state of a training of `steps` steps, and restores it when the training is started again.
+
+    It must be the last callback, so that all other callbacks have processed a step before their state is saved.
+    """
+
+    def __init__(self, folder: Path, every: float, steps: int, callbacks: Sequence[L.Callback]) -> None:
+        """
+        Args:
+            folder: the folder of the artifact in the making.
+            every: least number of seconds between two save points; 0 for a save point after each step.
+            callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
+        """
+        self._path = folder / UNFINISHED / POINT_FILE
+        self._every = every
+        self._steps = steps
+        self._callbacks = {callback.state_key: callback for callback in callbacks}
+        self._wait = every
+        self._saved_at = time.monotonic()
+
+    def restore(self, module: AdapterModule) -> None:
+        """Restore a fresh `module` and the callbacks from the save point, if there is an intact one."""
+        if not self._path.exists():
+            return
+        point = _read(self._path)
+        if point is None:
+            unit = self._path.parents[1].name
+            module.budget.say(f"  the save point of {unit} is damaged or of another version; its training begins anew")
+            return
+        tensors, about = point
+        with torch.no_grad():
+            for name, parameter in lora.trainable_parameters(module.model).items():
+                parameter.copy_(tensors[f"adapter:{name}"])
+        module.optimizer_state = _part(tensors, "optimizer")
+        module.resume(tensors["curve:losses"], tensors["curve:tokens"].tolist())
+        module.budget.tokens = min(module.budget.tokens, about["tokens"])  # memory may have run out before the kill
+        for key, callback in self._callbacks.items():
+            if state := about["callbacks"].get(key, {}) | _part(tensors, key):
+                callback.load_state_dict(state)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        # no save point after the last step: a training that resumed with no step left would not end in the usual way
+        is_last = len(module.curve) == self._steps
+        if is_last or time.monotonic() - self._saved_at < self._wait:
+            return
+        started = time.monotonic()
+        self._save(module)
+        self._saved_at = time.monotonic()
+        if self._every:
+            self._wait = max(self._every, (self._saved_at - started) / _SHARE)
+
+    def _save(self, module: Any) -> None:
+        parameters = lora.trainable_parameters(module.model)
+        losses, tokens = module.curve_so_far()
+        tensors = {f"adapter:{name}": parameter.detach() for name, parameter in parameters.items()}
+        optimizer = lora.optimizer_tensors(module.optimizer, parameters)
+        tensors |= {f"optimizer:{name}": tensor for name, tensor in optimizer.items()}
+        tensors |= {"curve:losses": losses, "curve:tokens": tokens}
+        states: dict[str, dict[str, Any]] = {}
+        for key, callback in self._callbacks.items():
+            for name, value in callback.state_dict().items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{key}:{name}"] = value
+                else:
+                    states.setdefault(key, {})[name] = value
+        about = {"format": _FORMAT, "steps": len(tokens), "tokens": module.budget.tokens, "callbacks": states}
+        text = json.dumps(about, allow_nan=False)
+        # clones: safetensors refuses tensors that share memory
+        plain = {name: torch.clone(each.cpu(), memory_format=torch.contiguous_format) for name, each in tensors.items()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_suffix(".new")
+        save_file(plain, fresh, metadata={"about": text, "checksum": _checksum(plain, text)})
+        with fresh.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        fresh.replace(self._path)
+
+
+def steps_saved(folder: Path) -> int:
+    """Return the number of steps of the save point in the folder of an artifact in the making; 0 if there is none."""
+    point = _read(folder / UNFINISHED / POINT_FILE)
+    return 0 if point is None else int(point[1]["steps"])
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Return a save point's tensors and its other values; None if it is missing, damaged or of another format."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, UnicodeDecodeError):  # the file was truncated when a machine went down, or edited
+        return None
+    text = metadata.get("about", "{}")
+    if metadata.get("checksum") != _checksum(tensors, text):
+        return None
+    about = json.loads(text)
+    return (tensors, about) if about.get("format") == _FORMAT else None
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    """Return the SHA-256 of `about` and of the names, dtypes, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(about.encode("utf-8"))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose key is `<prefix>:<name>`, by `<name>`."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}:")}

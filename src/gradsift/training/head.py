@@ -10,7 +10,7 @@ Shape letters: B examples of a batch, T tokens, D hidden size, P places of the b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,20 +27,6 @@ _CHUNK_LOGITS = 2**23  # logits of a chunk on a CPU, 32 MB in float32
 _MULTIPLE = 64  # a bfloat16 head's vocabulary is padded to a multiple of this; with 50,257, AMX runs at half speed
 
 
-class FrozenHead(Protocol):
-    """A faster computation of the losses, which an output embedding may have as its attribute `frozen_head`."""
-
-    def chunk(self, count: int) -> int:
-        """Return the number of places whose logits are computed at once, if there are `count` places in all."""
-
-    def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
-
-        Args:
-            gradient: (P, D), to be filled with each loss's gradient with respect to its hidden state; None to skip it.
-        """
-
-
 class OutputHead:
     """The output embedding of a model whose logits are exactly the embedding applied to the last hidden states."""
 
@@ -53,7 +39,8 @@ class OutputHead:
             weight = F.pad(weight, (0, 0, 0, lacking))
             bias = None if bias is None else F.pad(bias, (0, lacking))
         self.weight, self.bias = weight, bias  # (V, D), (V,); in bfloat16 with zero rows up to a multiple of 64
-        self.own: FrozenHead | None = embedding.__dict__.get("frozen_head")
+        # a faster computation of the losses (`gradsift.cpu.blocks.PackedHead`)
+        self.own: Any = vars(embedding).get("frozen_head")
         # kept between calls: allocating this much costs as much as the product that fills it
         self._logits = torch.empty(0)
         self._exact = torch.empty(0)
@@ -63,9 +50,7 @@ class OutputHead:
         """Return the output head of a causal language model with or without adapters.
 
         Return None if the head is not a plain `nn.Linear`, trains or has an adapter, or if the model changes the head's
-        output (Gemma, Cohere and Granite scale or cap it). To detect such a change without a list of models, the logits
-        of a short random batch are computed by the model and by the head from the last hidden states, and must be equal
-        bit for bit.
+        output (Gemma, Cohere and Granite scale or cap it; see `_is_last_step`).
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
@@ -76,15 +61,7 @@ class OutputHead:
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
 
     def hidden_states(self, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states at `places`.
-
-        Args:
-            inputs: the arguments of the model's forward, (B, T) each.
-            places: (P,) int64, indices into the flattened B x T tokens, on the model's device.
-
-        Returns:
-            (P, D)
-        """
+        """Return the last hidden states (P, D) of `inputs` (B, T) at `places` (P,) among the flattened B x T tokens."""
         with without_host_reads():
             hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
         # only places before a response token: prompt tokens have no loss, so they need no logits
@@ -96,17 +73,8 @@ class OutputHead:
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
-    def chunk(self, count: int) -> int:
-        """Return the number of places whose logits are computed at once, if there are `count` places in all."""
-        if self.own is not None:
-            return self.own.chunk(count)
-        return max(1, numbers_at_once(self.weight.device, _CHUNK_LOGITS) // len(self.weight))
-
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two buffers for logits: (count, padded V) in the weight's dtype, and (count, V) in float32.
-
-        If the weight is float32, the second buffer is a part of the first.
-        """
+        """Return buffers for logits, which may overlap: (count, padded V) in the weight's dtype, (count, V) float32."""
         shape = (count, len(self.weight))
         if self._logits.numel() < count * shape[1]:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
@@ -126,7 +94,9 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, wants_gradient: bool
     ) -> torch.Tensor:
-        size = head.chunk(len(hidden))
+        size = max(1, numbers_at_once(hidden.device, _CHUNK_LOGITS) // len(head.weight))  # places whose logits are kept
+        if head.own is not None:
+            size = head.own.chunk(len(hidden))
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient and ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), size):
@@ -149,7 +119,7 @@ def _chunk(
 ) -> torch.Tensor:
     """Return the losses (P,) of a chunk; fill `gradient` (P, D), unless it is None, with (softmax - one-hot) W."""
     if head.own is not None:
-        return head.own.losses(hidden, targets, gradient)
+        return head.own.losses(hidden, targets, gradient)  # type: ignore[no-any-return]
     logits, exact = head.buffers(len(hidden))  # (P, padded V), (P, V)
     if exact.dtype == logits.dtype:
         torch.mm(hidden, head.weight.t(), out=logits)
@@ -204,8 +174,7 @@ def token_losses(
 ) -> torch.Tensor:
     """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) after the tokens at `places` (P,).
 
-    Args:
-        head: the model's head, or None to compute the logits of all tokens with the model itself.
+    If `head` is None, the model itself computes the logits of all tokens.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
@@ -234,8 +203,7 @@ class ResponseLosses:
         If an example has a single response token, both values are the loss of that token.
         """
         of_tokens = self._of_tokens(batch)
-        is_predicted = of_tokens.new_zeros(batch.input_ids.numel()).index_fill(0, batch.places, 1.0)
-        is_predicted = is_predicted.view_as(of_tokens)
+        is_predicted = torch.zeros_like(of_tokens.flatten()).index_fill(0, batch.places, 1.0).view_as(of_tokens)
         is_last = is_predicted * (is_predicted.cumsum(1) == batch.counts[:, None])
         end = (of_tokens * is_last).sum(1)
         # clamped, because `where` computes both branches and 0 / 0 would be NaN in the one that is not taken
@@ -251,7 +219,7 @@ class ResponseLosses:
 
 @torch.no_grad()
 def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
-    """Return whether the model's logits equal `embedding` applied to the last hidden states, bit for bit."""
+    """Return whether a random batch's logits equal `embedding` applied to the last hidden states, bit for bit."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
     # without a mask, transformers would warn if a random id is the pad id
@@ -266,13 +234,10 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
 
 
 def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
-    """Raise a `GradsiftError` if a value is NaN or infinite; it names the examples by their row in the data's source.
+    """Refuse a NaN or infinity among `values` (B,) and name the examples by their row in the data's source.
 
     Args:
-        quantity: name of the values in the message.
-        rows: (B,) int64, `Encoded.row` of each value's example.
-        values: (B,)
-        encoded: examples that include all of `rows`.
+        rows: (B,) int64, `Encoded.row` of each value's example, all of which are in `encoded`.
     """
     bad = ~torch.isfinite(values)
     if bool(bad.any()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from gradsift.config import LoraConfig
+from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, first_line
 from gradsift.gradients.probes import ADAPTER
 from gradsift.training.adapted import fuse
-from gradsift.training.masks import drop_by_row
+from gradsift.training.masks import PassedRows, drop_by_row
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -31,11 +32,11 @@ CONFIG_FILE = "adapter_config.json"
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     """Freeze `model` and add a fresh adapter: A is drawn with `seed`, B starts at zero.
 
+    With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
+
     Returns:
         The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train. Its attribute
-        `passed_rows` (`gradsift.training.masks.PassedRows`) tells its layers about the rows of a batch.
-
-    With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
+        `passed_rows` (`PassedRows`) tells its layers about the rows of a batch. Its method `unload` restores the model.
 
     Raises:
         ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or a layer that
@@ -97,18 +98,8 @@ def _unwrap(model: nn.Module) -> None:
         model.set_submodule(name, module.base_layer)
 
 
-def remove_adapter(adapted: Any) -> nn.Module:
-    """Remove the adapter and return the backbone as it was before `add_adapter`."""
-    model: nn.Module = adapted.unload()
-    return model
-
-
 def require_mergeable(adapted: Any) -> None:
-    """Refuse an adapter on a weight that two modules share, as merging it would change the other module too.
-
-    Raises:
-        ConfigError: the adapter is on such a weight, for example an output head that is also the input embedding.
-    """
+    """Refuse an adapter on a weight that two modules share, such as an output head that is also the input embedding."""
     if shared := shared_layers(adapted):
         raise ConfigError(
             f"an adapter cannot be merged into a weight that another module uses too ({', '.join(shared[:3])}); leave "
@@ -137,23 +128,21 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks that contain experts, by name.
-
-    They are the parents of modules (other than convolutions) with stacked weights, of three dimensions or more.
-    """
-    return {
-        name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0])
-        for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
-        and any(weight.dim() > 2 and len(weight) > 1 for weight in module.parameters(recurse=False))
-    }
+    """Return by name the blocks with experts: parents of modules with stacked weights, of three dimensions or more."""
+    blocks = {}
+    for name, module in model.named_modules():
+        stacked = any(weight.dim() > 2 and len(weight) > 1 for weight in module.parameters(recurse=False))
+        if stacked and not isinstance(module, _ConvNd):
+            block = name.rpartition(".")[0]
+            blocks[block] = model.get_submodule(block)
+    return blocks
 
 
 def _dense_layer_names(model: Any) -> list[str]:
     """Return the last parts of the names of the linear layers outside of expert blocks, without the output head.
 
-    A name that also occurs in an expert block is left out, because peft would adapt the layers in both places. The
-    names by which peft adapts stacked experts are left out too.
+    Names that also occur in an expert block, or by which peft adapts stacked experts, are left out, because peft would
+    adapt the layers in both places.
     """
     blocks = tuple(f"{name}." for name in expert_blocks(model))
     head = model.get_output_embeddings()
@@ -165,11 +154,7 @@ def _dense_layer_names(model: Any) -> list[str]:
 
 
 def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
-    """Return a message that names the experts that `all-linear` leaves without an adapter, or None if it leaves none.
-
-    Args:
-        option: the option that `config` comes from, such as `target.lora`.
-    """
+    """Return a message that names the experts that `option` (`target.lora`, say) leaves without an adapter, if any."""
     if config.targets != ["all-linear"] or not (blocks := expert_blocks(model)):
         return None
     kinds = ", ".join(sorted({type(block).__name__ for block in blocks.values()}))
@@ -184,8 +169,7 @@ def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put all modules into evaluation mode, and restore the mode of each module afterwards."""
-    # The modes are restored module by module: the adapters' dropout is in training mode and the backbone in evaluation
-    # mode, which neither train() nor eval() on the whole model would restore.
+    # module by module, because the adapters' dropout is in training mode and the backbone in evaluation mode
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -201,11 +185,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
     """Return the Frobenius norms of the active adapter's A and of its B over all layers, as `size_A` and `size_B`."""
-    squares = {"A": 0.0, "B": 0.0}
+    squares_a = squares_b = 0.0
     for _, layer in lora_layers(adapted):
-        squares["A"] += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
-        squares["B"] += float(layer.lora_B[ADAPTER].weight.detach().square().sum())
-    return {"size_A": squares["A"] ** 0.5, "size_B": squares["B"] ** 0.5}
+        squares_a += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
+        squares_b += float(layer.lora_B[ADAPTER].weight.detach().square().sum())
+    return {"size_A": squares_a**0.5, "size_B": squares_b**0.5}
 
 
 def save_adapter(adapted: Any, folder: Path) -> None:
@@ -220,11 +204,7 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 
 
 def load_adapter(adapted: Any, folder: Path) -> None:
-    """Load into the active adapter the weights that `save_adapter` wrote to `folder`.
-
-    Raises:
-        ConfigError: the weights do not fit the model.
-    """
+    """Load into the active adapter the weights that `save_adapter` wrote to `folder`."""
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
     # missing keys are no error: they belong to the backbone, whose weights the file does not contain
     if outcome.unexpected_keys:
@@ -252,10 +232,55 @@ def restore_optimizer(
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Write the optimiser's state as safetensors."""
     save_file(optimizer_tensors(optimizer, parameters), path)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], path: Path) -> None:
-    """Restore the state that `save_optimizer` wrote."""
-    restore_optimizer(optimizer, parameters, load_file(path))
+class Lanes(nn.Module):
+    """M adapters (lanes) on one frozen model that train side by side, one for each seed; at first, adapter 0 is active.
+
+    A batch holds rows of all adapters, which pass through the frozen weights together (`gradsift.training.adapted`).
+    peft's model holds one adapter, under peft's default name. `activate` puts the adapter of a lane there, so that
+    every function that saves, loads or measures an adapter works on the adapter of that lane.
+    """
+
+    def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
+        super().__init__()
+        device = next(model.parameters()).device
+        factors: list[list[tuple[nn.Module, nn.Module]]] = []  # for each adapter, (A, B) of each layer
+        for lane, seed in enumerate(seeds):
+            if lane:
+                self.adapted.unload()
+            self.adapted: Any = add_adapter(model, config, seed).to(device)
+            layers = [layer for _, layer in lora_layers(self.adapted)]
+            factors.append([(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers])
+        self._layers = layers
+        self._factors = factors
+        self.parts = nn.ModuleList(part for pairs in factors for pair in pairs for part in pair)
+        self.rows: PassedRows = self.adapted.passed_rows
+        for place, layer in enumerate(layers):
+            pairs = [of_lane[place] for of_lane in factors]
+            layer.lanes = (self.rows, [a for a, _ in pairs] + [b for _, b in pairs])
+        self.activate(0)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def activate(self, lane: int) -> None:
+        """Put the adapter of a lane into peft's model."""
+        for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
+            layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
+
+    def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Tell the layers the adapter of each row of the next batch, and return its examples sorted by adapter."""
+        rows = sorted(examples, key=lambda example: example.lane)
+        counts = Counter(example.lane for example in rows)
+        device = next(self.parts.parameters()).device
+        self.rows.counts = [counts[lane] for lane in range(len(self))]
+        self.rows.lanes = torch.tensor([example.lane for example in rows], device=device)
+        return rows
+
+    def forget_rows(self) -> None:
+        self.rows.lanes = None  # all rows of later passes go through the active adapter
+
+    def close(self) -> None:
+        self.adapted.unload()

@@ -1,10 +1,11 @@
-"""Dropout masks that belong to an example, not to a batch.
+"""Random bits that depend on a seed and a position, and dropout masks that depend on the example and not on the batch.
 
-The mask of an example in a layer depends on the example's key, the layer and the place in the sequence. So the mask
-does not depend on the batch, the padding, the rank or the device, and a checkpointed block that is computed again has
-the same mask.
+The numbers of a generator with a state depend on how a batch is divided and on the order in which a device draws. Here
+each number is a hash, computed in integer arithmetic, which wraps around and never rounds. A dropout mask is a function
+of the example's key, the layer and the place in the sequence. So it does not depend on the batch, the padding, the rank
+or the device, and a checkpointed block that is computed again has the same mask.
 
-Shape letters: B rows of a batch, T tokens, I inputs of a layer.
+Shape letters: B rows of a batch, T tokens, I inputs of a layer, N columns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,37 @@ import torch
 from torch import nn
 
 from gradsift.gradients.probes import ADAPTER
-from gradsift.training.random_bits import bits, mixed
+
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
+_ODD = 0x7FEB352D  # of lowbias32 (Wellons)
+
+
+def mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the splitmix64 hash (Steele, Lea and Flood, 2014) of each of `numbers`, int64."""
+    x = numbers + _GOLDEN
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return random numbers (..., N) over the whole range of int32, one for each pair of a row and a column.
+
+    The upper bits are more random than the lower ones. A number is the product of its row's and its column's hash,
+    mixed once more.
+
+    Args:
+        rows: (...) int64, any numbers.
+        columns: (N,) int64, any numbers.
+    """
+    drawn = _odd(rows)[..., None] * _odd(columns)
+    drawn ^= (drawn >> 15).bitwise_and_(0x1FFFF)
+    return drawn.mul_(_ODD)
+
+
+def _odd(numbers: torch.Tensor) -> torch.Tensor:
+    """Return odd int32 hashes of `numbers`."""
+    return ((mixed(numbers) & 0xFFFFFFFF) - 2**31).to(torch.int32) | 1
 
 
 class PassedRows:
@@ -34,14 +65,9 @@ class RowDropout(nn.Dropout):
     """Dropout with a mask for each row; torch's own dropout unless the input is (B, T, I) and there are B keys."""
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
-        """
-        Args:
-            rows: the `PassedRows` that all layers of a model share.
-            layer: the layer's name, by which its masks differ from the masks of other layers.
-        """
         super().__init__(probability)
         self._rows = rows
-        self._place = zlib.crc32(layer.encode())
+        self._place = zlib.crc32(layer.encode())  # the masks of different layers differ
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keys = self._rows.keys

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -22,13 +21,12 @@ from gradsift.journal import Journal
 from gradsift.runtime import derive_seed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget
-from gradsift.training.divided import is_divided
 from gradsift.training.head import ResponseLosses
 from gradsift.training.masks import PassedRows
 from gradsift.training.optimization import BETAS, Optimization
 
 if TYPE_CHECKING:
-    from gradsift.gradients.norms import PerSampleNorms
+    from gradsift.gradients.probes import NormProbe
 
 
 class Step:
@@ -58,30 +56,26 @@ class AdapterModule(L.LightningModule):
         first_step: int = 0,
         dropout_seed: int = 0,
     ) -> None:
-        """
-        Args:
-            model: a model with an adapter, as returned by `lora.add_adapter`.
-            first_step: number of optimiser steps that earlier epochs took.
-        """
         super().__init__()
         # a step takes as many backward passes as its examples need at this token budget, and one optimiser step
         self.automatic_optimization = False
-        self.model = model
+        self.model = model  # with an adapter, as returned by `lora.add_adapter`
+        self.is_divided = parallel.is_divided(model)
         self.passed_rows: PassedRows = model.passed_rows  # type: ignore[assignment]
         self.optimization = optimization
         self.budget = budget
         self.pad_id = pad_id
-        self.first_step = first_step
+        self.first_step = first_step  # number of optimiser steps that earlier epochs took
         self.dropout_seed = dropout_seed
-        self.restore_from: Path | None = None  # the file of the optimiser state after an earlier epoch
-        self.gradient_norms: PerSampleNorms | None = None  # set by `GradientNormCallback`
+        # of an earlier epoch or an interrupted run; Lightning makes the optimiser when the training starts
+        self.optimizer_state: Mapping[str, torch.Tensor] = {}
+        self.gradient_norms: NormProbe | None = None  # set by `GradientNormCallback`
         self.curve: list[dict[str, float]] = []  # one entry per step; `on_train_end` fills in the losses
         self._step_losses = torch.zeros(0)  # on the device: reading a loss would make the host wait in every step
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
         """Restore the n steps of an interrupted run, with their mean losses (n,) and numbers of tokens."""
-        # A step's dropout masks depend on the length of the curve, and its learning rate on `first_step`. With both
-        # restored, the remaining steps are those of an uninterrupted training.
+        # a step's dropout masks depend on the length of the curve, and its learning rate on `first_step`
         self.first_step += len(tokens)
         self._step_losses = losses.to(self.device)
         self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
@@ -137,30 +131,28 @@ class AdapterModule(L.LightningModule):
             entry["loss"] = loss
 
     def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of a step's loss.
-
-        Args:
-            mine: this rank's share of the step's examples.
-            examples: all N examples of the step.
+        """Accumulate the gradient of the loss of a step with N `examples`, of which `mine` are this rank's share.
 
         Returns:
             Tensors (n,) by name, for this rank's n examples: rows, losses, counts (numbers of response tokens, only
             with `loss=token`), norm_A and norm_B (only if `gradient_norms` is set), lanes (only if several adapters
             train).
         """
-        # This seed is for layers that draw their dropout masks batch by batch. It depends on step and rank alone, so
-        # neither a resumed training nor a repeated step needs the random state of the steps before.
+        # For layers that draw their dropout masks batch by batch. The seed depends on step and rank alone, so neither a
+        # resumed training nor a repeated step needs the random state of the steps before.
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
         self.forget_gradients()
         if self.gradient_norms is not None:
             self.gradient_norms.forget()
         by_token = self.optimization.loss == "token"
-        names = ["rows", "losses", *(["counts"] if by_token else [])]
-        names += ["norm_A", "norm_B"] if self.gradient_norms is not None else []
-        names += ["lanes"] if self.has_lanes else []
-        parts: list[tuple[Any, ...]] = []
+        parts: list[dict[str, Any]] = []
+        strategy: Any = self.trainer.strategy
         batches = by_length(mine, tokens)
-        passes = self._passes(len(batches))
+        passes = len(batches)  # of this rank; additional passes have weight 0
+        if self.is_divided:
+            passes = parallel.largest(passes, self.device)  # each pass through a divided model needs all ranks
+        elif parallel.size() > 1:
+            passes = max(1, passes)  # the last pass synchronises the gradients
         for number in range(passes):
             is_own = number < len(batches)
             # A rank without a batch of its own passes the shortest example with weight 0, so that the other ranks'
@@ -170,18 +162,26 @@ class AdapterModule(L.LightningModule):
             divisor = self._divisor(rows, examples)
             batch = collate(rows, self.pad_id).to(self.device)
             losses = self._losses(batch)
+            terms = losses * batch.counts if by_token else losses
             weight = parallel.size() if is_own else 0  # the strategy divides the sum over the ranks by their number
-            with self._last_synchronises(is_last=number == passes - 1):
-                self.manual_backward(_total(losses * batch.counts if by_token else losses, weight, divisor))
-            if is_own:
+            if isinstance(divisor, torch.Tensor):
+                total = (terms / divisor).sum() * weight
+            else:
+                total = terms.sum() * weight / divisor
+            # DDP averages the ranks' gradients in the last backward pass only
+            blocks = number < passes - 1 and isinstance(strategy, ParallelStrategy)
+            with strategy.block_backward_sync() if blocks else nullcontext():
+                self.manual_backward(total)
+            columns: dict[str, Any] = {"rows": batch.rows, "losses": losses.detach()}
+            if by_token:
+                columns["counts"] = batch.counts
+            if self.gradient_norms is not None:
                 # the loss above is sum_i L_i size / divisor, so |grad L_i| is the measured norm times divisor / size
-                norms = self.gradient_norms.take(divisor / parallel.size()) if self.gradient_norms is not None else ()
-                lanes = [self.passed_rows.lanes] if self.has_lanes else []
-                parts.append((batch.rows, losses.detach(), *([batch.counts] if by_token else []), *norms, *lanes))
-        if not parts:  # more ranks than examples
-            none = torch.empty(0, device=self.device)
-            return {name: none.long() if name in ("rows", "lanes") else none for name in names}
-        return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
+                columns["norm_A"], columns["norm_B"] = self.gradient_norms.take(divisor / parallel.size())
+            if self.has_lanes:
+                columns["lanes"] = self.passed_rows.lanes
+            parts.append(columns if is_own else {name: values[:0] for name, values in columns.items()})
+        return {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -202,23 +202,8 @@ class AdapterModule(L.LightningModule):
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
         """Return what the losses (B,) of a pass's `rows` are divided by: a number, or (B,) with several adapters."""
-        # The divisor counts the examples or response tokens of the whole step, not of the pass or the rank: batches
-        # differ in size, and with a mean over each batch an example's weight would depend on its batch.
+        # of the whole step: with a mean over each batch or rank, an example's weight would depend on its batch
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
-
-    def _passes(self, batches: int) -> int:
-        """Return how many passes this rank makes for its `batches` batches; additional passes have weight 0.
-
-        Each of several ranks makes at least one pass, because the last pass synchronises the gradients.
-        """
-        return batches if parallel.size() == 1 else max(1, batches)
-
-    def _last_synchronises(self, *, is_last: bool) -> Any:
-        """Return the context for a backward pass, in which DDP averages the ranks' gradients only if `is_last`."""
-        strategy = self.trainer.strategy
-        if is_last or not isinstance(strategy, ParallelStrategy):
-            return nullcontext()
-        return strategy.block_backward_sync()
 
     def _reduce_gradients(self) -> None:
         """Do nothing: DDP averages the ranks' gradients in the backward pass. A subclass without DDP averages here."""
@@ -231,8 +216,7 @@ class AdapterModule(L.LightningModule):
             betas=BETAS,
             weight_decay=self.optimization.weight_decay,
         )
-        if self.restore_from is not None:
-            lora.load_optimizer(optimizer, parameters, self.restore_from)
+        lora.restore_optimizer(optimizer, parameters, self.optimizer_state)
         # LambdaLR counts from 0 in each process, so the steps of earlier epochs and interrupted runs are added
         first = self.first_step
         self.optimizer = optimizer
@@ -240,18 +224,10 @@ class AdapterModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler}
 
 
-def _total(losses: torch.Tensor, weight: int, divisor: float | torch.Tensor) -> torch.Tensor:
-    """Return `weight` times the sum of `losses` (B,) / `divisor`; the divisor is a number or has shape (B,)."""
-    if isinstance(divisor, torch.Tensor):
-        return (losses / divisor).sum() * weight
-    return losses.sum() * weight / divisor
-
-
 class ProxyMember(AdapterModule):
     """One member of the proxy ensemble for one epoch (or the adapter of a warm-up).
 
-    `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, at fixed weights. Dropout is
-    off in these passes unless `masks` is set.
+    `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, at fixed weights.
     """
 
     journal: Journal | None = None  # keeps the norms of a pass, batch by batch
@@ -275,45 +251,32 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
-            # This seed is for layers that draw their dropout masks batch by batch. It depends only on the batch's first
-            # row, so a resumed pass draws the same masks.
+            # for layers that draw their dropout masks batch by batch; a resumed pass draws the same masks
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
         batch = collate(examples, self.pad_id).to(self.device)
         with torch.enable_grad():
             losses = self._losses(batch)
-            return (batch.rows, *norms.of(losses), losses.detach())
+            return (batch.rows, *norms.backward(losses), losses.detach())
 
 
 class TargetFinetuning(AdapterModule):
-    """The finetune of the target, whose layers may be divided over the ranks (`gradsift.training.divided`)."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.is_divided = is_divided(self.model)
+    """The finetune of the target, whose layers may be divided over the ranks (`gradsift.training.parallel`)."""
 
     def configure_model(self) -> None:
         """Do nothing: the model was divided when it was loaded, but Lightning requires this method."""
 
-    def _passes(self, batches: int) -> int:
-        """Return the number of passes of this rank: for a divided model, the largest number of batches of any rank.
-
-        Each pass through a divided model needs all ranks.
-        """
-        return parallel.largest(batches, self.device) if self.is_divided else super()._passes(batches)
-
     def _reduce_gradients(self) -> None:
         """Average the adapter's gradients over the ranks, if the model is divided.
 
-        FSDP averages only the gradients of divided weights. A missing gradient counts as zero.
+        FSDP averages only the gradients of divided weights.
         """
         if not self.is_divided:
             return
         parameters = list(lora.trainable_parameters(self.model).values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        # one message for all parameters; a rank without a gradient sends zeros, since all ranks must send equally many
-        # numbers
+        # one message for all parameters, and of the same size from all ranks
         mean: Any = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
         for parameter, part in zip(parameters, mean.split([part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter)

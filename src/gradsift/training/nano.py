@@ -1,17 +1,20 @@
-"""The built-in backbones: tiny language models of the embedded world, pretrained in about half a minute.
+"""The built-in backbones: nano models of the embedded world, and a byte-level model with random weights.
 
-The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`).
+The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`). The byte-level model
+(tiny_bytes) is to run real data through all stages without a pretrained model; its scores say nothing about the data.
 
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence, Split
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,69 +26,101 @@ from transformers import (
 
 from gradsift.cost import passed
 from gradsift.data.verifiable import VOCABULARY, pretraining_rows
-from gradsift.errors import ConfigError
 
-Architecture = Literal["gpt2", "llama"]
-
-CONTEXT = 128  # tokens; the longest example of the embedded world has about 25
+CONTEXT = 128  # tokens of a nano model; the longest example of the embedded world has about 25
+BYTES_CONTEXT = 1024  # tokens, that is bytes
 _PAD, _EOS, _UNK, _NEWLINE = "<pad>", "<eos>", "<unk>", "\n"
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def nano_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer of the embedded world: one token per word, and one for a line break.
 
     `<eos>` is also the beginning-of-text token (bos), which some models need. `<pad>` is a token of its own, so that
-    padding is never taken for the end of an answer. Words outside the vocabulary become `<unk>`.
+    padding is never taken for the end of an answer.
     """
     words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
     tokenizer.pre_tokenizer = Sequence([Split(Regex(r"\n"), "isolated"), Split(Regex(r"[^\S\n]+"), "removed")])
+    return _fast(tokenizer, CONTEXT, bos_token=_EOS, unk_token=_UNK)
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte of UTF-8, which can decode any text, and with `<eos>` and `<pad>`."""
+    alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
+    tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
+    # without merges, splitting into words changes no token, and skipping it halves the time
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _fast(tokenizer, BYTES_CONTEXT)
+
+
+def _fast(tokenizer: Tokenizer, context: int, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=_PAD,
         eos_token=_EOS,
-        bos_token=_EOS,
-        unk_token=_UNK,
-        model_max_length=CONTEXT,
+        **special,
+        model_max_length=context,
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
 
 
-def nano_model(architecture: Architecture, *, seed: int = 0) -> PreTrainedModel:
-    """Return a randomly initialised model of about 0.17 M parameters for `nano_tokenizer`, without dropout."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = nano_config(architecture)
-        return GPT2LMHeadModel(config) if architecture == "gpt2" else LlamaForCausalLM(config)
-
-
-def nano_config(architecture: Architecture) -> GPT2Config | LlamaConfig:
-    """Return the config of `nano_model`."""
-    tokenizer = nano_tokenizer()
-    # rounded up to a multiple of 64, for which matrix products are faster
-    shared: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
+def nano_config(architecture: str) -> GPT2Config | LlamaConfig:
+    """Return the config of a model of about 0.17 M parameters, a gpt2 or a llama, for `nano_tokenizer`."""
+    shared: dict[str, Any] = _ids_of(nano_tokenizer()) | {
         "initializer_range": 0.1,  # at this width the usual 0.02 wastes most of the short training
         "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
     }
     if architecture == "gpt2":
-        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        shape = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 3, "n_head": 4}
-        return GPT2Config(**shape, **dropout, **shared)
-    if architecture == "llama":
-        return LlamaConfig(
-            hidden_size=64,
-            intermediate_size=160,  # both models have about the same size: Llama's MLP has three matrices, GPT-2's two
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            **shared,
-        )
-    raise ConfigError(f"architecture={architecture!r} is not built in; use 'gpt2' or 'llama'")
+        return GPT2Config(n_positions=CONTEXT, n_embd=64, n_layer=3, n_head=4, **_NO_DROPOUT, **shared)
+    return LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,  # both models have about the same size: Llama's MLP has three matrices, GPT-2's two
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        **shared,
+    )
+
+
+def bytes_config() -> GPT2Config:
+    """Return the config of a GPT-2 of about a million parameters for `bytes_tokenizer`."""
+    return GPT2Config(
+        n_positions=BYTES_CONTEXT,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel: a sixth less time per step
+        **_NO_DROPOUT,
+        **_ids_of(bytes_tokenizer()),
+    )
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def nano_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
+    """Return an untrained model with `nano_config`, drawn with `seed`, without dropout."""
+    return _drawn(nano_config(architecture), seed)
+
+
+def bytes_model(*, seed: int = 0) -> PreTrainedModel:
+    """Return an untrained model with `bytes_config`, drawn with `seed`, without dropout."""
+    return _drawn(bytes_config(), seed)
+
+
+def _drawn(config: GPT2Config | LlamaConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config) if isinstance(config, GPT2Config) else LlamaForCausalLM(config)
 
 
 def pretrain(
@@ -98,23 +133,22 @@ def pretrain(
     prompt_loss_weight: float = 0.1,
     instructed_share: float = 0.006,
     seed: int = 0,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[float], None] = lambda loss: None,
 ) -> float:
     """Train all weights of a nano model, in place, on the embedded world's pretraining text.
 
     Every step has new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and falls
     linearly to a tenth of its peak. The loss is the weighted mean negative log-likelihood over tokens: response tokens
     and the eos have weight 1, prompt tokens `prompt_loss_weight`. The same arguments and number of threads give the
-    same model weights.
-
-    Args:
-        progress: called after every step with step, steps and the loss of the batch.
+    same model weights. `progress` is called after every step with the loss of the batch.
 
     Returns:
         The mean loss over the last tenth of the steps, in nats a token.
     """
     rows = pretraining_rows(steps * batch_size, seed=seed, instructed_share=instructed_share)
-    encoded = _encode(tokenizer, rows)
+    prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([response for _, response in rows], add_special_tokens=False)["input_ids"]
+    encoded = [(ids, [*response, tokenizer.eos_token_id]) for ids, response in zip(prompts, responses, strict=True)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -136,18 +170,10 @@ def pretrain(
         schedule.step()
         passed(sum(len(prompt) + len(response) for prompt, response in batch))
         losses.append(loss.item())
-        if progress is not None:
-            progress(step + 1, steps, losses[-1])
+        progress(losses[-1])
     model.eval()
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each prompt, and of its response with the eos."""
-    prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
-    responses = tokenizer([response for _, response in rows], add_special_tokens=False)["input_ids"]
-    return [(prompt, [*response, tokenizer.eos_token_id]) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The numerical settings that a model computes with, and how a loaded model is given them.
+"""The numerical settings that a model computes with, how a loaded model is given them, and torch's CPU threads.
 
     precision     dtype of weights and products: float32 or bfloat16
     quantization  format of frozen linear layers, if they are quantised: nf4 or int8
@@ -14,25 +14,32 @@ of a model and of everything that is computed from it.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
+import joblib
+import psutil
 import torch
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from gradsift.config import ComputeConfig, ModelConfig
-from gradsift.training.device import device_of, has_bfloat16
+from gradsift.training.device import device_of
 from gradsift.training.residual import residual_in_float32, residual_precision
+
+_TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before any run sets another number
+_MEASURED_FOR = 0.25  # seconds
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded.
+    """Return the dtype in which a model is loaded: `model.dtype` or, if that is auto or None, `compute.precision`.
 
-    It is `model.dtype` or, if `model` is None or its dtype is auto, `compute.precision`. `compute.precision=auto` is
-    bfloat16 on a GPU that has bfloat16 products, else float32.
+    `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
     """
     precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
     if precision == "auto":
-        return torch.bfloat16 if device_of(compute).type == "cuda" and has_bfloat16() else torch.float32
+        has_products = device_of(compute).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_products else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
@@ -50,13 +57,12 @@ def set_kernels(compute: ComputeConfig) -> None:
 
 
 def prepare(model: Any, compute: ComputeConfig) -> None:
-    """Set up residual stream, activation, attention and CPU kernels of a model that was just loaded.
-
-    Args:
-        model: a frozen causal language model of transformers, without adapters.
-    """
+    """Set up residual stream, activation, attention and CPU kernels of a frozen model that was just loaded."""
     residual_in_float32(model)
-    _fuse_gelu(model)
+    for module in model.modules():
+        # torch computes GPT-2's tanh GELU in one kernel; transformers passes over the widest tensor eight times
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = GELUTanh()
     if device_of(compute).type != "cpu":
         return
     model.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow on a CPU
@@ -81,14 +87,7 @@ def numerics_of(model: Any) -> dict[str, str]:
 
 
 def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelConfig) -> dict[str, str]:
-    """Return the numerics that a model will have on this machine, without loading its weights.
-
-    The model is built on torch's meta device and prepared like a loaded one.
-
-    Args:
-        config: transformers' config of the model.
-        model_config: gradsift's config of the model.
-    """
+    """Return the numerics that a model with transformers' `config` will have on this machine, without its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -102,14 +101,40 @@ def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelCo
 
 
 def is_quantized(model: Any) -> bool:
-    """Return whether frozen layers of a model are quantised (`gradsift.training.quantized`)."""
     return "quantization" in vars(model)
 
 
-def _fuse_gelu(model: Any) -> None:
-    """Make torch compute GPT-2's tanh GELU in one kernel; transformers passes over the widest tensor eight times."""
-    from transformers.activations import GELUTanh, NewGELUActivation
+@functools.cache
+def busy_cores() -> float:
+    """Return how many cores of this machine are busy with other work."""
+    # measured once, so that all jobs of a sweep have the same number of threads, on which last digits depend
+    return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
 
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = GELUTanh()
+
+def threads_of(compute: ComputeConfig) -> int:
+    """Return the number of threads that `compute.threads` asks for.
+
+    The threads of a kernel wait for each other by spinning, so one thread more than there are free cores makes a step
+    take many times longer. `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and
+    the free cores, divided by the number of ranks on this CPU. Torch's own choice follows OMP_NUM_THREADS.
+    """
+    if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
+        return _TORCH_THREADS
+    if compute.threads != "auto":
+        return int(compute.threads)
+    free = round((os.cpu_count() or 1) - busy_cores())
+    processes = compute.devices if device_of(compute).type == "cpu" else 1
+    return max(1, min(_TORCH_THREADS, int(joblib.cpu_count()), free) // processes)
+
+
+def set_threads(compute: ComputeConfig) -> None:
+    torch.set_num_threads(threads_of(compute))
+
+
+def threads_in_words(compute: ComputeConfig) -> str:
+    """Return a phrase such as "1 thread (auto: 2 cores, 1.0 of 2 busy with other work)"."""
+    number = torch.get_num_threads()
+    words = f"{number} thread{'s' if number > 1 else ''}"
+    if compute.threads != "auto" or "OMP_NUM_THREADS" in os.environ:
+        return words
+    return f"{words} (auto: {joblib.cpu_count()} cores, {busy_cores():.1f} of {os.cpu_count()} busy with other work)"

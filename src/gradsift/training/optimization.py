@@ -1,13 +1,21 @@
-"""The optimisation of adapters (proxy members, warm-ups and targets).
+"""The optimisation of adapters (proxy members, warm-ups and targets), and the files that it leaves.
 
-This module defines AdamW's settings, the learning-rate schedule, and how the loss of an optimiser step is averaged.
+`curve.jsonl` has a line per optimiser step, and `trajectory.safetensors` an adapter's path.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file
+
+CURVE_FILE = "curve.jsonl"
+TRAJECTORY_FILE = "trajectory.safetensors"
 BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; constants, because the saved optimiser state lacks them
 
 
@@ -43,3 +51,19 @@ class Optimization:
     def mean_rate(self, first: int, last: int) -> float:
         """Return the mean learning rate over the steps from `first` to `last` - 1."""
         return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)
+
+
+def write_curve(folder: Path, curve: Sequence[Mapping[str, float]]) -> None:
+    """Write the loss (nats per response token) and the number of tokens, prompts included, of each optimiser step."""
+    lines = (json.dumps({"batch": index, **entry}) + "\n" for index, entry in enumerate(curve))
+    (folder / CURVE_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / CURVE_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the P points of a trajectory (`gradsift.proxy.trajectory`): optimiser steps (P,), coordinates (P, D)."""
+    tensors = load_file(folder / TRAJECTORY_FILE)
+    return tensors["steps"], tensors["points"]

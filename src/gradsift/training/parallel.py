@@ -1,43 +1,53 @@
 """The ranks of a run: the number of this process, its share of the work, and how results are gathered.
 
 All ranks go through the same sequence of stages (`gradsift.launch`). A stage that divides its work gives each rank a
-share of the examples; every other stage is made by rank 0 alone (`gradsift.training.shared_store`).
+share of the examples; every other stage is made by rank 0 alone (`SharedStore`).
+
+A target that one GPU cannot hold has its layers divided over the ranks (FSDP2). A rank holds a part of every weight of
+every layer. The parts of a layer are gathered from all ranks only while the layer computes, so every rank must make the
+same passes. Embeddings, head, last normalisation layer and adapters are whole on every rank.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
+from gradsift.artifacts import Artifact, Make, Store
 from gradsift.config import ComputeConfig
 from gradsift.cost import counting, passed
 from gradsift.data.batching import by_length, shard_of, spread_out
 from gradsift.data.tokens import Encoded
-from gradsift.errors import GradsiftError
+from gradsift.errors import ConfigError, GradsiftError
 from gradsift.journal import Journal
 from gradsift.launch import is_launched
+from gradsift.manifests import read_manifest
 from gradsift.runtime import Advance, weighed
 from gradsift.training.device import TokenBudget, device_of, is_out_of_memory
 
 S = TypeVar("S")
 T = TypeVar("T")
 
+_MAKE, _DONE, _ENDED = "make", "done", "ended"  # rank 0's messages
+_MARK = "_is_fsdp_managed_module"  # makes transformers' `generate` go on until the answers of all ranks have ended
+_HOOK = "maybe_distribute_model"  # called by `from_pretrained` between building a model on `meta` and reading files
 _alone = False  # whether this process, rank 0, now makes a stage without the other ranks
 
 
 def join(compute: ComputeConfig) -> None:
-    """Join the process group of all ranks, once, if the run has several ranks.
-
-    Lightning chooses the backend (nccl or gloo) and the device.
-    """
+    """Join the process group of all ranks, once, if the run has several ranks; Lightning chooses backend and device."""
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
         from lightning.fabric import Fabric
         from lightning.fabric.strategies.ddp import DDPStrategy
@@ -98,10 +108,8 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
     """Return `work(tokens)`; with one rank, `budget.run` repeats it with fewer tokens if memory runs out.
 
-    Several ranks have to make the same passes, so none of them can repeat its work with fewer tokens.
-
     Raises:
-        GradsiftError: memory ran out on one of several ranks.
+        GradsiftError: memory ran out on one of several ranks, which have to make the same passes.
     """
     if size() == 1:
         return budget.run(work, lengths)
@@ -127,18 +135,14 @@ def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
 def together(batches: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
     """Return the results of `work` for all batches of a round, on every rank; each rank does one of the batches.
 
-    A rank without a batch also computes the last batch, without counting its tokens, because in a divided model
-    (`gradsift.training.divided`) every pass needs all ranks.
-
-    Args:
-        work: its results are pickled for the other ranks, so tensors in them must be on the CPU.
+    The results are pickled for the other ranks, so tensors in them must be on the CPU.
     """
     if size() == 1:
         return list(chain.from_iterable(map(work, batches)))
     if rank() < len(batches):
         mine = work(batches[rank()])
     else:
-        with counting():
+        with counting():  # these tokens do not count; but in a divided model every pass needs all ranks
             mine = work(batches[-1])
     results: list[Any] = [None] * size()
     distributed.all_gather_object(results, mine, group=_control())
@@ -154,10 +158,7 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Yield what `budget.passes` yields, with the work divided over the ranks.
-
-    Each rank calls `work` on its part of the groups, and the results are gathered, so that every rank yields all of
-    them.
+    """Yield what `budget.passes` yields, on every rank; each rank calls `work` on its part of the groups.
 
     Args:
         work: see `together`.
@@ -173,7 +174,9 @@ def passes(
         return [run(budget, lambda tokens: work(group), [len(example.input_ids) for example in group])]
 
     # an earlier pass may have halved the budget of one rank, and all ranks must form the same groups
-    budget.tokens = smallest(budget.tokens)
+    smallest = torch.tensor(budget.tokens)
+    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=_control())
+    budget.tokens = int(smallest)
     advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
     for groups in rounds(spread_out(by_length(examples, budget.tokens))):
         encoded = list(chain.from_iterable(groups))
@@ -185,13 +188,6 @@ def largest(count: int, device: torch.device) -> int:
     """Return the largest of the ranks' counts."""
     counts = torch.tensor(count, device=device)
     distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
-    return int(counts)
-
-
-def smallest(count: int) -> int:
-    """Return the smallest of the ranks' counts."""
-    counts = torch.tensor(count)
-    distributed.all_reduce(counts, op=distributed.ReduceOp.MIN, group=_control())
     return int(counts)
 
 
@@ -213,3 +209,151 @@ def total(count: int) -> int:
     counts = torch.tensor(count)
     distributed.all_reduce(counts, group=_control())
     return int(counts)
+
+
+class RunEnded(Exception):
+    """Raised on the other ranks when rank 0 stops before the last stage; rank 0 itself reports the reason."""
+
+
+class SharedStore(Store):
+    """A store whose `obtain` is called by all ranks with the same arguments.
+
+    Rank 0 finds or makes the artifact and writes it, while the other ranks wait. Only a stage with `divided=True` is
+    made by all ranks together; ranks other than 0 then work in a scratch copy of rank 0's folder.
+    """
+
+    def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
+        """Return the artifact, on every rank, or raise `RunEnded` on the other ranks if rank 0 stopped."""
+        options = {"light": light, "exact": exact, "divided": divided}
+        if size() == 1:  # rank 0, within a stage that it makes by itself
+            return super()._provide(wanted, make, **options)
+        if rank():
+            return _follow(wanted, make)
+
+        def make_here(folder: Path) -> Mapping[str, Any]:
+            if not divided:
+                with alone():
+                    return make(folder)
+            broadcast((_MAKE, wanted.fingerprint, str(folder.resolve())))
+            total(0)  # wait until the others have copied the folder
+            return _make_on_every_rank(make, folder)
+
+        try:
+            artifact = super()._provide(wanted, make_here, **options)
+        except Exception:
+            if not divided:  # in a divided stage the other ranks wait for no message; the launcher ends them
+                broadcast((_ENDED, wanted.fingerprint, ""))
+            raise
+        broadcast((_DONE, wanted.fingerprint, ""))
+        return artifact
+
+
+def _follow(wanted: Artifact, make: Make) -> Artifact:
+    """Do what rank 0's messages ask for until rank 0 has the artifact, and return the artifact."""
+    while True:
+        order, fingerprint, folder = broadcast(None)
+        if order == _ENDED:
+            raise RunEnded
+        if fingerprint != wanted.fingerprint:
+            raise GradsiftError(
+                f"rank {rank()} came to {wanted.stage} {wanted.path.name}, but rank 0 works on {fingerprint}; "
+                "all ranks need the same command, code and input files"
+            )
+        if order == _DONE:
+            manifest, damage = read_manifest(wanted.path, stage=wanted.stage, fingerprint=fingerprint)
+            if damage is not None:
+                raise GradsiftError(
+                    f"rank {rank()} cannot read {wanted.path} ({damage}); all ranks need the same store, give it with "
+                    "artifacts=DIR"
+                )
+            return Artifact(wanted.stage, wanted.path, fingerprint, manifest)
+        with tempfile.TemporaryDirectory(prefix="gradsift-rank-") as scratch:
+            copy = Path(scratch) / wanted.path.name
+            shutil.copytree(folder, copy)
+            total(0)
+            _make_on_every_rank(make, copy)
+
+
+def _make_on_every_rank(make: Make, folder: Path) -> Mapping[str, Any]:
+    """Call `make` and return its result; on rank 0, count the forward tokens of all ranks."""
+    with counting() as tokens:
+        info = make(folder)
+    tokens_of_all = total(tokens())
+    if rank() == 0:
+        passed(tokens_of_all)
+    return info
+
+
+def divides(compute: ComputeConfig) -> bool:
+    return compute.strategy == "fsdp" and size() > 1
+
+
+def is_divided(model: Any) -> bool:
+    """Return whether the layers of a causal language model, adapted or not, are divided over the ranks."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(causal, _MARK, False))
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Return the layers of a causal language model of transformers, if the model says which of its modules they are."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ConfigError(
+            f"compute.strategy=fsdp cannot tell the layers of {type(model).__name__}; take compute.strategy=ddp"
+        )
+    return layers
+
+
+@contextmanager
+def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
+    """Make transformers divide the models that it loads in this context; yield the options for `from_pretrained`.
+
+    It reads only this rank's part of each divided weight. If not `wanted`, models are loaded whole, without options.
+    """
+    if not wanted:
+        yield {}
+        return
+    from transformers import PreTrainedModel
+
+    if not hasattr(PreTrainedModel, _HOOK):
+        raise GradsiftError(
+            "compute.strategy=fsdp needs a newer transformers (5.23 is known to do); update it, or take "
+            "compute.strategy=ddp"
+        )
+    from transformers.distributed import DistributedConfig
+
+    device = device_of(compute)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def divided(kind: type, model: Any, *settings: Any) -> Any:
+        _divide(model, device)
+        return model
+
+    own = vars(PreTrainedModel).get(_HOOK)  # None if a parent class defines it
+    setattr(PreTrainedModel, _HOOK, classmethod(divided))
+    try:
+        yield {"distributed_config": DistributedConfig(), "device_map": {"": device}}
+    finally:
+        delattr(PreTrainedModel, _HOOK)
+        if own is not None:
+            setattr(PreTrainedModel, _HOOK, own)
+
+
+def _divide(model: Any, device: torch.device) -> None:
+    """Divide the layers of a causal language model on torch's meta device over all ranks, in place."""
+    # imported here, because this takes half a second and most runs divide nothing
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    layers = layers_of(model)
+    # GPT-2's last hidden states are a view, which nothing here changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    rest = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)  # lets FSDP fetch the next layer's weights ahead
+    setattr(model, _MARK, True)

@@ -29,23 +29,18 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
-    """Return the artifact with the hashes of the files in the model's folder, or with the model's commit on the hub.
-
-    Later runs load the same commit. If files in a folder change, later runs get another artifact.
-
-    Raises:
-        DataError: there is no such model; the message names `model.path` and the remedy.
-    """
+    """Return the artifact with the hashes of the files in the model's folder, or with the model's commit on the hub."""
     folder = folder_of(config)
-    settings: dict[str, Any] = _hub_settings(config)
+    settings = _hub_settings(config)
     if folder is not None:
-        require_known(config, require_config(folder, str(config.path)))
+        _require_config(config, folder)
         files = sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES and p.is_file())
-        settings = {"files": {}, **_trusted(config)}
+        hashes = {}
         with display.task(f"check the files of {folder.name}", len(files)) as advance:
             for file in files:
-                settings["files"][file.name] = file_hash(file)
+                hashes[file.name] = file_hash(file)
                 advance(1)
+        settings = {"files": hashes, **_trusted(config)}
 
     def make(part: Path) -> Mapping[str, Any]:
         pinned = settings
@@ -54,38 +49,27 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
             shutil.copyfile(cached, part / "config.json")
             pinned = settings | {"revision": cached.parent.name}  # the cache names folders by commit
         (part / "source.json").write_text(json.dumps(pinned, indent=1), encoding="utf-8")
-        return {"optimizer_steps": 0, "revision": pinned.get("revision"), "content": pinned.get("revision") or ""}
+        revision = pinned.get("revision")
+        return {"optimizer_steps": 0, "revision": revision, "content": revision or ""}
 
     slug = slug_of_path(str(config.path))
     return store.obtain("backbone", slug, settings, [], make, version=VERSION, light=True)
 
 
 def require_model(store: Store, config: ModelConfig) -> None:
-    """Refuse a pretrained model that does not exist; the hub is asked only if the store has no pin of the model.
-
-    Raises:
-        ConfigError: the model is to be quantised without bitsandbytes.
-        DataError: see `pin`.
-    """
+    """Refuse a model that does not exist or cannot be quantised here; ask the hub only if the store has no pin."""
     require_bitsandbytes(config)
     if config.kind != "pretrained":
         return
     folder = folder_of(config)
     if folder is not None:
-        require_known(config, require_config(folder, str(config.path)))
+        _require_config(config, folder)
     elif not store.has("backbone", slug_of_path(str(config.path)), _hub_settings(config), [], version=VERSION):
         config_on_hub(config)
 
 
 def require_chat_template(config: ModelConfig, option: str) -> None:
-    """Refuse `template=chat` for a tokenizer without a chat template; do nothing if its files are not on this machine.
-
-    Args:
-        option: the name of the option that is set to chat, for the message.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-    """
+    """Refuse `option`=chat for a tokenizer without a chat template; do nothing if its files are not on this machine."""
     if config.kind == "smollm2":
         return
     if config.kind == "pretrained":
@@ -99,7 +83,6 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
 
 
 def _file_here(config: ModelConfig, name: str) -> Path | None:
-    """Return the path of a model's file `name`, or None if the file is not on this machine."""
     folder = folder_of(config)
     if folder is not None:
         return folder / name if (folder / name).exists() else None
@@ -127,13 +110,8 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
     """Refuse a model that needs the code in its own repository, unless `model.trust_remote_code` allows this code.
 
     A model may come with code although transformers supports its architecture; then the code is not needed. The list of
-    architectures is read from the files of transformers, because importing it would take seconds.
-
-    Args:
-        described: the model's config.json.
-
-    Raises:
-        DataError: the code is needed and not allowed; the message names `model.path` and the remedy.
+    architectures is read from the files of transformers, because importing it would take seconds. `described` is the
+    content of the model's config.json.
     """
     own = described.get("auto_map")
     package = importlib.util.find_spec("transformers")
@@ -149,51 +127,43 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
     )
 
 
-def require_config(folder: Path, path: str) -> dict[str, Any]:
-    """Return the content of a folder's config.json, which must be a JSON object.
+def _require_config(config: ModelConfig, folder: Path) -> None:
+    """Refuse a folder without a config.json that is a JSON object, or whose model needs code that may not run.
 
     The errors of transformers would not name the file or the reason.
-
-    Raises:
-        DataError: there is no such file, or it is not a JSON object; the message gives `path` as `model.path`.
     """
     if not (folder / "config.json").is_file():
         adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
         raise DataError(
-            f"model.path={path} is a folder without config.json{adapter or '; give one that transformers can load'}"
+            f"model.path={config.path} is a folder without config.json"
+            f"{adapter or '; give one that transformers can load'}"
         )
     try:
-        config = loads((folder / "config.json").read_bytes())
+        described = loads((folder / "config.json").read_bytes())
     except ValueError as error:
-        raise DataError(f"model.path={path}: config.json is not JSON ({first_line(error)})") from error
-    if not isinstance(config, dict):
+        raise DataError(f"model.path={config.path}: config.json is not JSON ({first_line(error)})") from error
+    if not isinstance(described, dict):
         raise DataError(
-            f"model.path={path}: config.json is not an object with the model's settings: {str(config)[:40]}"
+            f"model.path={config.path}: config.json is not an object with the model's settings: {str(described)[:40]}"
         )
-    return config
+    require_known(config, described)
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Check a hub model; return the path of its config.json in the local cache, in a folder named after the commit.
-
-    The check is `require_known`. If the cache lacks the file, the hub is first asked once whether the file exists,
-    because a download would be tried again for 24 s.
-
-    Raises:
-        DataError: the model is gated or does not exist, needs code that may not run, or the hub cannot be reached.
-    """
+    """Check a hub model; return the path of its config.json in the local cache, in a folder named after the commit."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     path = str(config.path)
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
+            # asked once whether the file exists, because a download would be tried again for 24 s
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
             for name in _TEMPLATE_FILES:  # read by `require_chat_template`
                 with suppress(EntryNotFoundError):
                     hf_hub_download(path, name, revision=config.revision)
         file = Path(hf_hub_download(path, "config.json", revision=config.revision))
-    require_known(config, require_config(file.parent, path))
+    _require_config(config, file.parent)
     return file
 
 
@@ -212,27 +182,26 @@ def hub_errors(config: ModelConfig) -> Iterator[None]:
     from safetensors import SafetensorError
 
     http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # a class of httpx, or of httpx2 in later versions
-    name = config.path or config.kind
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise DataError(
-            f"model.path={name} is gated: accept its licence on its hub page, then log in with `hf auth login`"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise DataError(
-            f"model.path={name} is neither a folder here nor a model of the hub; check the name, or log in with "
-            "`hf auth login` if the model is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise DataError(f"model.path={name} has no such revision; check model.revision") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise DataError(
-            f"model.path={name} has no config.json on the hub, as GGUF files and adapters have none; give the model "
-            "that they were made from"
-        ) from error
     except (OSError, http_error, ValueError, SafetensorError) as error:
-        raise DataError(
-            f"model.path={name} could not be loaded ({first_line(error)}): the hub cannot be reached and the local "
-            "cache does not have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
-        ) from error
+        if isinstance(error, errors.GatedRepoError):
+            problem = "is gated: accept its licence on its hub page, then log in with `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+            problem = (
+                "is neither a folder here nor a model of the hub; check the name, or log in with `hf auth login` if "
+                "the model is private"
+            )
+        elif isinstance(error, errors.RevisionNotFoundError):
+            problem = "has no such revision; check model.revision"
+        elif isinstance(error, errors.RemoteEntryNotFoundError):
+            problem = (
+                "has no config.json on the hub, as GGUF files and adapters have none; give the model that they were "
+                "made from"
+            )
+        else:
+            problem = (
+                f"could not be loaded ({first_line(error)}): the hub cannot be reached and the local cache does not "
+                "have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
+            )
+        raise DataError(f"model.path={config.path or config.kind} {problem}") from error

@@ -8,8 +8,8 @@ The model and the global random state are left as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,13 @@ from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, GradsiftError
-from gradsift.gradients.norms import PerSampleNorms
+from gradsift.gradients.per_sample import attached
+from gradsift.gradients.probes import NormProbe
 from gradsift.training import lora
 from gradsift.training.adapted import AdaptedLinear, layer_path
 from gradsift.training.device import is_out_of_memory
 from gradsift.training.head import ResponseLosses
 
-_LENGTHS = (7, 5)  # tokens of the two rows
 # what torch, transformers or peft raise where a model and an adapter do not fit each other
 _ERRORS = (GradsiftError, RuntimeError, AttributeError, TypeError, ValueError, LookupError)
 
@@ -36,8 +36,7 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
 
     Args:
         model: a frozen causal language model without adapters; the trial runs on its device.
-        option: the option that `config` comes from, for the message, such as `proxy.lora`.
-        norms: whether per-sample gradients are needed, as for the proxy.
+        option: the option that `config` comes from, such as `proxy.lora`.
 
     Raises:
         ConfigError: the model fails without an adapter, or a layer cannot have one. In the second case the message
@@ -47,7 +46,7 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
     rng = np.random.default_rng(0)
     rows = [
         Encoded(row, row, rng.integers(vocabulary, size=length).astype(np.int32), np.arange(length) > 0)
-        for row, length in enumerate(_LENGTHS)
+        for row, length in enumerate((7, 5))
     ]
     try:
         with torch.no_grad(), lora.evaluating(model):
@@ -88,11 +87,7 @@ def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """Return the exception that an adapter on this model causes, or None if it works.
-
-    Args:
-        logits: (B, T, V), the logits of `rows` from the model without an adapter.
-    """
+    """Return the exception that an adapter causes, if any; without it, `rows` have the `logits` (B, T, V)."""
     try:
         adapted = lora.add_adapter(model, config, seed=0)
     except ConfigError as error:
@@ -101,9 +96,9 @@ def _failure(
         adapted.to(logits.device)
         with lora.evaluating(adapted):
             if norms:
-                PerSampleNorms(adapted)  # refuses layers whose per-sample gradient is not known
-            with torch.no_grad(), _compared(adapted, all_take_part=norms):
-                adapted_logits = _logits(adapted, rows)
+                with attached(adapted, NormProbe()):  # refuses layers whose per-sample gradient is not known
+                    pass
+            adapted_logits = _compared_logits(adapted, rows, all_take_part=norms)
             _require_equal(adapted_logits, logits, f"{type(model).__name__} gives other logits with a fresh adapter")
             together, alone = (_losses(adapted, part, norms) for part in (rows, rows[1:]))
             _require_equal(together[1:], alone, "a row has another loss beside a longer one than alone")
@@ -112,30 +107,27 @@ def _failure(
             raise
         return error
     finally:
-        lora.remove_adapter(adapted)
+        adapted.unload()
     return None
 
 
 def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
-    """Run a forward and a backward pass, and return the losses (B,)."""
-    with torch.enable_grad(), PerSampleNorms(adapted) if norms else nullcontext() as probe:
+    """Return the losses (B,) after a forward and a backward pass."""
+    with torch.enable_grad(), attached(adapted, NormProbe()) if norms else nullcontext() as probe:
         losses = ResponseLosses(adapted)(collate(rows, 0).to(next(adapted.parameters()).device))
         if probe is None:
             losses.sum().backward()
-        elif (count := len(probe.of(losses)[0])) != len(rows):
+        elif (count := len(probe.backward(losses)[0])) != len(rows):
             raise GradsiftError(f"{len(rows)} rows gave {count} gradient norms, so its layers do not see row by row")
     return losses.detach()
 
 
-@contextmanager
-def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
-    """In this context, compare the outputs of each adapted layer with the outputs of its base layer.
-
-    Args:
-        all_take_part: whether an adapted layer that is never called is an error, because it has no per-sample gradient.
+def _compared_logits(adapted: Any, rows: Sequence[Encoded], *, all_take_part: bool) -> torch.Tensor:
+    """Return the logits of a pass in which the outputs of each adapted layer must equal those of its base layer.
 
     Raises:
-        GradsiftError: the outputs differ, a pass fails, or a layer is never called; names the layer.
+        GradsiftError: the outputs differ, the pass fails or, if `all_take_part`, a layer is never called and so has no
+            per-sample gradient; the message names the layer.
     """
     entered: list[str] = []
 
@@ -150,7 +142,8 @@ def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
     ]
     hooks += [layer.register_forward_hook(compare) for layer in layers.values() if isinstance(layer, AdaptedLinear)]
     try:
-        yield
+        with torch.no_grad():
+            logits = _logits(adapted, rows)
     except GradsiftError:
         raise
     except _ERRORS as error:
@@ -166,6 +159,7 @@ def _compared(adapted: Any, *, all_take_part: bool) -> Iterator[None]:
             f"{min(idle)} takes no part in a forward pass ({len(idle)} of {len(layers)} adapted layers), so it has no "
             "gradient"
         )
+    return logits
 
 
 def _require_equal(computed: torch.Tensor, expected: torch.Tensor, failure: str) -> None:

@@ -36,13 +36,8 @@ _STREAMS = {
 def residual_in_float32(model: Any) -> bool:
     """Convert the residual stream of a bfloat16 model, and the normalisation layers that read it, to float32, in place.
 
-    The outputs of these layers stay bfloat16. A float32 model, or one whose blocks are not known here, is not changed.
-
-    Args:
-        model: a causal language model of transformers, without adapters.
-
-    Returns:
-        Whether the stream is float32 now.
+    Their outputs stay bfloat16. A model whose blocks are not known here is not changed. Return whether the stream is
+    float32 now.
     """
     if model.dtype == torch.float32:
         return True
@@ -55,7 +50,7 @@ def residual_in_float32(model: Any) -> bool:
             reader.register_forward_pre_hook(_narrow_inputs, with_kwargs=True)
         else:
             reader.float()
-            reader.register_forward_hook(_narrow)
+            reader.register_forward_hook(lambda norm, inputs, output: output.to(torch.bfloat16))
     return True
 
 
@@ -71,18 +66,12 @@ def stream_readers(model: Any) -> list[Any]:
 
 def residual_precision(model: nn.Module) -> str:
     """Return the precision of a model's residual stream: float32 or bfloat16."""
-    if next(model.parameters()).dtype == torch.float32:
-        return "float32"
     widened = any(_widen in module._forward_pre_hooks.values() for module in model.modules())
-    return "float32" if widened else "bfloat16"
+    return "float32" if widened or next(model.parameters()).dtype == torch.float32 else "bfloat16"
 
 
 def _widen(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return inputs[0].float(), *inputs[1:]
-
-
-def _narrow(norm: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.to(torch.bfloat16)
 
 
 def _narrow_inputs(

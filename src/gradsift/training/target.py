@@ -1,30 +1,33 @@
-"""The finetune stage: the target is finetuned with LoRA on the selected examples."""
+"""The finetune stage, which trains the target with LoRA on the selected examples, and what becomes of its adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
+import torch
 
 from gradsift.artifacts import Artifact, NotMade
-from gradsift.config import TargetConfig
+from gradsift.config import ComputeConfig, TargetConfig
 from gradsift.data.batching import epoch_batches
+from gradsift.data.chat_templates import file_text, is_file
 from gradsift.data.examples import Example, write_rejected
-from gradsift.data.refused import REFUSED_FILE, say_refused
-from gradsift.data.tokens import EncodeReport, encode, encoding_settings
+from gradsift.data.tokens import REFUSED_FILE, EncodeReport, encode, encoding_settings, say_refused
 from gradsift.errors import GradsiftError
 from gradsift.runtime import Runtime, derive_seed
 from gradsift.training import lora
-from gradsift.training.backbones import Backbone, load_shown
-from gradsift.training.curves import write_curve
+from gradsift.training.adapted import AdaptedLinear, load_options
+from gradsift.training.backbones import Backbone, config_of, load_plain, load_shown
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.divided import divides
-from gradsift.training.optimization import Optimization
+from gradsift.training.optimization import Optimization, write_curve
+from gradsift.training.parallel import divides, is_divided
 from gradsift.training.probing import require_adaptable
 
 VERSION = 4
@@ -39,17 +42,21 @@ def finetune(
     positions: Callable[[], np.ndarray],
     rows: int,
 ) -> Artifact:
-    """Return the artifact of the target finetuned on selected examples.
-
-    The artifact depends on the set of examples, not on how they were selected, so selections of the same examples share
-    one finetune.
+    """Return the artifact of the target finetuned on selected examples, which depends on the set of examples alone.
 
     Args:
         positions: returns the positions of the examples in the pool; raises `NotMade` in a plan whose selection does
             not exist yet.
         rows: the number of examples that the selection was asked for.
     """
-    settings = finetune_settings(runtime, config)
+    settings: dict[str, Any] = asdict(config) | {
+        **encoding_settings(config.template, config.max_length),
+        "lora": config.lora.settings,
+        "name": None,
+        "model": None,  # the parent artifact represents the model
+        "seed": runtime.seed,
+        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
+    }
     chosen: list[Example] = []
     try:
         # in the order of the pool: an example's rank in the selection must not enter the fingerprint
@@ -68,29 +75,13 @@ def finetune(
     return runtime.store.obtain(*unit, version=VERSION, size=passed_over, exact=exact, divided=True)
 
 
-def finetune_settings(runtime: Runtime, config: TargetConfig) -> dict[str, Any]:
-    """Return the settings that a finetune depends on, besides its examples and parent artifacts."""
-    return asdict(config) | {
-        **encoding_settings(config.template, config.max_length),
-        "lora": config.lora.settings,
-        "name": None,
-        "model": None,  # the parent artifact represents the model
-        "seed": runtime.seed,
-        "tokens": runtime.compute.mask_batches if config.lora.dropout else None,
-    }
-
-
 def planned_steps(config: TargetConfig, rows: int) -> int:
     """Return the number of optimiser steps of a finetune on `rows` examples."""
     return config.steps if config.steps is not None else (config.epochs or 0) * math.ceil(rows / config.batch_size)
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """Return the batches (lists of positions) of `epochs` passes over the examples, or the first `steps` batches.
-
-    Raises:
-        GradsiftError: there is no example.
-    """
+    """Return the batches (lists of positions) of `epochs` passes over the examples, or the first `steps` batches."""
     if not len(lengths):
         raise GradsiftError("there is no example to finetune on")
     plan: list[list[int]] = []
@@ -104,14 +95,7 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
-    """Finetune the target, and write the training curve, the refused rows and `adapter/` (peft's format).
-
-    Returns:
-        The numbers of optimiser steps, steps of interrupted runs, rows, refused rows and tokens.
-
-    Raises:
-        GradsiftError: no example has a response token for the target's tokenizer.
-    """
+    """Finetune the target; write the training curve, the refused rows and `adapter/` (peft's format); return counts."""
     from gradsift.training.finetuning import ShowProgress, fit, step_counts
     from gradsift.training.modules import TargetFinetuning
 
@@ -153,12 +137,7 @@ def train_target(
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
-    """Print how many rows were cut and how many could not be used, if there are any.
-
-    Args:
-        group: `proxy` or `target`, whose tokenizer and options were used.
-        what: the kind of rows, for the message.
-    """
+    """Print how many rows (called `what`) were cut or could not be used with the `group` proxy or target, if any."""
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
             f"  of {rows:,} {what} {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
@@ -186,3 +165,42 @@ def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: 
         model = lora.add_adapter(model, config.lora, seed=0)
         lora.load_adapter(model, tuned.file("adapter"))
     return Backbone(model.to(device_of(runtime.compute)).eval(), backbone.tokenizer)
+
+
+def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, compute: ComputeConfig, folder: Path) -> None:
+    """Write the merged model (safetensors, in the precision of `numerics.dtype_of`) and its tokenizer.
+
+    If `config.template` is a file of a chat template, the tokenizer gets this template.
+    """
+    model, tokenizer = load_plain(target, config.model, compute)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # see `require_mergeable`
+        adapted = peft.PeftModel.from_pretrained(model, tuned.file("adapter"))
+    lora.require_mergeable(adapted)
+    # weights are saved under their names in the original files, unless they were dequantised while loading
+    original = not load_options(config_of(target, config.model), "none", model.dtype)
+    adapted.merge_and_unload().save_pretrained(folder, safe_serialization=True, save_original_format=original)
+    if is_file(config.template):
+        tokenizer.chat_template = file_text(config.template)
+    tokenizer.save_pretrained(folder)
+
+
+def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
+    """Load the target as `load_tuned` does, and merge the adapter into the weights, in place, if `can_merge`."""
+    loaded = load_tuned(runtime, config, target, tuned)
+    model: Any = loaded.model
+    return replace(loaded, model=model.merge_and_unload().eval()) if can_merge(model) else loaded
+
+
+def can_merge(model: Any) -> bool:
+    """Return whether a model's adapter can be merged in place so that results change only by float32 rounding.
+
+    In bfloat16, or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
+    part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a weight
+    that two layers share (such as a head that is also the embedding), the merged model would compute another function.
+    """
+    if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
+        return False
+    layers = [layer for _, layer in lora.lora_layers(model)]
+    in_float32 = all(type(each) is AdaptedLinear and each.weight.dtype == torch.float32 for each in layers)
+    return in_float32 and not lora.shared_layers(model)

@@ -11,12 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradsift.config.bounds import require_bound, require_confidence
+from gradsift.config import in_range, require_bound
 from gradsift.errors import ConfigError, command
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
-from gradsift.evaluation.human.tally import describe
-from gradsift.evaluation.human.votes import Votes
-from gradsift.evaluation.judgments import read_judgments
+from gradsift.evaluation.human.votes import Votes, describe
 from gradsift.evaluation.pws import Outcomes, outcomes_of
 from gradsift.evaluation.records import read_records
 
@@ -27,24 +25,12 @@ PORT = 8765
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = _parser().parse_args(arguments)
-    files = _files(options)
-    path = options.database or (options.run or Path()) / DATABASE
-    if options.results:
-        print(json.dumps(_results(options, files, path), indent=1, allow_nan=False))
-    else:
-        _serve(options, files, path)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.human", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json, instead of a run")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="model_outputs.json of the reference")
     parser.add_argument("--judgments", type=Path, metavar="FILE", help="an LLM judge's (default: those of the run)")
-    parser.add_argument(
-        "--database", type=Path, metavar="FILE", help=f"the votes (default: {DATABASE} in the run's folder)"
-    )
+    parser.add_argument("--database", type=Path, metavar="FILE", help=f"the votes (default: {DATABASE} in RUN)")
     parser.add_argument("--raters", metavar="A,B", help="only these may vote, or are counted (default: anyone)")
     parser.add_argument("--items", type=int, help="number of pairs, drawn with the seed (default: all)")
     parser.add_argument("--seed", type=int, help="of the draw, the order and the sides (default 0)")
@@ -53,14 +39,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain", action="store_true", help="show texts as they are (default: Markdown is rendered)")
     parser.add_argument("--results", action="store_true", help="print the counts as JSON and serve nothing")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
-    return parser
+    options = parser.parse_args(arguments)
+    files = _files(options)
+    path = options.database or (options.run or Path()) / DATABASE
+    if options.results:
+        print(json.dumps(_results(options, files, path), indent=1, allow_nan=False))
+    else:
+        _serve(options, files, path)
 
 
 def _files(options: argparse.Namespace) -> PairFiles:
     named = (options.model is not None) + (options.reference is not None)
     if (options.run is None and named < 2) or (options.run is not None and named):
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
-    require_confidence(options.confidence)
+    in_range("--confidence", options.confidence, above=0, below=1)
     require_bound("--seed", options.seed or 0)
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing and not options.results:
@@ -68,16 +60,15 @@ def _files(options: argparse.Namespace) -> PairFiles:
             f"the page needs the package {missing[0]}; install it with `pip install -c constraints.txt -e '.[human]'`"
         )
     files = files_of_run(options.run) if options.run else PairFiles(options.model, options.reference)
-    return replace(files, judgments=options.judgments, combine=None) if options.judgments else files
+    return replace(files, judgments=options.judgments) if options.judgments else files
 
 
 def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
     from gradsift.evaluation.human.server import LOOPBACK, Pages, listen, serve
 
     pairs = read_pairs(files)
-    fresh = not path.exists()
     listener = listen(options.port)
-    votes = Votes.create(path, pairs, options.items, options.seed or 0) if fresh else Votes(path)
+    votes = Votes(path) if path.exists() else Votes.create(path, pairs, options.items, options.seed or 0)
     votes.require(pairs, options.items, options.seed)
     pages = Pages(votes, pairs, invited=_names(options.raters), unblind=options.unblind, plain=options.plain)
     port = listener.getsockname()[1]
@@ -102,12 +93,8 @@ def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[
         raise ConfigError(f"--raters: nobody called {unknown[0]} has voted; there are {', '.join(known) or 'none'}")
     judged: Outcomes | None = None
     if files.judgments is not None:
-        if files.combine is None:
-            records = read_records(files.judgments)
-            judged = outcomes_of(records.judgments, records.combine)
-        else:
-            judged = outcomes_of(read_judgments(files.judgments), files.combine)
-        judged = {key: outcome for key, outcome in judged.items() if key in set(votes.keys.values())}
+        records = read_records(files.judgments)
+        judged = outcomes_of(records.judgments, records.combine)
     counted = [vote for vote in votes.all() if not names or vote.rater in names]
     about = {"model": votes.about["model"], "reference": votes.about["reference"], "items": len(votes.keys)}
     result = {**about, **describe(counted, judged, options.confidence)}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradsift.errors import DataError
 from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_pair, without_turns
-from gradsift.evaluation.judges import Combine
-from gradsift.manifests import MANIFEST, content_hash
+from gradsift.manifests import content_hash, read_manifest
+from gradsift.run_folder import RUN_FILE
 
 Key = tuple[str, str]  # (benchmark, item id)
 
@@ -43,15 +42,10 @@ class PairFiles:
     model: Path
     reference: Path
     judgments: Path | None = None
-    combine: Combine | None = None  # None: read it from the file of judgments
 
 
 def read_pairs(files: PairFiles) -> Pairs:
-    """Read both models' answers.
-
-    Raises:
-        DataError: a file is missing or broken, the models answer different items, or an id is not Unicode text.
-    """
+    """Read both models' answers; raise DataError if they do not answer the same items or an id is not valid Unicode."""
     rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}
     items = {
@@ -68,44 +62,34 @@ def files_of_run(folder: Path) -> PairFiles:
     """Return a run's files: the answers of its two models and, if the judge has finished, the judgments.
 
     Raises:
-        DataError: `folder` is not the folder of a run, the run has no answers by two models, or its artifacts are gone.
+        DataError: `folder` is not the folder of a run, or answers of two models are not there.
     """
-
-    def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:
-        try:
-            return pick(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} cannot be read as a run's ({error}); {remedy}") from error
-
-    def manifest(artifact: str) -> Any:
-        remedy = "run this from the folder in which the run was started, or give the run's command again"
-        fields = ("config", "info", "parents")
-        return read(Path(artifact) / MANIFEST, remedy, lambda content: {key: content[key] for key in fields})
-
-    remedy, fields = "give the folder of a finished run, as in outputs/DATE/TIME", ("name", "artifact", "fingerprint")
-    stages = read(
-        folder / "run.json", remedy, lambda run: [{key: str(stage[key]) for key in fields} for stage in run["stages"]]
-    )
+    path = folder / RUN_FILE
+    try:
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a run's ({error}); give the folder of a finished run, as in outputs/DATE/TIME"
+        ) from error
     generated = [stage for stage in stages if stage["name"] == "generate"]
-    judged = [stage["artifact"] for stage in stages if stage["name"] == "judge"]
+    judged = [Path(stage["artifact"]) for stage in stages if stage["name"] == "judge"]
     if judged:
-        about = manifest(judged[-1])
         answers = {stage["fingerprint"]: Path(stage["artifact"]) / OUTPUTS_FILE for stage in generated}
-        parents = about["parents"][:2]  # the model's answers, then the reference's
+        parents = _manifest(judged[-1])["parents"][:2]  # the model's answers, then the reference's
         if missing := [parent for parent in parents if parent not in answers]:
             raise DataError(
                 f"{folder}: run.json does not name the judged answers {', '.join(missing)}; give its command again"
             )
         model, reference = (answers[parent] for parent in parents)
-        return PairFiles(model, reference, Path(judged[-1]) / "judgments.jsonl", about["info"]["combine"])
+        return PairFiles(model, reference, judged[-1] / "judgments.jsonl")
     # the judge has not finished, so take the answers that the first two finetunes (on the selection, on all rows) gave
     # to the same items
     tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]
     by_items: dict[str, dict[str, Path]] = {}  # by hash of the items: {finetune: file of answers}
-    for stage in generated:
-        about = manifest(stage["artifact"])
-        answers = by_items.setdefault(str(about["config"].get("items")), {})
-        answers |= {parent: Path(stage["artifact"]) / OUTPUTS_FILE for parent in about["parents"] if parent in tuned}
+    for artifact in (Path(stage["artifact"]) for stage in generated):
+        manifest = _manifest(artifact)
+        answers = by_items.setdefault(str(manifest["config"].get("items")), {})
+        answers |= {parent: artifact / OUTPUTS_FILE for parent in manifest["parents"] if parent in tuned}
     # only the first model answers the questions about forgetting
     for answers in by_items.values():
         if len(answers) == 2:
@@ -114,3 +98,13 @@ def files_of_run(folder: Path) -> PairFiles:
         f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
         "itself); name two model_outputs.json with --model and --reference"
     )
+
+
+def _manifest(artifact: Path) -> dict[str, Any]:
+    manifest, damage = read_manifest(artifact)
+    if damage:
+        raise DataError(
+            f"{artifact} cannot be read as a run's ({damage}); run this from the folder in which the run was started, "
+            "or give the run's command again"
+        )
+    return manifest

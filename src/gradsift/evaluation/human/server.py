@@ -12,6 +12,7 @@ import contextlib
 import socket
 import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -25,7 +26,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
@@ -59,7 +60,12 @@ class Pages:
         self.pairs = pairs
         self.invited = [votes.join(name).name for name in invited]
         self.unblind = unblind
-        self.markdown = None if plain else _markdown()
+        self.markdown = None
+        if not plain:
+            # HTML is escaped, and links and images are shown as text, so an answer can neither load anything from
+            # another site nor lead a rater there
+            rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
+            self.markdown = rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
         self.root = f"/{votes.about['address']}"
         self.templates = templates("gradsift.evaluation.human", "pages")
         self.templates.globals["root"] = self.root
@@ -86,8 +92,10 @@ class Pages:
         )
 
     async def start(self, request: Request, error: str | None = None) -> Response:
-        about = {"count": len(self.votes.keys), "invited": self.invited, "limit": NAME_LENGTH}
-        return self._page("start.html", status=400 if error else 200, error=error, **about)
+        page = self.templates.get_template("start.html").render(
+            error=error, count=len(self.votes.keys), invited=self.invited, limit=NAME_LENGTH
+        )
+        return HTMLResponse(page, 400 if error else 200)
 
     async def join(self, request: Request) -> Response:
         name = (await _form(request)).get("name", "")
@@ -97,11 +105,10 @@ class Pages:
             rater = self.votes.join(name)
         except ConfigError as error:
             return await self.start(request, str(error))
-        return self._to(rater, None)
+        return self._next(rater)
 
     async def next(self, request: Request) -> Response:
-        rater = self._rater(request)
-        return self._to(rater, self._unrated(rater, after=0))
+        return self._next(self._rater(request))
 
     async def pair(self, request: Request) -> Response:
         rater, item = self._rater(request), self._item(request)
@@ -112,8 +119,7 @@ class Pages:
         full = request.query_params.get("text") == "whole"
         return self._page(
             "pair.html",
-            here=f"{self.root}/r/{rater.number}",
-            rater=rater,
+            rater,
             item=item,
             count=len(votes),
             rated=sum(one.choice is not None for one in votes),
@@ -132,35 +138,28 @@ class Pages:
         if given not in _CHOICES:
             raise HTTPException(400, "A vote is one of first, tie, bad and second; go back and choose one.")
         comment = presentable(form.get("comment", "").strip())
-        if not self.votes.vote(rater, item, _CHOICES[given], bad=given == "bad", comment=comment):
-            return self._to(rater, None)  # the rater has finished
-        return self._to(rater, self._unrated(rater, after=item))
+        self.votes.vote(rater, item, _CHOICES[given], bad=given == "bad", comment=comment)
+        return self._next(rater, after=item)
 
     async def done(self, request: Request) -> Response:
         rater = self._rater(request)
         votes = self.votes.of(rater)
-        here = f"{self.root}/r/{rater.number}"
+        if any(vote.choice is None for vote in votes):
+            return self._next(rater)
         if not rater.finished:
-            missing = self._unrated(rater, after=0)
-            if missing is not None:
-                return self._to(rater, missing)
-            return self._page("done.html", here=here, rater=rater, count=len(votes))
-        outcomes = {vote.key: vote.outcome for vote in votes}
-        cell = summarise(outcomes, confidence=0.95)["pooled"]
+            return self._page("done.html", rater, count=len(votes))
+        cell = summarise({vote.key: vote.outcome for vote in votes}, confidence=0.95)["pooled"]
         names = (self.votes.about["model"], self.votes.about["reference"]) if self.unblind else None
-        revealed = votes if self.unblind else []
-        return self._page("counts.html", here=here, rater=rater, cell=cell, revealed=revealed, names=names)
+        return self._page("counts.html", rater, cell=cell, revealed=votes if self.unblind else [], names=names)
 
     async def finish(self, request: Request) -> Response:
         rater = self._rater(request)
         self.votes.finish(rater)
-        return self._to(rater, self._unrated(rater, after=0))
+        return self._next(rater)
 
     async def file(self, request: Request) -> Response:
         name = request.url.path.rsplit("/", 1)[1]
-        loader = self.templates.loader
-        source = loader.get_source(self.templates, name)[0] if loader else ""
-        return Response(source, media_type=_FILES[name])
+        return FileResponse(Path(__file__).with_name("pages") / name, media_type=_FILES[name])
 
     def _shown(self, text: str, full: bool) -> dict[str, Any]:
         """Return the part of a text that a page shows, as text or as HTML, and the number of hidden characters."""
@@ -170,12 +169,15 @@ class Pages:
             html = Markup(self.markdown.render(shown))  # noqa: S704 - the renderer escapes HTML
         return {"shown": shown, "html": html, "hidden": len(text) - len(cut)}
 
-    def _page(self, name: str, status: int = 200, **values: Any) -> Response:
-        return HTMLResponse(self.templates.get_template(name).render(values), status)
+    def _page(self, name: str, rater: Rater, **values: Any) -> Response:
+        here = f"{self.root}/r/{rater.number}"
+        return HTMLResponse(self.templates.get_template(name).render(values, rater=rater, here=here))
 
-    def _to(self, rater: Rater, item: int | None) -> Response:
-        """Redirect to `item` or, if that is None, to the last page."""
-        return RedirectResponse(f"{self.root}/r/{rater.number}/{'done' if item is None else item}", 303)
+    def _next(self, rater: Rater, after: int = 0) -> Response:
+        """Redirect to the first unrated item after the item `after`, else to the first unrated one or the last page."""
+        missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
+        page = next((item for item in missing if item > after), missing[0] if missing else "done")
+        return RedirectResponse(f"{self.root}/r/{rater.number}/{page}", 303)
 
     def _rater(self, request: Request) -> Rater:
         number = request.path_params["rater"]
@@ -189,20 +191,6 @@ class Pages:
         if item not in self.votes.keys:
             raise HTTPException(404, f"There is no pair {item}; they are numbered from 1 to {len(self.votes.keys)}.")
         return item
-
-    def _unrated(self, rater: Rater, after: int) -> int | None:
-        """Return the first unrated item after the item `after`, else the first unrated item; None if all are rated."""
-        missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
-        return next((item for item in missing if item > after), missing[0] if missing else None)
-
-
-def _markdown() -> MarkdownIt:
-    """Return a renderer that escapes HTML and shows links and images as text.
-
-    So an answer can neither load anything from another site nor lead a rater there.
-    """
-    rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
-    return rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -232,21 +220,12 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Respon
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on loopback; port 0 takes a free one.
-
-    Raises:
-        ConfigError: the port is taken, or may not be used.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections
+    """Return a socket that listens on loopback; port 0 takes a free one. ConfigError: the port cannot be used."""
     try:
-        listener.bind((LOOPBACK, port))
-        listener.listen()
+        return socket.create_server((LOOPBACK, port))
     except (OSError, OverflowError) as error:
-        listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"--port {port}: {reason}; give another, or 0 for a free one") from error
-    return listener
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:

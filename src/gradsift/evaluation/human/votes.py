@@ -1,4 +1,7 @@
-"""Raters and their votes, in one SQLite file: each vote is on disk before the next page is shown."""
+"""Raters and their votes, in one SQLite file, and what the votes add up to.
+
+Each vote is on disk before the next page is shown. Shape letters: N items, K categories (win, tie, lose).
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,26 @@ import random
 import secrets
 import sqlite3
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.human.pairs import Key, Pairs
-from gradsift.evaluation.pws import Outcome
+from gradsift.evaluation.pws import Outcome, Outcomes, agreement, summarise
 
 Choice = Literal["first", "tie", "second"]
+KINDS: tuple[Outcome, ...] = ("win", "tie", "lose")
 NAME_LENGTH = 60  # characters of a rater's name
-
+COMMENT_LENGTH = 1000  # characters of a comment
 _APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
 _FORMAT = 2
-COMMENT_LENGTH = 1000  # characters of a comment
-# adds the two columns that a file of format 1 lacks
-_UPGRADE = (
-    "ALTER TABLE shown ADD COLUMN bad INTEGER NOT NULL DEFAULT 0 CHECK (bad IN (0, 1))",
-    "ALTER TABLE shown ADD COLUMN comment TEXT NOT NULL DEFAULT ''",
-    "PRAGMA user_version = 2",
-)
 _SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE items (item INTEGER PRIMARY KEY, benchmark TEXT NOT NULL, item_id TEXT NOT NULL) STRICT;
@@ -82,27 +82,17 @@ class Votes:
     """The file of people's votes on pairs of answers: all pairs of two models' answers, or a random sample of them."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file that `create` has made.
-
-        Raises:
-            DataError: the file is missing, broken, or not a file of votes.
-        """
+        """Open a file that `create` has made; raise DataError if it is missing, broken, or not a file of votes."""
         if not path.is_file():
             raise DataError(f"{path} does not exist, so nobody has voted; serve the pairs first, without --results")
         self.path = path
         try:
             self._connection = _connect(path)
-            header = tuple(
-                self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
+            (application,) = self._connection.execute("PRAGMA application_id").fetchone()
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error as error:
             raise DataError(f"{path} cannot be opened as a file of votes ({error}); name another --database") from error
-        if header == (_APPLICATION, 1):
-            with _transaction(self._connection):
-                for statement in _UPGRADE:
-                    self._connection.execute(statement)
-            header = _APPLICATION, _FORMAT
-        if header != (_APPLICATION, _FORMAT):
+        if (application, version) != (_APPLICATION, _FORMAT):
             self.close()
             raise DataError(f"{path} is another kind of database, or of another version; name another --database")
         self._connection.execute("PRAGMA journal_mode = WAL")  # pages can be read while a vote is written
@@ -116,7 +106,7 @@ class Votes:
 
         Raises:
             ConfigError: there are fewer pairs than `items`.
-            DataError: the file cannot be written, or it already exists and is broken or not a file of votes.
+            DataError: the file cannot be written, or is there and not a file of votes.
         """
         keys = sorted(pairs.items)
         if items is not None and not 1 <= items <= len(keys):
@@ -148,11 +138,7 @@ class Votes:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Refuse pairs, or options of the draw, that differ from what the file records.
-
-        Raises:
-            ConfigError, DataError: something differs; the message says what.
-        """
+        """Raise ConfigError or DataError if pairs or options of the draw differ from what the file records."""
         if self.about["content"] != pairs.content:
             raise DataError(
                 f"{self.path} holds votes about other answers ({self.about['model']} against "
@@ -169,9 +155,7 @@ class Votes:
         """Return the rater with this name, ignoring case and extra spaces; for a new name, add a rater.
 
         A new rater sees the model's answer first for half of the items, chosen at random by the seed and the name.
-
-        Raises:
-            ConfigError: the name is empty, too long or not printable.
+        ConfigError is raised if the name is empty, too long or not printable.
         """
         name = " ".join(unicodedata.normalize("NFC", name).split())
         if not name or len(name) > NAME_LENGTH or not name.isprintable():
@@ -195,44 +179,33 @@ class Votes:
         rows = self._connection.execute("SELECT rater, name, finished IS NOT NULL FROM raters ORDER BY rater")
         return [Rater(number, name, bool(finished)) for number, name, finished in rows]
 
-    def vote(self, rater: Rater, item: int, choice: Choice, *, bad: bool = False, comment: str = "") -> bool:
-        """Store a vote, replacing an earlier one; return False, and store nothing, if the rater has finished.
-
-        Args:
-            bad: whether both answers are bad; the choice is then a tie.
-            comment: shortened to `COMMENT_LENGTH` characters.
-        """
-        cursor = self._connection.execute(
+    def vote(self, rater: Rater, item: int, choice: Choice, *, bad: bool = False, comment: str = "") -> None:
+        """Store a vote, replacing an earlier one, unless the rater has finished. Long comments are cut."""
+        self._connection.execute(
             "UPDATE shown SET choice = ?, bad = ?, comment = ?, voted = ? WHERE rater = ? AND item = ? "
             "AND (SELECT finished FROM raters WHERE raters.rater = shown.rater) IS NULL",
             (choice, bad, comment[:COMMENT_LENGTH], _now(), rater.number, item),
         )
-        return cursor.rowcount == 1
 
-    def finish(self, rater: Rater) -> bool:
-        """Close a rater's votes and return True; if a vote is missing, return False."""
+    def finish(self, rater: Rater) -> None:
+        """Close a rater's votes, unless a vote is missing."""
         self._connection.execute(
             "UPDATE raters SET finished = ? WHERE rater = ? AND finished IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM shown WHERE shown.rater = raters.rater AND choice IS NULL)",
             (_now(), rater.number),
         )
-        return any(each.number == rater.number and each.finished for each in self.raters())
 
     def of(self, rater: Rater) -> list[Vote]:
         """Return a rater's entries, one per item, in the order shown."""
-        return self._read("WHERE rater = ?", rater.number)
+        query = "SELECT item, model_first, choice, bad, comment FROM shown WHERE rater = ? ORDER BY item"
+        return [
+            Vote(rater.name, item, self.keys[item], bool(first), choice, bool(bad), comment)
+            for item, first, choice, bad, comment in self._connection.execute(query, (rater.number,))
+        ]
 
     def all(self) -> list[Vote]:
         """Return all votes that were cast, by rater and item."""
-        return self._read("WHERE choice IS NOT NULL")
-
-    def _read(self, condition: str, *values: int) -> list[Vote]:
-        query = "SELECT name, item, model_first, choice, bad, comment FROM shown JOIN raters USING (rater) "
-        rows = self._connection.execute(f"{query} {condition} ORDER BY rater, item", values)
-        return [
-            Vote(name, item, self.keys[item], bool(first), choice, bool(bad), comment)
-            for name, item, first, choice, bad, comment in rows
-        ]
+        return [vote for rater in self.raters() for vote in self.of(rater) if vote.choice is not None]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -252,3 +225,107 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
+    """Return counts and PWS of each rater and of the majority, raters' position bias, and agreement between raters.
+
+    Args:
+        judged: outcomes of an LLM judge on the same items, if there is one.
+        confidence: coverage of the intervals, between 0 and 1.
+
+    Returns:
+        JSON values. `raters` (by name): counts, PWS with interval, `both_bad` (ties of two bad answers) and `position`.
+        `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a majority, which the PWS
+        leaves out. `agreement`: Cohen's kappa of each pair of raters, and Fleiss' kappa over the items that all raters
+        rated. `judge`: the judge's counts on the voted items, and its agreement with majority and raters, or None.
+    """
+    by_rater: dict[str, list[Vote]] = {}
+    for vote in votes:
+        if vote.choice is not None:
+            by_rater.setdefault(vote.rater, []).append(vote)
+    outcomes = {rater: {vote.key: vote.outcome for vote in cast} for rater, cast in by_rater.items()}
+    raters = {}
+    for rater, cast in by_rater.items():
+        cell = summarise(outcomes[rater], confidence)["pooled"]
+        del cell["invalid"]  # a vote is always valid
+        raters[rater] = {**cell, "both_bad": sum(vote.bad for vote in cast), "position": position(cast)}
+    decided = majority(outcomes.values())
+    summary = summarise(decided, confidence)
+    for cell in (summary["pooled"], *summary["benchmarks"].values()):
+        cell["split"] = cell.pop("invalid")
+    shared = [key for key in decided if all(key in each for each in outcomes.values())] if len(outcomes) > 1 else []
+    counts = np.array([[sum(each[key] == kind for each in outcomes.values()) for kind in KINDS] for key in shared])
+    against_judge = None
+    if judged is not None:
+        voted = {key: judged[key] for key in decided if key in judged}
+        against_judge = {
+            "pooled": summarise(voted, confidence)["pooled"],
+            "majority": agreement(judged, decided),
+            "raters": {rater: agreement(judged, each) for rater, each in outcomes.items()},
+        }
+    return {
+        "confidence": confidence,
+        "raters": raters,
+        "majority": {"pooled": summary["pooled"], "benchmarks": summary["benchmarks"]},
+        "agreement": {
+            "pairwise": [
+                {"raters": [a, b], **agreement(outcomes[a], outcomes[b])} for a, b in combinations(outcomes, 2)
+            ],
+            "fleiss": {
+                "raters": len(outcomes),
+                "items": len(shared),
+                "kappa": fleiss_kappa(counts) if shared else None,
+            },
+        },
+        "judge": against_judge,
+        "comments": [
+            {"rater": vote.rater, "benchmark": vote.key[0], "item_id": vote.key[1], "comment": vote.comment}
+            for cast in by_rater.values()
+            for vote in cast
+            if vote.comment
+        ],
+    }
+
+
+def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
+    """Return for each item the outcome that more than half of its raters chose, or "invalid" without a majority."""
+    votes: dict[Key, list[Outcome]] = {}
+    for outcomes in raters:
+        for key, kind in outcomes.items():
+            votes.setdefault(key, []).append(kind)
+    return {
+        key: next((kind for kind in KINDS if 2 * kinds.count(kind) > len(kinds)), "invalid")
+        for key, kinds in votes.items()
+    }
+
+
+def fleiss_kappa(counts: np.ndarray) -> float | None:
+    """Return the agreement of several raters beyond chance (Fleiss, 1971), (P - Pe) / (1 - Pe).
+
+    P is the mean over items of (sum_j n_ij^2 - n) / (n (n - 1)), and Pe the sum of the squared shares of the
+    categories. The result is None if all votes are the same, because the denominator is then 0.
+
+    Args:
+        counts: (N, K) how many raters n_ij put item i into category j; each row has the same sum n >= 2.
+    """
+    raters = counts[0].sum()
+    observed = (((counts**2).sum(1) - raters) / (raters * (raters - 1))).mean()
+    shares = counts.sum(0) / counts.sum()
+    chance = (shares**2).sum()
+    return None if np.count_nonzero(shares) == 1 else float((observed - chance) / (1 - chance))
+
+
+def position(votes: Sequence[Vote]) -> dict[str, Any]:
+    """Count one rater's votes by position; `p_value` is that of a two-sided sign test for a preferred position."""
+    from scipy.stats import binomtest
+
+    first, tie, second = (sum(vote.choice == choice for vote in votes) for choice in ("first", "tie", "second"))
+    decided = first + second
+    return {
+        "first": first,
+        "tie": tie,
+        "second": second,
+        "first_share": first / decided if decided else None,
+        "p_value": float(binomtest(first, decided).pvalue) if decided else None,
+    }

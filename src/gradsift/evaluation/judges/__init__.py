@@ -14,11 +14,11 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from gradsift.data.examples import Turn
 from gradsift.errors import GradsiftError
-from gradsift.evaluation.turns import two_turns, with_input
 
 Order = Literal["forward", "reverse"]
 Combine = Literal["signs", "sum"]
 Pair = tuple[float, float]  # scores of the first and the second answer
+Cost = dict[str, float | int | None]  # requests, tokens and USD (None: price unknown); empty if it was free
 Value = TypeVar("Value")
 
 
@@ -68,6 +68,16 @@ def in_one_turn(request: JudgeRequest) -> JudgeRequest:
     )
 
 
+def two_turns(first: str, second: str) -> str:
+    """Return both questions, or both answers, of a conversation as one text."""
+    return f"[turn 1]\n{first}\n\n[turn 2]\n{second}"
+
+
+def with_input(instruction: str, input: str) -> str:
+    """Return instruction and input as one text."""
+    return f"{instruction}\n\n{input}" if input else instruction
+
+
 @dataclass(frozen=True)
 class Reply(Generic[Value]):
     """A reply's text and the value read from it: a pair of scores, or a grade.
@@ -91,14 +101,11 @@ class Judge(Protocol):
       answers, so "signs" would give ties only.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def combine(self) -> Combine: ...
+    name: str
+    combine: Combine = "signs"
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Return a hash of everything that the reply depends on: prompt, model and parameters."""
+        """Return a hash of all that the reply depends on: prompt, model and parameters, not an endpoint's address."""
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield one reply for each request, in order of arrival.
@@ -106,6 +113,10 @@ class Judge(Protocol):
         Raises:
             JudgeError: a request failed for good; all replies that arrived were yielded before.
         """
+
+    def cost(self) -> Cost:
+        """Return the cost of the pairs so far, including requests of earlier processes."""
+        return {}
 
 
 Question = Literal["accuracy", "complexity", "quality"]
@@ -126,8 +137,7 @@ class RatingRequest:
 class Rater(Protocol):
     """The interface of a rater."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield one grade for each request, in order of arrival.
@@ -137,8 +147,9 @@ class Rater(Protocol):
             DryRun: always raised in dry-run mode.
         """
 
-    def rating_cost(self) -> dict[str, float | int | None]:
-        """Return the requests, tokens and USD (None: price unknown) that the last `rate` cost; empty if it was free."""
+    def rating_cost(self) -> Cost:
+        """Return what the last `rate` cost."""
+        return {}
 
 
 def content_hash(*parts: object) -> str:

@@ -4,8 +4,7 @@ An annotator is a prompt with parameters of the request and a parser of the repl
 
 alpaca_eval's PairwiseAnnotator shows each pair in one order, which depends on the instruction and is not recorded. It
 caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore gradsift uses the
-package's annotators without this class, and `gradsift.evaluation.chat` sends the requests. The tests compare requests
-and preferences with those of PairwiseAnnotator.
+package's annotators without this class. The tests compare requests and preferences with those of PairwiseAnnotator.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import Any
 
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, Reply, content_hash, in_one_turn
+from gradsift.evaluation.judges import Cost, Judge, JudgeRequest, Pair, Reply, content_hash, in_one_turn, with_input
 from gradsift.evaluation.judges.annotators import SLOT, Annotator
-from gradsift.evaluation.judges.parsing import json_objects, parse_scores
+from gradsift.evaluation.judges.parsing import after_thinking, json_objects, parse_scores
 from gradsift.evaluation.replies import CUT, Completion
-from gradsift.evaluation.turns import with_input
 
 NAMES = "alpaca_eval/"  # in records, the names of these judges begin with it
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
@@ -44,53 +43,52 @@ _ERRORS = (
 )
 
 
-class AlpacaEvalJudge:
+@dataclass
+class AlpacaEvalJudge(Judge):
     """Asks one of alpaca_eval's annotators which answer is better.
 
     A preference p is between 1 (the first answer is better) and 2 (the second is better). The first answer gets the
     score 2 - p, the second p - 1. For an annotator that reads log-probabilities, p is 1 + the probability that the
     second answer is better. Only the sign of the score difference counts in each order (`combine="signs"`).
-    """
 
-    combine: Combine = "signs"
-
-    def __init__(self, chat: ChatClient, annotator: Annotator, *, scope: str = "judge") -> None:
-        """Args:
+    Attributes:
         chat: a client with the annotator's model and parameters.
         scope: name under which the spending is counted.
-        """
-        self.name = f"{NAMES}{annotator.name}/{chat.parameters['model']}"
-        self._chat = chat
-        self._annotator = annotator
-        self._scope = scope
+    """
+
+    chat: ChatClient
+    annotator: Annotator
+    scope: str = "judge"
+
+    def __post_init__(self) -> None:
+        self.name = f"{NAMES}{self.annotator.name}/{self.chat.parameters['model']}"
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash messages, model, parameters and parser, but not the endpoint's address."""
-        reading = [self._annotator.parser, self._annotator.parser_options, self._annotator.reads_choice]
-        return content_hash("alpaca_eval", self._chat.identity, reading, render(self._annotator, request))
+        reading = [self.annotator.parser, self.annotator.parser_options, self.annotator.reads_choice]
+        return content_hash("alpaca_eval", self.chat.identity, reading, render(self.annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield replies in order of arrival, then replies about pairs of equal answers, which need no request."""
         shown = {request: in_one_turn(request) for request in requests}
         asked = [request for request, pair in shown.items() if pair.first != pair.second]
-        parser = parser_of(self._annotator)
-        needs = " and needs the endpoint's log-probabilities" if self._annotator.parser == "logprob_parser" else ""
-        unread = f"{self._annotator.parser} finds no preference in it{needs}"
+        parser = parser_of(self.annotator)
+        needs = " and needs the endpoint's log-probabilities" if self.annotator.parser == "logprob_parser" else ""
+        unread = f"{self.annotator.parser} finds no preference in it{needs}"
 
         def read(position: int, completion: Completion) -> Pair | None:
-            if self._annotator.parser == "json_parser":  # json_parser would take the last of two equal keys
+            completion = replace(completion, text=after_thinking(completion.text))
+            if self.annotator.parser == "json_parser":  # json_parser would take the last of two equal keys
                 list(json_objects(completion.text))
-            p = preference(parser, completion, reads_choice=self._annotator.reads_choice)
+            p = preference(parser, completion, reads_choice=self.annotator.reads_choice)
             return None if p is None else (2 - p, p - 1)
 
-        prompts = [render(self._annotator, request) for request in asked]
-        for position, reply in self._chat.ask(prompts, read, scope=self._scope, unread=unread):
+        prompts = [render(self.annotator, request) for request in asked]
+        for position, reply in self.chat.ask(prompts, read, scope=self.scope, unread=unread):
             yield asked[position], reply
         yield from ((r, Reply("", (0.5, 0.5), EQUAL)) for r, pair in shown.items() if pair.first == pair.second)
 
-    def cost(self) -> dict[str, float | int | None]:
-        """Return the cost of the pairs so far, including requests of earlier processes (see `ChatClient.spent`)."""
-        return self._chat.spent(self._scope)
+    def cost(self) -> Cost:
+        return self.chat.spent(self.scope)
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
@@ -113,10 +111,7 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
-    """Return the preference, from 1 to 2, that the parser finds in a reply; None unless it finds exactly one.
-
-    alpaca_eval's older value for a draw, 0, becomes 1.5.
-    """
+    """Return the preference, from 1 to 2, that the parser finds in a reply; None unless it finds exactly one."""
     shown: Any = completion.text
     if parser is _from_two_scores:
         parser = partial(_from_two_scores, cut=completion.finish == CUT)
@@ -129,7 +124,7 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
         return None
     if len(preferences) != 1 or isinstance(preferences[0], bool) or not isinstance(preferences[0], Real):
         return None
-    value = 1.5 if preferences[0] == 0 else float(preferences[0])
+    value = 1.5 if preferences[0] == 0 else float(preferences[0])  # 0 is alpaca_eval's older value for a draw
     return value if math.isfinite(value) and 1 <= value <= 2 else None
 
 
@@ -155,8 +150,7 @@ def _parsers() -> Any:
     """Return the module of alpaca_eval's parsers, and undo the side effects of importing the package.
 
     The import sets the root logger's level to INFO and adds the variables of a `.env` file to the environment, such as
-    another project's address or key. The parsers' log messages are switched off, because a judgment records why its
-    reply is unreadable.
+    another project's address or key. The parsers' log messages are switched off.
     """
     root, environment = logging.getLogger(), set(os.environ)
     level = root.level

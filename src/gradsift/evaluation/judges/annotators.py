@@ -2,8 +2,8 @@
 
 An annotator is a folder with a `configs.yaml`. This file names a prompt with slots such as {instruction}, a model with
 its parameters, and the parser that finds a preference in a reply. Annotators that cannot be asked in both orders
-through a chat endpoint are refused. Among these are annotators with a prompt for completion models, annotators with
-several pairs in one prompt, and pools in which each annotator gets a random part of the questions.
+through a chat endpoint are refused: those with a prompt for completion models or with several pairs in one prompt, and
+pools in which each annotator gets a random part of the questions.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def read_annotator(name_or_path: str) -> Annotator:
     """Read an annotator, given by its name in alpaca_eval or by the path of its folder or of its `configs.yaml`.
 
     Raises:
-        ConfigError: there is no such annotator, it cannot be asked in both orders through a chat endpoint, or its file
-            is broken; the message says which of these, and what to do.
+        ConfigError: there is no such annotator, its file is broken, or it cannot be asked in both orders.
     """
     folders, path = shipped(), Path(name_or_path).expanduser()
     if name_or_path in folders:
@@ -138,7 +137,6 @@ def _annotator(name_or_path: str, file: Path) -> Annotator:
 
 
 def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
-    """Return name and content of the only annotator in a file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

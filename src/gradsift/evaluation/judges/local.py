@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -21,7 +21,17 @@ from gradsift.data.examples import Turn
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 from gradsift.evaluation.generation import left_padded
-from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash, in_one_turn
+from gradsift.evaluation.judges import (
+    Combine,
+    Judge,
+    JudgeRequest,
+    Pair,
+    Rater,
+    RatingRequest,
+    Reply,
+    content_hash,
+    in_one_turn,
+)
 from gradsift.evaluation.judges.rating import SCALES
 from gradsift.journal import Journal
 from gradsift.training.device import without_host_reads
@@ -47,13 +57,11 @@ Request = TypeVar("Request")
 
 
 class _Prompt(NamedTuple):
-    """Token ids of a prompt, and whether its two answers are equal."""
-
     tokens: list[int]
-    equal: bool
+    equal: bool  # whether both answers have the same tokens
 
 
-class LocalJudge:
+class LocalJudge(Judge, Rater):
     """Shows a pair to a causal LM and compares the log-probabilities (nats) of A and B as the next token.
 
     Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders are combined
@@ -73,16 +81,14 @@ class LocalJudge:
         max_length: int,
         batch_size: int,
         max_tokens: int | None = None,
-        template: Literal["auto", "chat", "plain"] = "auto",
         journal: Journal | None = None,
     ) -> None:
         """Find the tokens of A and B.
 
         Args:
             name: identifies the weights in `prompt_hash`.
-            max_length: the most tokens of a prompt; the model's context is a further limit.
+            max_length: the most tokens of a prompt.
             batch_size, max_tokens: the most prompts per batch, and the most tokens per batch, padding included.
-            template: "auto" uses the tokenizer's chat template if it has one.
             journal: stores each batch's scores; stored scores are not computed again.
 
         Raises:
@@ -91,25 +97,20 @@ class LocalJudge:
         self.name = name
         self._model = model.eval()
         self._tokenizer = tokenizer
-        context = getattr(model.config, "max_position_embeddings", None)
-        self._max_length = min(max_length, context) if isinstance(context, int) else max_length
-        self._batch_size = batch_size
-        self._max_tokens = max_tokens
+        self._max_length, self._batch_size, self._max_tokens = max_length, batch_size, max_tokens
         self._journal = journal or Journal()
-        chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
-        if chat:
+        if tokenizer.chat_template:
             self._head, self._tail = self._chat_frame()
+            self._rated_tail = self._tail
         else:
             self._head = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-            self._tail = self._encode(PLAIN_CUE)
-        self._rated_tail = self._tail if chat else self._encode(RATED_CUE)
+            self._tail, self._rated_tail = self._encode(PLAIN_CUE), self._encode(RATED_CUE)
         self._letters = self._spellings("A"), self._spellings("B")
         if not all(self._letters) or set(self._letters[0]) & set(self._letters[1]):
             raise ConfigError(f"judge.model: the tokenizer of {name} has no single tokens for A and B; choose another")
         self._too_long = f"the question alone exceeds judge.max_length={self._max_length} tokens"
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash the judge's name and the prompt's tokens."""
         prompt = self._prompt(request)
         return content_hash("local", self.name, prompt.tokens if prompt else None)
 
@@ -132,7 +133,7 @@ class LocalJudge:
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         """Yield for each request the mean of the scale's grades, weighted by the next-token probabilities of digits.
 
-        A response that does not fit into `max_length` is cut. The grades of small models do not identify good data.
+        A response that does not fit into `max_length` is cut.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for the digits.
@@ -153,11 +154,13 @@ class LocalJudge:
                     else:
                         asked.append((request, tokens))
             for request, log_p in self._log_probabilities(asked, digits):
-                yield request, _expected(grades, log_p)
-
-    def rating_cost(self) -> dict[str, float | int | None]:
-        """Return an empty dict: ratings cost nothing."""
-        return {}
+                text = ", ".join(f"log P({grade}) = {p:.4f}" for grade, p in zip(grades, log_p, strict=True))
+                weights = [math.exp(p) for p in log_p]
+                if math.isfinite(sum(weights)) and sum(weights) > 0:
+                    mean = sum(grade * weight for grade, weight in zip(grades, weights, strict=True)) / sum(weights)
+                    yield request, Reply(text, mean)
+                else:
+                    yield request, Reply(text, None, "no digit has a probability")
 
     def _log_probabilities(
         self, asked: Sequence[tuple[Request, list[int]]], choices: Sequence[Sequence[int]]
@@ -207,9 +210,9 @@ class LocalJudge:
         return [*start, *response[:room], *end]
 
     def _encode(self, text: str, *, markup: bool = False) -> list[int]:
-        """Return the token ids of a text. Special tokens in it are recognised only with `markup`."""
         if not text:
             return []
+        # special tokens in the text are recognised only with `markup`
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, split_special_tokens=not markup)["input_ids"]
         return ids
 
@@ -251,13 +254,3 @@ def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
     opening = f"{RATED}.{turns}\n\nInstruction:\n{request.instruction}{shown_input}"
     shown = (RATED_RESPONSE, request.response) if scale.shows_response else ("", "")
     return opening, *shown, f"\n\n{scale.short}{RATED_ENDING}"
-
-
-def _expected(grades: Sequence[int], log_p: Sequence[float]) -> Reply[float]:
-    """Return a reply with the mean of the grades, weighted by their probabilities; no value if these are all 0."""
-    weights = [math.exp(value) for value in log_p]
-    text = ", ".join(f"log P({grade}) = {value:.4f}" for grade, value in zip(grades, log_p, strict=True))
-    total = sum(weights)
-    if not (math.isfinite(total) and total > 0):
-        return Reply(text, None, "no digit has a probability")
-    return Reply(text, sum(grade * weight for grade, weight in zip(grades, weights, strict=True)) / total)

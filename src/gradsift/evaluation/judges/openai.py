@@ -8,10 +8,11 @@ The wording of the prompt is our own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from gradsift.evaluation.chat import ChatClient
-from gradsift.evaluation.judges import Combine, JudgeRequest, Pair, RatingRequest, Reply, content_hash
-from gradsift.evaluation.judges.parsing import Parse, parse_grade, parse_scores
+from gradsift.evaluation.judges import Cost, Judge, JudgeRequest, Pair, Rater, RatingRequest, Reply, content_hash
+from gradsift.evaluation.judges.parsing import Parse, after_thinking, parse_grade, parse_scores
 from gradsift.evaluation.judges.rating import SCALES, in_blocks, render_rating
 from gradsift.evaluation.replies import CUT, Completion
 
@@ -59,71 +60,60 @@ def render_prompt(request: JudgeRequest, system: str | None = None, task: str | 
 _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 
 
-class OpenaiJudge:
+@dataclass
+class OpenaiJudge(Judge, Rater):
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
     If no scores or grade can be read from a reply, the prompt is sent once more; a second such reply is invalid. With
     `parse="legacy"` a pair is sent only once; a reply that the published rule cannot read is invalid.
-    """
 
-    combine: Combine = "signs"
-
-    def __init__(
-        self,
-        chat: ChatClient,
-        *,
-        scope: str = "judge",
-        parse: Parse = "tolerant",
-        system: str | None = None,
-        task: str | None = None,
-    ) -> None:
-        """Args:
+    Attributes:
         scope: name under which the spending on pairs is counted (see `ChatClient.ask`).
         parse: how scores are read.
-        system, task: wording of the prompt before and after question and answers; default: `SYSTEM`, `TASK`.
-        """
-        self._wording = system or SYSTEM, task or TASK
-        self.name = chat.name
-        self._chat = chat
-        self._scope = scope
-        self._parse = parse
-        self._rating_scope: str | None = None
+        system, task: see `render_prompt`.
+    """
+
+    chat: ChatClient
+    scope: str = "judge"
+    parse: Parse = "tolerant"
+    system: str | None = None
+    task: str | None = None
+    rating_scope: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.chat.name
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Hash the messages, the model, its parameters and the parser, but not the endpoint's address."""
-        return content_hash("openai", self._chat.identity, self._parse, render_prompt(request, *self._wording))
+        return content_hash("openai", self.chat.identity, self.parse, render_prompt(request, self.system, self.task))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield replies in order of arrival (see `ChatClient.ask`)."""
-        prompts = [render_prompt(request, *self._wording) for request in requests]
-        unread = f"{_LACKING.get(self._parse, 'no two scores from 0 to 10')} where judge.parse={self._parse} looks"
+        prompts = [render_prompt(request, self.system, self.task) for request in requests]
+        unread = f"{_LACKING.get(self.parse, 'no two scores from 0 to 10')} where judge.parse={self.parse} looks"
 
         def scores(position: int, completion: Completion) -> Pair | None:
-            return parse_scores(completion.text, self._parse, cut=completion.finish == CUT)
+            return parse_scores(after_thinking(completion.text), self.parse, cut=completion.finish == CUT)
 
-        tries = 1 if self._parse == "legacy" else 2
-        for position, reply in self._chat.ask(prompts, scores, scope=self._scope, unread=unread, tries=tries):
+        tries = 1 if self.parse == "legacy" else 2
+        for position, reply in self.chat.ask(prompts, scores, scope=self.scope, unread=unread, tries=tries):
             yield requests[position], reply
 
-    def cost(self) -> dict[str, float | int | None]:
-        """Return the cost of the pairs so far, including requests of earlier processes (see `ChatClient.spent`)."""
-        return self._chat.spent(self._scope)
+    def cost(self) -> Cost:
+        return self.chat.spent(self.scope)
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield ratings in order of arrival (see `ChatClient.ask`)."""
         prompts = [render_rating(request) for request in requests]
         # sorted: the cost of the same examples in another order is counted under the same name
         asked = sorted({content_hash(prompt) for prompt in prompts})
-        self._rating_scope = f"rate-{content_hash(self._chat.identity, asked)[:12]}"
+        self.rating_scope = f"rate-{content_hash(self.chat.identity, asked)[:12]}"
 
         def grade(position: int, completion: Completion) -> float | None:
             scale = SCALES[requests[position].question]
-            return parse_grade(completion.text, scale.low, scale.high, self._parse, cut=completion.finish == CUT)
+            text = after_thinking(completion.text)
+            return parse_grade(text, scale.low, scale.high, self.parse, cut=completion.finish == CUT)
 
         unread = "no grade of its scale on the first line of the reply"
-        for position, reply in self._chat.ask(prompts, grade, scope=self._rating_scope, unread=unread):
+        for position, reply in self.chat.ask(prompts, grade, scope=self.rating_scope, unread=unread):
             yield requests[position], reply
 
-    def rating_cost(self) -> dict[str, float | int | None]:
-        """Return the cost of the last `rate`, with requests of earlier processes; empty if nothing was rated."""
-        return self._chat.spent(self._rating_scope) if self._rating_scope else {}
+    def rating_cost(self) -> Cost:
+        return self.chat.spent(self.rating_scope) if self.rating_scope else {}

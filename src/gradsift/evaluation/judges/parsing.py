@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from gradsift import outside_json
@@ -46,6 +47,7 @@ _LABELLED = re.compile(
     rf"{_OPEN}{_HEADING}{_LABEL}{_GRADE}[\s*_`).]*[,;|]?(?:\s+and)?[\s*_`(]*{_LABEL}{_GRADE}{_CLOSE}", re.IGNORECASE
 )
 _KEY = re.compile(rf"(?:{_NAME}[\s_#-]*)?([12AB])(?:[\s_-]*(?:score|grade|rating))?", re.IGNORECASE)
+_PLACES = {"1": 0, "A": 0, "2": 1, "B": 1}  # of the answers in a pair, by their labels
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
 _UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # a number with this end may lack digits; a 10 is complete
@@ -60,6 +62,27 @@ _VERDICTS: Mapping[str, Pair] = (
 )
 
 
+_THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+# if the prompt's template already holds the opening tag, the reply begins inside the thinking
+_REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
+
+
+def after_thinking(text: str) -> str:
+    """Return a reply without the thinking at its beginning.
+
+    The thinking is a block such as `<think>...</think>`, or all text up to a line that is only the closing tag.
+
+    Raises:
+        Unreadable: the block does not end, because the reply was cut while thinking.
+    """
+    match = _THINKING.match(text)
+    if match is None:
+        match = _REST_OF_THINKING.match(text)
+    elif not match[3]:
+        raise Unreadable("the reply ends while thinking, before any score")
+    return text[match.end() :] if match else text
+
+
 def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pair | None:
     """Return the two scores of a reply in the order shown, or None if the rule does not find them.
 
@@ -72,8 +95,9 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
         Unreadable: the reply holds scores that are ambiguous or not from 0 to 10; the message says why.
     """
     if how == "legacy":
-        return parse_legacy(text)
-    lines = [line.strip() for line in _without_fences(text, how).splitlines() if line.strip()]
+        return _parse_legacy(text)
+    shown = text if how == "strict" else _FENCE.sub("", text)
+    lines = [line.strip() for line in shown.splitlines() if line.strip()]
     if not lines:
         return None
     body = "\n".join(lines)
@@ -101,7 +125,7 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
 
 
 def _scores_at(lines: list[str], number: int) -> Pair | None:
-    """Return the scores on line `number`, or labelled scores on this and the next line; None without scores."""
+    """Return the scores on line `number`, or labelled scores on this and the next line."""
     if len(lines[number]) > _LONGEST:
         return None
     if match := _PLAIN.fullmatch(lines[number]):
@@ -118,79 +142,70 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
     Raises:
         Unreadable: an object has a key twice.
     """
-    start = text.find("{")
+    end = 0
     for _ in range(_MOST_BRACES):
+        start = text.find("{", end)
         if start < 0:
             return
-        end = start + 1
-        try:
-            content, length = outside_json.loads_first(text[start:])
-            end = start + length
+        content, length = _object_at(text[start:])
+        if content is not None:
             yield content
-        except outside_json.RepeatedKeyError as error:
-            raise Unreadable(f"the JSON of the reply cannot be trusted: {error}") from None
-        except json.JSONDecodeError:
-            pass
-        start = text.find("{", end)
+        end = start + length
 
 
-def _object_at_beginning(text: str) -> str:
-    """Return the JSON object at the beginning of a text; empty if there is none, or if it is incomplete."""
+def _object_at(text: str) -> tuple[dict[str, Any] | None, int]:
+    """Return the JSON object at the beginning of a text, and its length; (None, 1) if none is complete there."""
     try:
-        return text[: outside_json.loads_first(text)[1]] if text.startswith("{") else ""
+        return outside_json.loads_first(text)
     except json.JSONDecodeError:
-        return ""
+        return None, 1
     except outside_json.RepeatedKeyError as error:
         raise Unreadable(f"the JSON of the reply cannot be trusted: {error}") from None
 
 
-def _from_object(content: Mapping[str, Any]) -> Pair | None:
-    """Return the scores in a JSON object; None if it holds none.
+def _object_at_beginning(text: str) -> str:
+    """Return the text of the JSON object at the beginning of a text; empty if none is complete there."""
+    content, length = _object_at(text) if text.startswith("{") else (None, 0)
+    return text[:length] if content is not None else ""
 
-    Raises:
-        Unreadable: a score is no number from 0 to 10, or it is not clear which answer a score belongs to.
-    """
+
+def _from_object(content: Mapping[str, Any]) -> Pair | None:
     nested = [value for key, value in content.items() if _SCORES_KEY.fullmatch(key)]
     if len(nested) == 1 and isinstance(nested[0], list):
         raise Unreadable("the scores in the reply's JSON are a list, which does not say whose they are")
     if len(nested) == 1 and isinstance(nested[0], dict):
         content = nested[0]
-    scores: dict[str, list[Any]] = {"1": [], "2": []}
+    scores: tuple[list[Any], list[Any]] = [], []
     for key, value in content.items():
         if match := _KEY.fullmatch(key.strip()):
-            scores[{"A": "1", "B": "2"}.get(match[1].upper(), match[1])].append(value)
-    if not any(scores.values()):
+            scores[_PLACES[match[1].upper()]].append(value)
+    if not any(scores):
         return None
-    if [len(values) for values in scores.values()] != [1, 1]:
+    if [len(values) for values in scores] != [1, 1]:
         raise Unreadable("the JSON of the reply does not hold one score for each answer")
-    return _number(scores["1"][0]), _number(scores["2"][0])
+    return _number(scores[0][0]), _number(scores[1][0])
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str) and re.fullmatch(_GRADE, value.strip()):
-        value = float(re.match(_NUMBER, value.strip())[1])  # type: ignore[index]  # _GRADE begins with a number
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not 0 <= value <= 10
-    ):
+    if isinstance(value, str) and (match := re.fullmatch(_GRADE, value.strip())):
+        value = float(match[1])
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:  # NaN is not in the range
         raise Unreadable(f"a score in the reply's JSON is {json.dumps(value)[:40]} and no number from 0 to 10")
     return float(value)
 
 
-def parse_legacy(text: str) -> Pair | None:
+def _parse_legacy(text: str) -> Pair | None:
     """Apply the published rule: in the first line, replace commas by spaces, split at single spaces, read two floats.
 
     Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. The published scripts
     give a reply that they cannot read the scores (-1, -1), which is a tie; this function returns None.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
-    try:
+    with suppress(ValueError):
         first, second = map(float, fields)
-    except ValueError:
-        return None
-    return (first, second) if math.isfinite(first) and math.isfinite(second) else None
+        if math.isfinite(first) and math.isfinite(second):
+            return first, second
+    return None
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
@@ -198,14 +213,14 @@ def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut:
 
     The first line that is not blank is read first. `strict` accepts only a number on it. The other rules also accept
     emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, they accept a grade on
-    another line or in a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts (see
-    `parse_scores`).
+    another line or in a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts.
 
     Raises:
         Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a
             number from 0 to 10.
     """
-    text = _without_fences(text, how)
+    if how != "strict":
+        text = _FENCE.sub("", text)
     lines = [line.strip()[:_LONGEST] for line in text.splitlines() if line.strip()]
     if cut:
         text, lines = _object_at_beginning(text.lstrip()), lines[:1]
@@ -221,10 +236,6 @@ def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut:
     return grades[0] if grades and low <= grades[0] <= high else None
 
 
-def _without_fences(text: str, how: Parse) -> str:
-    return text if how == "strict" else _FENCE.sub("", text)
-
-
 def _in_range(match: re.Match[str] | None) -> Pair | None:
     if match is None:
         return None
@@ -233,8 +244,8 @@ def _in_range(match: re.Match[str] | None) -> Pair | None:
 
 
 def _labelled(match: re.Match[str]) -> Pair | None:
-    """Return the scores in the order of the answers; None if both labels name the same answer, or if one exceeds 10."""
-    places = [{"1": 0, "A": 0, "2": 1, "B": 1}[match[group].upper()] for group in (1, 3)]
+    """Return the scores in the order of the answers; None if both labels name one answer, or if a score exceeds 10."""
+    places = [_PLACES[match[group].upper()] for group in (1, 3)]
     scores = [float(match[group]) for group in (2, 4)]
     if places[0] == places[1] or max(scores) > 10:
         return None

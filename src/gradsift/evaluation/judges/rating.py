@@ -74,7 +74,7 @@ def in_blocks(parts: Mapping[str, str], task: str) -> str:
     """Return each part between marker lines that no part can imitate, then the task.
 
     The rulers of `=` in the marker lines are longer than any run of `=` in the parts, so no part can contain a marker
-    line. Braces in a part, such as `{input}`, are plain text and stay as they are.
+    line.
     """
     longest = max((len(run) for text in parts.values() for run in re.findall("=+", text)), default=0)
     ruler = "=" * max(5, longest + 1)

@@ -6,8 +6,6 @@ of a prompt.
 
 from __future__ import annotations
 
-from typing import Any
-
 from gradsift.data.examples import Turn
 from gradsift.evaluation.judges import JudgeRequest, RatingRequest, content_hash
 from gradsift.evaluation.judges.openai import render_prompt
@@ -19,34 +17,31 @@ _PAIRS = [
     for text in _INPUTS
     for earlier in (None, ("P", "C", "D"))
 ]
-_HISTORIES = ((), (Turn("user", "U"), Turn("assistant", "V")))
 _EXAMPLES = [
     RatingRequest(0, question, history, "Q", text, "A")
     for question in SCALES
     for text in _INPUTS
-    for history in _HISTORIES
+    for history in ((), (Turn("user", "U"), Turn("assistant", "V")))
 ]
 
 
 def judge_wording(judge: str) -> str | None:
-    """Return the hash of a judge's prompts about pairs; None if the judge has no prompts of its own."""
-    prompts: list[Any] = []
+    """Return the hash of a judge's prompts about pairs; None if it has no prompts of its own."""
     if judge == "openai":
-        prompts = [[render_prompt(request) for request in _PAIRS]]
+        return content_hash([render_prompt(request) for request in _PAIRS])[:12]
     if judge == "local":
-        from gradsift.evaluation.judges import local
+        from gradsift.evaluation.judges import local  # here: it loads torch
 
-        prompts = [[local.render_pair(request) for request in _PAIRS], local.PLAIN_CUE]
-    return content_hash(*prompts)[:12] if prompts else None
+        return content_hash([local.render_pair(request) for request in _PAIRS], local.PLAIN_CUE)[:12]
+    return None
 
 
 def rating_wording(judge: str) -> str | None:
-    """Return the hash of a judge's prompts about single examples; None if the judge has no such prompts."""
-    prompts: list[Any] = []
+    """Return the hash of a judge's prompts about single examples; None if it has none."""
     if judge == "openai":
-        prompts = [[render_rating(request) for request in _EXAMPLES]]
+        return content_hash([render_rating(request) for request in _EXAMPLES])[:12]
     if judge == "local":
         from gradsift.evaluation.judges import local
 
-        prompts = [[local.render_rated(request) for request in _EXAMPLES], local.RATED_CUE]
-    return content_hash(*prompts)[:12] if prompts else None
+        return content_hash([local.render_rated(request) for request in _EXAMPLES], local.RATED_CUE)[:12]
+    return None

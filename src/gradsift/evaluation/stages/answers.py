@@ -14,24 +14,18 @@ from typing import Any
 from gradsift.artifacts import Artifact
 from gradsift.config import EMBEDDED, TERSE, BenchmarkConfig, EndpointGeneratorConfig, GeneratorConfig, TargetConfig
 from gradsift.data import verifiable
-from gradsift.data.download import fetch_url
 from gradsift.data.examples import Turn
 from gradsift.data.load import benchmark_rows
 from gradsift.data.tokens import encode_prompt, template_identity
 from gradsift.data.verifiable import FAMILIES
 from gradsift.evaluation.benchmarks import Item, load_benchmark
-from gradsift.evaluation.generation import (
-    OUTPUTS_FILE,
-    Question,
-    generate_answers,
-    model_outputs,
-    write_model_outputs,
-)
+from gradsift.evaluation.generation import OUTPUTS_FILE, Question, generate_answers, model_outputs, write_model_outputs
+from gradsift.evaluation.judges import with_input
 from gradsift.evaluation.remote import endpoint_answers, generator_settings
-from gradsift.evaluation.replies import REPLIES_FILE
-from gradsift.evaluation.turns import with_input
+from gradsift.journal import Journal
 from gradsift.runtime import Advance, Runtime
-from gradsift.training.merging import load_to_answer
+from gradsift.training.backbones import Backbone
+from gradsift.training.target import load_to_answer
 
 VERSION = 2
 TERSE_ITEMS = 360  # twenty of each skill
@@ -41,7 +35,7 @@ def benchmark_items(
     runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
 ) -> list[Item]:
     """Return the items of the sets `names`, in that order. The embedded world's terse set is drawn with `seed`."""
-    fetch = functools.partial(fetch_url, folder=runtime.store.root / "downloads")
+    downloads = runtime.store.root / "downloads"
     folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []
     for name in names:
@@ -50,7 +44,7 @@ def benchmark_items(
         elif name == TERSE:
             items += [_item(TERSE, row) for row in verifiable.terse_rows(TERSE_ITEMS, seed=seed)][: config.limit]
         else:
-            items += load_benchmark(name, config.catalog[name], config.limit, fetch, folder)
+            items += load_benchmark(name, config.catalog[name], downloads, config.limit, folder)
     return items
 
 
@@ -72,12 +66,12 @@ def generate(
     target: Artifact,
     tuned: Artifact | None,
     items: Sequence[Item],
-    generator_config: GeneratorConfig | None = None,
+    generator_config: GeneratorConfig,
 ) -> Artifact:
     """Generate greedy answers to every item with the finetuned target, or with the untuned target if `tuned` is None.
 
     Args:
-        generator_config: names the endpoint that computes the answers; by default this process computes them.
+        generator_config: names the endpoint that computes the answers, unless this process computes them.
     """
     settings = {
         "items": items_hash(items),
@@ -91,12 +85,13 @@ def generate(
 
     def make(folder: Path) -> Mapping[str, Any]:
         answers: dict[Item, str] = {}
+        answer: Callable[[Sequence[Question], Advance], list[str]]
         with ExitStack() as stack:
             if remote is None:
-                answer = _in_this_process(runtime, config, target_config, target, tuned, folder)
+                loaded, journal = load_to_answer(runtime, target_config, target, tuned), runtime.journal(folder)
+                answer = functools.partial(_answers, runtime, config, target_config.template, loaded, journal)
             else:
-                replies = runtime.store.root / REPLIES_FILE
-                given = (remote, target_config, target, tuned, config.max_new_tokens, replies, folder)
+                given = (remote, target_config, target, tuned, config.max_new_tokens, folder)
                 answer = stack.enter_context(endpoint_answers(runtime, *given))
             advance = stack.enter_context(runtime.display.task(f"answer {len(items)} questions", len(items)))
             for turn in (1, 2):
@@ -106,57 +101,53 @@ def generate(
         write_model_outputs(folder / OUTPUTS_FILE, rows)
         return {"rows": len(items)}
 
-    parents, slug = [target, *([tuned] if tuned else [])], slug_of(target_config, tuned)
+    slug, parents = slug_and_parents(target_config, target, tuned)
     unit = ("generate", slug, settings, parents, make)
     return runtime.store.obtain(*unit, version=VERSION, size=len(items), divided=remote is None)
 
 
-def _in_this_process(
+def _answers(
     runtime: Runtime,
     config: BenchmarkConfig,
-    target_config: TargetConfig,
-    target: Artifact,
-    tuned: Artifact | None,
-    folder: Path,
-) -> Callable[[Sequence[Question], Advance], list[str]]:
-    loaded, journal = load_to_answer(runtime, target_config, target, tuned), runtime.journal(folder)
-
-    def answer(questions: Sequence[Question], advance: Advance) -> list[str]:
-        return generate_answers(
-            loaded.model,
-            loaded.tokenizer,
-            [
-                encode_prompt(item.instruction, item.input, loaded.tokenizer, target_config.template, history)
-                for item, history in questions
-            ],
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            max_tokens=runtime.compute.tokens,
-            progress=advance,
-            journal=journal,
-        )
-
-    return answer
+    template: str,
+    loaded: Backbone,
+    journal: Journal,
+    questions: Sequence[Question],
+    advance: Advance,
+) -> list[str]:
+    """Answer questions in this process."""
+    return generate_answers(
+        loaded.model,
+        loaded.tokenizer,
+        [encode_prompt(item.instruction, item.input, loaded.tokenizer, template, past) for item, past in questions],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        max_tokens=runtime.compute.tokens,
+        progress=advance,
+        journal=journal,
+    )
 
 
 def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Question]:
     """Return the items as questions. The history of a second turn is the first question and the answer to it."""
-    first = {(item.benchmark, item.item_id): (item, answer) for item, answer in answers.items()}
-    questions = []
-    for item in items:
-        history: tuple[Turn, ...] = ()
-        if item.after is not None:
-            before, answer = first[item.after, item.item_id]
-            history = Turn("user", with_input(before.instruction, before.input)), Turn("assistant", answer)
-        questions.append(Question(item, history))
-    return questions
+    histories = {
+        (item.benchmark, item.item_id): (
+            Turn("user", with_input(item.instruction, item.input)),
+            Turn("assistant", text),
+        )
+        for item, text in answers.items()
+    }
+    return [Question(item, histories[item.after, item.item_id] if item.after else ()) for item in items]
 
 
 def items_hash(items: Sequence[Item]) -> str:
+    """Return the SHA-256 of the items; `after` is left out if it is None."""
     known = [{name: value for name, value in asdict(item).items() if name != "after" or value} for item in items]
-    questions = json.dumps(known, sort_keys=True)
-    return hashlib.sha256(questions.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def slug_of(config: TargetConfig, tuned: Artifact | None) -> str:
-    return tuned.path.name.rsplit("-", 1)[0] if tuned else f"{config.name}-untuned"
+def slug_and_parents(config: TargetConfig, target: Artifact, tuned: Artifact | None) -> tuple[str, list[Artifact]]:
+    """Return the slug and the parents of an artifact that is computed with the target, finetuned or not."""
+    if tuned is None:
+        return f"{config.name}-untuned", [target]
+    return tuned.path.name.rsplit("-", 1)[0], [target, tuned]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from gradsift.config import (
 from gradsift.data.verifiable import answers_match
 from gradsift.diagnostics import write_diagnostics
 from gradsift.errors import ConfigError
-from gradsift.evaluation.chat import ChatClient
+from gradsift.evaluation.chat import client_of
 from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
 from gradsift.evaluation.judges import JudgeError, Rater
 from gradsift.evaluation.judges.alpaca_eval import AlpacaEvalJudge
@@ -31,7 +32,6 @@ from gradsift.evaluation.judges.verifier import VerifierJudge
 from gradsift.evaluation.judges.wording import judge_wording, rating_wording
 from gradsift.evaluation.judgments import invalid_share, judge_pairs, read_judgments
 from gradsift.evaluation.matching import MATCHERS
-from gradsift.evaluation.replies import REPLIES_FILE, Replies, Terms
 from gradsift.journal import Journal
 from gradsift.runtime import Runtime
 from gradsift.sources import Source
@@ -41,12 +41,11 @@ if TYPE_CHECKING:
 
 VERSION = 5  # version of the rules by which a judge's replies, ratings included, are read
 PWS_VERSION = 6
-_CLIENT_OPTIONS = ("api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable", "concurrency")
-# options of a request; a judgment depends on them
-_REQUEST_OPTIONS = ("token_parameter", "system_role", "extra_body", "extra_headers", "extra_query")
-_SPENDING_OPTIONS = ("dry_run", "price_input", "price_output", "max_usd", "max_calls")
 # options that change neither a reply nor its meaning
-_NOT_JUDGMENT = ("confidence", "batch_size", *_CLIENT_OPTIONS, *_SPENDING_OPTIONS)
+_NOT_JUDGMENT = (
+    *("confidence", "batch_size", "api_key_env", "timeout", "retries", "max_wait", "give_up", "give_up_unreadable"),
+    *("concurrency", "dry_run", "price_input", "price_output", "max_usd", "max_calls"),
+)
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
@@ -69,7 +68,7 @@ def judge(
         with runtime.display.task(f"judge={config.name}, both orders", 2 * len(rows)) as advance:
             judgments = judge_pairs(client, rows, reference_rows, folder / "judgments.jsonl", advance)
         invalid = sum(not judgment.valid for judgment in judgments)
-        cost = client.cost() if isinstance(client, OpenaiJudge | AlpacaEvalJudge) else {}
+        cost = client.cost()
         if cost and invalid == len(judgments):
             first = judgments[0]
             raise JudgeError(
@@ -138,21 +137,15 @@ def _client(
     journal: Journal | None = None,
 ) -> OpenaiJudge | AlpacaEvalJudge | LocalJudge | VerifierJudge:
     if isinstance(config, OpenaiJudgeConfig):
-        prices = config.price_input, config.price_output
-        chat = _chat(
-            runtime, config, prices, model=config.model, temperature=config.temperature, max_tokens=config.max_tokens
-        )
-        parse = cast(Parse, config.parse)
+        chat, parse = client_of(runtime, config), cast(Parse, config.parse)
         return OpenaiJudge(chat, scope=scope, parse=parse, system=config.system, task=config.task)
     if isinstance(config, AlpacaEvalJudgeConfig):
         annotator = read_annotator(config.annotators)
-        prices = config.price_input, config.price_output
-        if config.model is None and config.price_input is None:  # the annotator's file gives the price of its own model
-            prices = annotator.price, annotator.price
-        chat = _chat(
+        chat = client_of(
             runtime,
             config,
-            prices,
+            # the annotator's file gives the price of its own model
+            price=annotator.price if config.model is None else None,
             model=config.model or annotator.model,
             temperature=annotator.temperature,
             max_tokens=config.max_tokens or annotator.max_tokens,
@@ -177,34 +170,17 @@ def _client(
             journal=journal,
         )
     if config.name == "verifier":
-        by_set = {name: MATCHERS[rule] for name, rule in (rules or {}).items()}
-        name = ",".join(["verifier:exact", *(f"{key}={rule}" for key, rule in sorted((rules or {}).items()))])
-        return VerifierJudge(answers_match, name=name, by_benchmark=by_set)
+        rules = rules or {}
+        name = ",".join(["verifier:exact", *(f"{key}={rule}" for key, rule in sorted(rules.items()))])
+        return VerifierJudge(answers_match, name, {key: MATCHERS[rule] for key, rule in rules.items()})
     raise ConfigError(f"judge={config.name} is not known; choose verifier, local, openai or alpaca_eval")
 
 
-def _chat(
-    runtime: Runtime, config: EndpointJudgeConfig, prices: tuple[float | None, float | None], **request: Any
-) -> ChatClient:
-    """Return a client that uses the replies in the store, so that no run pays for the same reply again."""
-    options = {name: getattr(config, name) for name in (*_CLIENT_OPTIONS, *_REQUEST_OPTIONS)}
-    options = {"base_url": config.base_url, **options, **request}
-    say = runtime.display.say
-    terms = Terms(*prices, config.max_usd, config.max_calls, config.dry_run)
-    return ChatClient(replies=Replies(runtime.store.root / REPLIES_FILE, say), terms=terms, say=say, **options)
-
-
 def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact) -> Artifact:
-    """Compute outcomes, PWS with intervals (per benchmark and pooled) and the judge's position and length bias.
-
-    The verifier has no length bias, so none is computed for it.
-
-    Args:
-        judged: judgments of `answers` against `reference`.
-    """
+    """Compute outcomes, PWS with intervals (per benchmark and pooled) and the judge's position and length bias."""
     # imported here, so that the first request to a judge need not wait for numpy
     from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
-    from gradsift.evaluation.pws import outcome_strings, outcomes_of, summarise, write_pws
+    from gradsift.evaluation.pws import outcome_strings, outcomes_of, summarise
 
     settings = {"confidence": config.confidence}
 
@@ -228,7 +204,8 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
                 }
             }
             write_diagnostics(folder, [invalid_share(judgments)])
-        write_pws(folder / "pws.json", summary)
+        content = json.dumps(summary, indent=2, allow_nan=False)
+        (folder / "pws.json").write_text(content + "\n", encoding="ascii")
         return {"rows": len(judgments)}
 
     return runtime.store.obtain("pws", config.name, settings, [judged], make, version=PWS_VERSION)
@@ -236,6 +213,5 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
 
 def pws_of(made: Artifact) -> dict[str, Any]:
     """Return the contents of the artifact of `pws`."""
-    from gradsift.evaluation.pws import read_pws
-
-    return read_pws(made.file("pws.json"))
+    summary: dict[str, Any] = json.loads(made.file("pws.json").read_text(encoding="ascii"))
+    return summary

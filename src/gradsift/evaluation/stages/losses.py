@@ -17,13 +17,13 @@ from gradsift.data.load import heldout_of
 from gradsift.data.tokens import Encoded, encode, encoding_settings
 from gradsift.errors import GradsiftError
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.stages.answers import items_hash, slug_of
+from gradsift.evaluation.stages.answers import items_hash, slug_and_parents
 from gradsift.runtime import Runtime
 from gradsift.training import parallel
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
-from gradsift.training.divided import is_divided
 from gradsift.training.head import ResponseLosses, require_finite
+from gradsift.training.parallel import is_divided
 from gradsift.training.target import load_tuned, say_report
 
 VERSION = 3
@@ -50,9 +50,9 @@ def heldout_loss(
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
 
-    parents, slug = [target, loaded, *([tuned] if tuned else [])], slug_of(config, tuned)
-    size = int(loaded.info["heldout"])
-    return runtime.store.obtain("heldout", slug, settings, parents, make, version=VERSION, size=size, divided=True)
+    slug, (_, *adapters) = slug_and_parents(config, target, tuned)
+    unit = ("heldout", slug, settings, [target, loaded, *adapters], make)
+    return runtime.store.obtain(*unit, version=VERSION, size=int(loaded.info["heldout"]), divided=True)
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
@@ -78,15 +78,15 @@ def reference_losses(
             for row, item in enumerate(known)
         ]
         model = load_tuned(runtime, config, target, tuned)
-        by_set: dict[str, list[float]] = {}
         purpose, what = "loss of the reference answers", "reference answers"
+        by_set: dict[str, list[float]] = {}
         for rows, losses in example_losses(runtime, config, model, examples, folder, purpose, what):
             for row, loss in zip(rows.tolist(), losses.tolist(), strict=True):
                 by_set.setdefault(known[row].benchmark, []).append(loss)
         means = {name: sum(losses) / len(losses) for name, losses in by_set.items()}
         return {"rows": len(known), "losses": means, "left_out": len(known) - sum(map(len, by_set.values()))}
 
-    parents, slug = [target, *([tuned] if tuned else [])], slug_of(config, tuned)
+    slug, parents = slug_and_parents(config, target, tuned)
     unit = ("reference_loss", slug, settings, parents, make)
     return runtime.store.obtain(*unit, version=VERSION, size=len(known), divided=True)
 

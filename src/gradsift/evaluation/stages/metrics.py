@@ -1,41 +1,59 @@
-"""The stage `metrics`: metrics of the answers that are computed without a judge."""
+"""The stages `metrics` and `lm_eval`, which need no judge, and what a model forgets in a finetune by them.
+
+lm-eval (EleutherAI's harness) runs its tasks on the model in memory; the package is an optional extra.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradsift.artifacts import Artifact
-from gradsift.config import BenchmarkConfig
-from gradsift.errors import DataError
+from gradsift.config import BenchmarkConfig, GeneratorConfig, TargetConfig
+from gradsift.data.tokens import encode_prompt, template_identity
+from gradsift.errors import ConfigError, DataError, GradsiftError, first_line
 from gradsift.evaluation.benchmarks import Item
-from gradsift.evaluation.generation import OUTPUTS_FILE, read_model_outputs
-from gradsift.evaluation.lm_harness import check_lm_eval
-from gradsift.evaluation.text_metrics import check_wordnet, measure, read_wordnet
+from gradsift.evaluation.generation import OUTPUTS_FILE, generate_answers, read_model_outputs
+from gradsift.evaluation.stages.answers import generate, slug_and_parents
+from gradsift.evaluation.stages.losses import reference_losses
+from gradsift.evaluation.text_metrics import change, check_wordnet, measure, read_wordnet
 from gradsift.manifests import file_hash
 from gradsift.runtime import Runtime
+from gradsift.training.parallel import divides
+from gradsift.training.target import load_to_answer
 
 VERSION = 1
+LM_EVAL_VERSION = 2
 METRICS_FILE = "metrics.json"
 
 
 def check_metrics(config: BenchmarkConfig) -> None:
     """Raise an error early if a metric cannot be computed, because files are missing or a task is unknown."""
     check_wordnet(config.wordnet_dir)
-    if config.lm_eval_folder is not None and not Path(config.lm_eval_folder).is_dir():
-        raise DataError(
-            f"benchmark.lm_eval_folder={config.lm_eval_folder} is no folder; name one with tasks of lm-eval"
+    tasks, folder = list(config.lm_eval_tasks), config.lm_eval_folder
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(f"benchmark.lm_eval_folder={folder} is no folder; name one with tasks of lm-eval")
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"benchmark.lm_eval_tasks={tasks} needs the package lm-eval; install it with pip install -e '.[lm-eval]'"
         )
-    check_lm_eval(config.lm_eval_tasks, config.lm_eval_folder)
+    known = _known(_manager(tuple(tasks), folder))
+    if unknown := [task for task in tasks if task not in known]:
+        raise ConfigError(
+            f"benchmark.lm_eval_tasks={unknown} is no task or group of lm-eval; `lm_eval ls tasks` lists them, and "
+            "benchmark.lm_eval_folder names a folder with YAML files of your own"
+        )
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
-    """Compute accuracy, ROUGE-L, BLEU and METEOR per benchmark and pooled (see `gradsift.evaluation.text_metrics`).
-
-    Args:
-        answers: the answers of the stage `generate` to these items.
+    """Compute the metrics of `gradsift.evaluation.text_metrics` for the answers of the stage `generate` to these items.
 
     Returns:
         An artifact for `metrics_of`; None if no item has a reference answer.
@@ -64,3 +82,199 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
     """Return the contents of the artifact of `metrics`; None if `made` is None."""
     return None if made is None else json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
+
+
+class General(NamedTuple):
+    """A model's results on general sets and lm-eval's tasks; None if the config does not ask for them.
+
+    `metrics` is also None if no item has a reference answer.
+    """
+
+    metrics: Artifact | None
+    losses: Artifact | None
+    tasks: Artifact | None
+
+
+def forgetting(
+    runtime: Runtime,
+    config: BenchmarkConfig,
+    target_config: TargetConfig,
+    target: Artifact,
+    tuned: Artifact,
+    items: Sequence[Item],
+    generator: GeneratorConfig,
+) -> tuple[General, General]:
+    """Return the results before and after the finetune; `items` are those of the sets in `benchmark.general`."""
+
+    def state(model: Artifact | None) -> General:
+        measured = losses = tasks = None
+        if items:
+            answers = generate(runtime, config, target_config, target, model, items, generator)
+            measured = metrics(runtime, config, answers, items)
+            losses = reference_losses(runtime, target_config, target, model, items)
+        if config.lm_eval_tasks:
+            tasks = _lm_eval(runtime, config, target_config, target, model)
+        return General(measured, losses, tasks)
+
+    return state(None), state(tuned)
+
+
+def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
+    """Return `{set: {"before", "after", "change"}}`; a task of lm-eval has the key `lm_eval/<task>`.
+
+    Each of the three has the metrics and, where available, `loss`: the mean over items of the mean NLL per token of the
+    reference answer (nats).
+    """
+
+    def values_of(state: General) -> dict[str, dict[str, Any]]:
+        measured = metrics_of(state.metrics) or {"benchmarks": {}}
+        losses = {} if state.losses is None else state.losses.info["losses"]
+        sets = {name: {**values, "loss": losses.get(name)} for name, values in measured["benchmarks"].items()}
+        tasks = {} if state.tasks is None else state.tasks.info["tasks"]
+        return sets | {f"lm_eval/{task}": values for task, values in tasks.items()}
+
+    before, after = map(values_of, states)
+    return {
+        name: {"before": before[name], "after": after[name], "change": change(before[name], after[name])}
+        for name in before
+    }
+
+
+def _lm_eval(
+    runtime: Runtime, config: BenchmarkConfig, target_config: TargetConfig, target: Artifact, tuned: Artifact | None
+) -> Artifact:
+    settings: dict[str, Any] = {
+        "tasks": list(config.lm_eval_tasks),
+        "limit": config.limit,
+        "template": template_identity(target_config.template),
+        "max_new_tokens": config.max_new_tokens,
+        "package": metadata.version("lm-eval"),  # tasks change from release to release
+    }
+    if config.lm_eval_folder is not None:
+        files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
+        settings["folder"] = {str(file.relative_to(config.lm_eval_folder)): file_hash(file) for file in files}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        loaded = load_to_answer(runtime, target_config, target, tuned)
+        model: Any = loaded.model
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # it includes the LoRA layers
+        tasks = evaluate_tasks(plain, loaded.tokenizer, config, target_config.template, runtime.compute.tokens)
+        return {"rows": len(tasks), "tasks": tasks}
+
+    slug, parents = slug_and_parents(target_config, target, tuned)
+    # in a divided model a forward pass needs all ranks, and lm-eval divides no requests, so every rank runs all
+    divided = divides(runtime.compute)
+    return runtime.store.obtain("lm_eval", slug, settings, parents, make, version=LM_EVAL_VERSION, divided=divided)
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, config: BenchmarkConfig, template: str, max_tokens: int | None
+) -> dict[str, dict[str, float]]:
+    """Return every figure that lm-eval reports for each task; a task uses its own number of few-shot examples.
+
+    Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
+    instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
+
+    Args:
+        config: the tasks, and the limits of items and answers; a task may set a lower limit for its answers.
+        max_tokens: the most tokens per batch of generated answers, padding included.
+
+    Returns:
+        `{task: {figure: value}}`; empty on all ranks except the first of a machine.
+
+    Raises:
+        GradsiftError: a task needs a missing package, has no data here, samples its answers or has no figures.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    tasks = list(config.lm_eval_tasks)
+    option = f"benchmark.lm_eval_tasks={tasks}"
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
+        setattr(wrapped, kind, functools.partial(getattr(wrapped, kind), disable_tqdm=True))
+    wrapped.generate_until = functools.partial(_answers, model, tokenizer, config, template, max_tokens)
+    settings: dict[str, Any] = {"limit": config.limit, "bootstrap_iters": 0, "log_samples": False}
+    try:
+        manager = _manager(tuple(tasks), config.lm_eval_folder)
+        report = simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, **settings)
+    except ImportError as error:
+        raise ConfigError(
+            f"{option}: one of them needs the package {error.name}; install it (those of ifeval come with "
+            "pip install -e '.[lm-eval]')"
+        ) from error
+    except OSError as error:  # includes the hub's errors
+        raise DataError(
+            f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
+            "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
+        ) from error
+    if report is None:  # on all ranks except the first of a machine, even if the model is divided among them
+        return {}
+    reported = {task: figures(report["results"][task]) for task in tasks}
+    if bare := [task for task, values in reported.items() if not values]:
+        raise GradsiftError(
+            f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"
+        )
+    return reported
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    config: BenchmarkConfig,
+    template: str,
+    max_tokens: int | None,
+    requests: Sequence[Any],
+) -> list[str]:
+    """Answer lm-eval's requests (a prompt and its options); cut each answer before its first stop string."""
+    by_limit: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        options = request.args[1]
+        if options.get("do_sample"):
+            raise ConfigError("a task of benchmark.lm_eval_tasks samples its answers; take one that answers greedily")
+        limit = min(config.max_new_tokens, options.get("max_gen_toks", config.max_new_tokens))
+        by_limit.setdefault(limit, []).append(place)
+    answers = [""] * len(requests)
+    for limit, places in by_limit.items():
+        prompts = [encode_prompt(requests[place].args[0], "", tokenizer, template) for place in places]
+        texts = generate_answers(
+            model, tokenizer, prompts, max_new_tokens=limit, batch_size=config.batch_size, max_tokens=max_tokens
+        )
+        for place, text in zip(places, texts, strict=True):
+            ends = requests[place].args[1].get("until") or []
+            answers[place] = until(text, [ends] if isinstance(ends, str) else ends)
+    return answers
+
+
+def until(text: str, ends: Sequence[str]) -> str:
+    """Return `text` up to the first occurrence of any of `ends`, or the whole text if none of them occurs."""
+    return text[: min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))]
+
+
+@functools.cache
+def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
+    """Return lm-eval's index of tasks.
+
+    If the folder has all `tasks`, only the folder is indexed, because indexing the package's tasks takes ten seconds.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        own = TaskManager(include_path=folder, include_defaults=False)
+        if set(tasks) <= _known(own):
+            return own
+    return TaskManager(include_path=folder)
+
+
+def _known(manager: Any) -> set[str]:
+    """Return the names of tasks and groups; tags are left out, because lm-eval reports no figures for them."""
+    return {*manager.all_subtasks, *manager.all_groups}
+
+
+def figures(reported: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers in lm-eval's report of one task (keys like `acc,none`), without standard errors and labels."""
+    return {
+        name: float(value)
+        for name, value in reported.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in name and "_stderr" not in name
+    }

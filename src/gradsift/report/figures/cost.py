@@ -1,10 +1,7 @@
-"""The cost of each stage (time, units of work, tokens, memory), and the work that was reused."""
+"""The cost of each stage, and the work that was reused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -44,30 +41,30 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
     return by_stage
 
 
-@report_figure("Cost", lambda material: [{"stage": stage, **cost} for stage, cost in costs(material).items()])
+@report_figure("cost", "Cost", lambda material: [{"stage": stage, **cost} for stage, cost in costs(material).items()])
 def cost(material: Material) -> Figure:
     """Seconds, units of work, tokens and memory (GB) of each stage in these runs, and the work that was reused from the
     store."""
     by_stage = costs(material)
-    column = {name: [cost[name] for cost in by_stage.values()] for name in _COLUMNS}
-    figure, axes = style.panels(4 if any(column["memory"]) else 3, width=7.2, height=1.3 + 0.24 * len(by_stage))
-    _bars(axes[0], "seconds", column["seconds"], column["saved"])
-    _bars(axes[1], "units of work", column["made"], column["reused"])
-    _bars(axes[2], "tokens through a model", column["tokens"])
-    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
-    if any(column["memory"]):
-        _bars(axes[3], "peak memory (GB)", column["memory"])
-    for panel in axes:
+    shown = [
+        ("seconds", "seconds", "saved"),
+        ("units of work", "made", "reused"),
+        ("tokens through a model", "tokens", None),
+    ]
+    if any(cost["memory"] for cost in by_stage.values()):
+        shown.append(("peak memory (GB)", "memory", None))
+    places = range(len(by_stage))
+    reuse: Style = {"color": style.NEUTRAL, "hatch": style.HATCHES[1], "label": "reused: not done again"}
+    figure, axes = style.panels(len(shown), width=7.2, height=1.3 + 0.24 * len(by_stage))
+    for panel, (title, done, reused) in zip(axes, shown, strict=True):
+        made = [cost[done] for cost in by_stage.values()]
+        panel.barh(places, made, color=style.COLOURS[0], label="done", **style.BAR)
+        if reused is not None:
+            panel.barh(places, [cost[reused] for cost in by_stage.values()], left=made, **reuse, **style.BAR)
+        panel.set_title(title, fontsize=8.5)
         style.name_rows(panel, list(by_stage))
         panel.locator_params(axis="x", nbins=4)
+    axes[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in axes[1:]:
         panel.set_yticklabels([])
     return figure
-
-
-def _bars(axes: Axes, title: str, made: Sequence[float], reused: Sequence[float] = ()) -> None:
-    axes.barh(range(len(made)), made, color=style.COLOURS[0], label="done", **style.BAR)
-    if reused:
-        options: Style = {"color": style.NEUTRAL, "hatch": style.HATCHES[1], "label": "reused: not done again"}
-        axes.barh(range(len(made)), reused, left=made, **options, **style.BAR)
-    axes.set_title(title, fontsize=8.5)

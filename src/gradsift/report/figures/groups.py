@@ -9,6 +9,7 @@ import numpy as np
 
 from gradsift.report.audit_tables import jaccard
 from gradsift.report.material import Material, Missing, Run
+from gradsift.report.run_tables import grouped
 
 MOST_LINES = 8  # methods in a figure of lines: as many as there are colours
 MOST_ROWS = 24  # methods in a figure of bars or cells
@@ -22,20 +23,13 @@ def middle_alpha(runs: Sequence[Run]) -> float:
 
 def by_method(runs: Sequence[Run], alpha: float, most: int = MOST_ROWS) -> dict[str, list[Run]]:
     """Return the runs at `alpha` by method, in the sweep's order, for at most `most` methods (see `among`)."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.alpha == alpha:
-            groups.setdefault(run.method, []).append(run)
+    groups = grouped((run for run in runs if run.alpha == alpha), lambda run: run.method)
     shown = among({name: str(group[0].record["scorer"]) for name, group in groups.items()}, most)
     return {name: group for name, group in groups.items() if name in shown}
 
 
 def among(scorers: Mapping[str, str], most: int) -> set[str]:
-    """Choose at most `most` methods: one of each scorer, then a second of each, and so on.
-
-    Args:
-        scorers: the scorer of each method.
-    """
+    """Choose at most `most` of the methods (keys; values: their scorers): one of each scorer, then a second of each."""
     seen: Counter[str] = Counter()
     turns = []
     for name, scorer in scorers.items():
@@ -47,26 +41,22 @@ def among(scorers: Mapping[str, str], most: int) -> set[str]:
 def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
     """Return the runs that have an artifact of the stage, without the full-data run if `but_full`.
 
-    Raises:
-        Missing: there is no such run; the message says why the first run has no artifact.
+    If there is none, raises `Missing` with the reason of the first run.
     """
     wanted = [run for run in material.runs if not (but_full and run.is_full)]
     if not wanted:
         raise Missing("there is only the full-data run, which selects nothing")
     runs = [run for run in wanted if run.has(stage)]
     if not runs:
-        wanted[0].one(stage)  # raises the reason
+        wanted[0].one(stage)  # raises Missing
     return runs
 
 
-def representative(material: Material, stage: str, scorer: str = "gsnr") -> Run:
-    """Return the run that is shown by a figure of a single run.
-
-    It is the first run with `scorer` at the middle alpha or, without such a run, the first run at the middle alpha.
-    """
+def representative(material: Material, stage: str) -> Run:
+    """Return the run for a figure of one run: the first run of G-SNR, or else of any scorer, at the middle alpha."""
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
-    return next((run for run in at_alpha if run.record["scorer"] == scorer), at_alpha[0])
+    return next((run for run in at_alpha if run.record["scorer"] == "gsnr"), at_alpha[0])
 
 
 def largest_ensemble(material: Material) -> Run:
@@ -97,7 +87,7 @@ def named(run: Run) -> str:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if there is no value or any is unknown, as means over different runs cannot be compared."""
+    """Return the mean; None if there is no value or any is None, as means over different runs cannot be compared."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -113,10 +103,7 @@ def overlap_of(material: Material, one: Run, other: Run) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the rank correlation over the entries that are finite in both arrays.
-
-    None if there are fewer than two such entries, or if one of the arrays is constant in them.
-    """
+    """Return the rank correlation over the entries that are finite in both arrays; None if it is not defined."""
     from scipy.stats import spearmanr
 
     usable = np.isfinite(x) & np.isfinite(y)

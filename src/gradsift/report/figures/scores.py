@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from textwrap import fill
 
 import numpy as np
@@ -12,17 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import AsinhLocator, NullLocator
 
 from gradsift.data.load import EXAMPLES_FILE
-from gradsift.report.figures import style
-from gradsift.report.figures.groups import (
-    MOST_LINES,
-    by_method,
-    heldout_loss,
-    mean,
-    middle_alpha,
-    reached,
-    representative,
-    spearman,
-)
+from gradsift.report.figures import groups, style
 from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
 from gradsift.scoring.scores import SCORED
@@ -37,14 +26,15 @@ _WIDE = 20  # the axis has an asinh scale if the scores span at least this many 
 _BANDS = 20  # number of bands of the ranking in `score_length`
 
 
-@report_figure("Score distributions")
+@report_figure("selection", "Score distributions")
 def score_distributions(material: Material) -> Figure:
     """All scored rows in grey, the selected ones in colour. Each method has its own scale; if the scores have a wide
     range, the scale is linear around zero and logarithmic far from zero. Shows at most eight methods."""
-    scored = [run for run in reached(material, "select") if SCORED in material.scores(run).status]
+    scored = [run for run in groups.reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
-    shown = {name: group[0] for name, group in by_method(scored, middle_alpha(scored), MOST_LINES).items()}
+    by_method = groups.by_method(scored, groups.middle_alpha(scored), groups.MOST_LINES)
+    shown = {name: runs[0] for name, runs in by_method.items()}
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = style.panels(columns, rows, width=1.2 + 2.0 * columns, height=0.9 + 1.7 * rows)
@@ -57,14 +47,10 @@ def score_distributions(material: Material) -> Figure:
             panel.xaxis.set_major_locator(AsinhLocator(width, numticks=3))
             panel.xaxis.set_minor_locator(NullLocator())
         panel.hist(values, bins=bins, color=style.NEUTRAL, label="all rows")
-        chosen = scores.score[material.selected(run)]
-        panel.hist(
-            chosen, bins=bins, color=style.COLOURS[1], hatch=style.HATCHES[1], label="selected", edgecolor=style.INK
-        )
+        options: Style = {"color": style.COLOURS[1], "hatch": style.HATCHES[1], "edgecolor": style.INK}
+        panel.hist(scores.score[material.selected(run)], bins=bins, label="selected", **options)
         panel.set_title(fill(name, 22))
-        panel.locator_params(axis="y", nbins=4)
-        if width is None:
-            panel.locator_params(axis="x", nbins=4)
+        panel.locator_params(axis="y" if width is not None else "both", nbins=4)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
     for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a `figure.supxlabel` would overlap the legend
@@ -74,7 +60,7 @@ def score_distributions(material: Material) -> Figure:
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Return the edges of the bins, and the linear width of the asinh scale (None for a linear scale)."""
+    """Return the edges of the bins, and the linear width of an asinh scale (None for a linear scale)."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
     if width <= 0 or np.ptp(values) < _WIDE * width:
@@ -85,14 +71,14 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
     return edges.tolist(), width
 
 
-@report_figure("Early against late gradient norms")
+@report_figure("selection", "Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
     """The rows below the dashed diagonal are those whose gradient norm fell between the snapshots. G-SNR treats such a
     fall as learning."""
-    run = representative(material, "statistics")
+    run = groups.representative(material, "statistics")
     values = material.statistics(run)
     figure, (axes,) = style.panels(width=4.8, height=4.0)
-    cloud(axes, values.G_s, values.G_t, _is_selected(material, run, len(values.G_s)), log=True)
+    cloud(axes, values.G_s, values.G_t, _chosen(material, run))
     both = np.concatenate([values.G_s, values.G_t])
     ends = np.nanmin(both[both > 0]), np.nanmax(both)
     axes.plot(ends, ends, color=style.INK, **style.DASHED, label="no change")
@@ -103,22 +89,17 @@ def early_late_norms(material: Material) -> Figure:
     return figure
 
 
-def _is_selected(material: Material, run: Run, count: int) -> np.ndarray | None:
-    """Return a mask (N,) of the selected examples; None if the run selected nothing."""
-    if not run.has("select"):
-        return None
-    selected = np.zeros(count, bool)
-    selected[material.selected(run)] = True
-    return selected
+def _chosen(material: Material, run: Run) -> np.ndarray | None:
+    return material.selected(run) if run.has("select") else None
 
 
-@report_figure("Score against response length")
+@report_figure("selection", "Score against response length")
 def score_length(material: Material) -> Figure:
     """Median response length in bands of equal size along each ranking, with the best rows at the left. A method whose
     line rises or falls from the left edge selects by length. Shows at most eight methods."""
-    runs = reached(material, "score")
-    alpha = middle_alpha(runs)
-    shown = by_method(runs, alpha, MOST_LINES)
+    runs = groups.reached(material, "score")
+    alpha = groups.middle_alpha(runs)
+    shown = groups.by_method(runs, alpha, groups.MOST_LINES)
     figure, (axes,) = style.panels(width=5.4, height=3.4)
     for (name, group), look in zip(shown.items(), style.looks_of(shown).values(), strict=True):
         curve = np.mean([_lengths_by_rank(material, run) for run in group], axis=0)
@@ -141,60 +122,53 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
     return np.array([np.median(response[band]) for band in np.array_split(order, _BANDS)])
 
 
-@report_figure("Variance of the norms and loss")
+@report_figure("selection", "Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
     """Left: each row's variance of the gradient norm over members against its late loss. Right, if several selections
     have a held-out loss: the held-out loss of the target tuned on a selection against the selection's mean variance."""
-    run = representative(material, "statistics")
+    run = groups.representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
     panel_count = 2 if len(points) > 1 else 1
     figure, axes = style.panels(panel_count, width=1.0 + 2.7 * panel_count, height=3.5)
-    cloud(axes[0], values.loss_t, values.V_t, _is_selected(material, run, len(values.V_t)), log=True)
+    cloud(axes[0], values.loss_t, values.V_t, _chosen(material, run))
     axes[0].set(xlabel="late loss (nats a token)", ylabel="variance over members, $V_t$")
-    axes[0].set_title(as_text(spearman(values.loss_t, values.V_t)))
+    axes[0].set_title(as_text(groups.spearman(values.loss_t, values.V_t)))
     if len(points) > 1:
-        _draw_selections(axes[1], points)
+        names, variance, loss = (np.array(column) for column in zip(*points, strict=True))
+        for name, look in style.looks_of(names.tolist()).items():
+            own = names == name
+            axes[1].plot(variance[own], loss[own], look.marker, ms=6, color=look.colour, label=name)
+        axes[1].set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss (nats a token)")
+        axes[1].set_title(as_text(groups.spearman(variance, loss)))
     style.plain_log(axes[0].yaxis, *(panel.xaxis for panel in axes))
     return figure
-
-
-def _draw_selections(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    names, variance, loss = (np.array(values) for values in zip(*points, strict=True))
-    for name, look in style.looks_of(names.tolist()).items():
-        own = names == name
-        axes.plot(variance[own], loss[own], look.marker, ms=6, color=look.colour, label=name)
-    axes.set(xscale="log", xlabel="mean $V_t$ of the selection", ylabel="held-out loss (nats a token)")
-    axes.set_title(as_text(spearman(variance, loss)))
 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
     """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of` that has these values.
 
-    Full-data runs are left out.
-
-    Args:
-        variance: (N,) V_t of the examples under the ensemble of `of`.
+    Full-data runs are left out. `variance` (N,) is V_t of the examples under the ensemble of `of`.
     """
     points = []
     for run in material.runs:
-        loss = heldout_loss(run)
+        loss = groups.heldout_loss(run)
         if run.data == of.data and run.has("select") and not run.is_full and loss is not None:
-            level = mean([float(v) for v in variance[material.selected(run)] if np.isfinite(v)])
+            level = groups.mean([float(v) for v in variance[material.selected(run)] if np.isfinite(v)])
             if level is not None and level > 0:
                 points.append((run.method, level, float(loss)))
     return points
 
 
-def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = None, log: bool = False) -> None:
-    """Draw all examples in grey, and the marked ones on top in colour.
+def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, chosen: np.ndarray | None) -> None:
+    """Draw all examples in grey on logarithmic axes, and the chosen ones on top in colour.
 
     Args:
-        x, y: (N,) values. Examples with a value that is not finite, or not positive if `log`, are left out.
-        marked: (N,) bool.
+        x, y: (N,) values. Examples with a value that is not finite and positive are left out.
+        chosen: positions of examples.
     """
-    usable = np.isfinite(x) & np.isfinite(y) & ((x > 0) & (y > 0) if log else True)
-    scale: Style = {"xscale": "log", "yscale": "log"} if log else {}
+    usable = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
+    scale: Style = {"xscale": "log", "yscale": "log"}
     axes.set(**scale)
     if usable.sum() <= MOST_POINTS:
         axes.plot(x[usable], y[usable], "o", ms=2.6, mec="none", color=_CLOUD, alpha=0.7, label="all rows")
@@ -202,10 +176,10 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, marked: np.ndarray | None = 
         options: Style = {"gridsize": (48, 30), "mincnt": 1, "bins": "log", "cmap": _GREYS, "linewidths": 0}
         axes.hexbin(x[usable], y[usable], **options, **scale)
         axes.plot([], [], "h", ms=7, mec="none", color=_CLOUD, label="all rows, darker where there are more")
-    if marked is not None:
-        chosen = np.flatnonzero(usable & marked)
-        shown = thinned(chosen, MOST_POINTS)
-        label = "selected" if len(shown) == len(chosen) else f"selected ({len(shown):,} of {len(chosen):,})"
+    if chosen is not None:
+        drawable = np.sort(chosen[usable[chosen]])
+        shown = thinned(drawable, MOST_POINTS)
+        label = "selected" if len(shown) == len(drawable) else f"selected ({len(shown):,} of {len(drawable):,})"
         axes.plot(x[shown], y[shown], "s", ms=3.2, mec="none", color=style.COLOURS[1], alpha=0.8, label=label)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,10 @@ from matplotlib.figure import Figure
 from gradsift.config import GsnrConfig
 from gradsift.gradients.statistics import compute_statistics
 from gradsift.report.audit_tables import jaccard
-from gradsift.report.figures import style
-from gradsift.report.figures.groups import (
-    MOST_ROWS,
-    by_method,
-    heldout_loss,
-    largest_ensemble,
-    mean,
-    middle_alpha,
-    named,
-    over_seeds_of,
-    overlap_of,
-    reached,
-    representative,
-    spearman,
-)
+from gradsift.report.figures import groups, style
 from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
+from gradsift.report.run_tables import grouped
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import best_first
@@ -47,51 +35,41 @@ def settings_grid(material: Material) -> Records:
     The scorer is G-SNR if its runs vary in the setting, else the first scorer whose runs do. Only runs at the middle
     alpha count. The value is the PWS if all runs have one; otherwise the held-out loss if all runs have one; otherwise
     the overlap (Jaccard) with the selection of the setting with the most members and, of these, the latest snapshots.
-
-    Raises:
-        Missing: no scorer has runs with different M or snapshots.
     """
-    by_scorer: dict[str, list[Run]] = {}
-    for run in material.runs:
-        if run.has("select") and run.has("statistics"):
-            by_scorer.setdefault(str(run.record["scorer"]), []).append(run)
+    runs = [run for run in material.runs if run.has("select") and run.has("statistics")]
+    by_scorer = grouped(runs, lambda run: str(run.record["scorer"]))
     varied = {name: runs for name, runs in by_scorer.items() if len({_setting_of(run) for run in runs}) > 1}
     if not varied:
         raise Missing(
             "proxy.members and proxy.snapshots do not vary; sweep them with experiment=gradfiltering_sensitivity"
         )
     scorer = "gsnr" if "gsnr" in varied else next(iter(varied))
-    groups: dict[Setting, list[Run]] = {}
-    for run in varied[scorer]:
-        if run.alpha == middle_alpha(varied[scorer]):
-            groups.setdefault(_setting_of(run), []).append(run)
-    for measure, value_of in (("PWS", lambda run: run.record.get("pws")), ("held-out loss", heldout_loss)):
-        means = {setting: mean([value_of(run) for run in runs]) for setting, runs in groups.items()}
-        known = {setting: value for setting, value in means.items() if value is not None}
-        if len(known) == len(groups):
-            return _settings_records(scorer, measure, known)
-    largest = max(groups)
-    beside = {(run.data, run.record["seed"]): run for run in groups[largest]}  # runs with which all others are compared
-    overlaps = {}
-    for setting, runs in groups.items():
-        pairs = [(run, other) for run in runs if (other := beside.get((run.data, run.record["seed"])))]
-        if pairs:
-            overlaps[setting] = float(np.mean([overlap_of(material, *pair) for pair in pairs]))
-    return _settings_records(scorer, f"overlap with M={largest[0]}, {list(largest[1])}", overlaps)
-
-
-def _setting_of(run: Run) -> Setting:
-    return int(run.record["members"]), tuple(run.record["snapshots"])
-
-
-def _settings_records(scorer: str, measure: str, values: Mapping[Setting, float]) -> Records:
+    alpha = groups.middle_alpha(varied[scorer])
+    cells = grouped((run for run in varied[scorer] if run.alpha == alpha), _setting_of)
+    measure = "PWS"
+    values = {setting: groups.mean([run.record.get("pws") for run in runs]) for setting, runs in cells.items()}
+    if None in values.values():
+        measure = "held-out loss"
+        values = {setting: groups.mean(list(map(groups.heldout_loss, runs))) for setting, runs in cells.items()}
+    if None in values.values():
+        largest = max(cells)
+        measure, values = f"overlap with M={largest[0]}, {list(largest[1])}", {}
+        others = {(run.data, run.record["seed"]): run for run in cells[largest]}
+        for setting, runs in cells.items():
+            pairs = [(run, other) for run in runs if (other := others.get((run.data, run.record["seed"])))]
+            if pairs:
+                values[setting] = float(np.mean([groups.overlap_of(material, *pair) for pair in pairs]))
     return [
         {"scorer": scorer, "measure": measure, "members": m, "snapshots": ", ".join(map(str, s)), "value": value}
         for (m, s), value in sorted(values.items())
     ]
 
 
-@report_figure("Sensitivity to M and the snapshots", settings_grid)
+def _setting_of(run: Run) -> Setting:
+    return int(run.record["members"]), tuple(run.record["snapshots"])
+
+
+@report_figure("sensitivity", "Sensitivity to M and the snapshots", settings_grid)
 def members_and_snapshots(material: Material) -> Figure:
     """One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the lowest to the
     highest value, however close these are, so read the numbers."""
@@ -117,31 +95,27 @@ def members_and_snapshots(material: Material) -> Figure:
 
 
 def size_curves(material: Material) -> Records:
-    """Compare G-SNR from the first m members, m from 2 to M, with G-SNR from all M (Spearman, Jaccard), for each seed.
-
-    Raises:
-        Missing: there are fewer than three members.
-    """
-    runs = over_seeds_of(material, largest_ensemble(material))
-    return [record for run in runs for record in _size_curve(material, run)]
-
-
-def _size_curve(material: Material, run: Run) -> Records:
-    early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
-    sizes = list(range(2, len(early) + 1))
-    if len(sizes) < 2:
-        raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
-    scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
-    scores = [gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run)) for m in sizes]
-    return agreement(run, "members", dict(zip(sizes, scores, strict=True)), scores[-1])
+    """Compare G-SNR from the first m members, 2 <= m <= M, with G-SNR from all M (Spearman, Jaccard), for each seed."""
+    records: list[Mapping[str, Any]] = []
+    for run in groups.over_seeds_of(material, groups.largest_ensemble(material)):
+        early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
+        if len(early) < 3:
+            raise Missing(f"{run.name}: {len(early)} members are too few to leave some out")
+        scope, count = run.config["proxy"]["norm_scope"], len(material.statistics(run).G_s)
+        scores = {
+            m: gsnr(compute_statistics(early[:m], late[:m], scope, count), eps=own_eps(run))
+            for m in range(2, len(early) + 1)
+        }
+        records += agreement(run, "members", scores, scores[len(early)])
+    return records
 
 
-@report_figure("Members that a ranking needs", size_curves)
+@report_figure("sensitivity", "Members that a ranking needs", size_curves)
 def ensemble_size(material: Material) -> Figure:
     """Agreement of G-SNR from only the first members with G-SNR from all members, with a line for each seed. Where the
     lines are near 1, more members change little."""
     records = size_curves(material)
-    figure, axes = _draw_agreement(largest_ensemble(material), records, "members", marks="os")
+    figure, axes = _draw_agreement(groups.largest_ensemble(material), records, "members", marks="os")
     sizes = sorted({record["members"] for record in records})
     axes.set(xlabel=f"members, of {sizes[-1]}", ylabel="agreement with all members", xticks=sizes)
     return figure
@@ -150,21 +124,21 @@ def ensemble_size(material: Material) -> Figure:
 def eps_curves(material: Material) -> Records:
     """Compare G-SNR with each eps of EPS to G-SNR with the run's own eps (Spearman, Jaccard), for each seed."""
     records: list[Mapping[str, Any]] = []
-    for run in over_seeds_of(material, representative(material, "statistics")):
+    for run in groups.over_seeds_of(material, groups.representative(material, "statistics")):
         values = material.statistics(run)
         scores = {float(value): gsnr(values, eps=float(value)) for value in EPS}
         records += agreement(run, "eps", scores, gsnr(values, eps=own_eps(run)))
     return records
 
 
-@report_figure("Sensitivity to eps", eps_curves)
+@report_figure("sensitivity", "Sensitivity to eps", eps_curves)
 def eps(material: Material) -> Figure:
     """Agreement of G-SNR at other values of eps with G-SNR at this run's eps, from the same gradient statistics. Each
     seed has its own line. Where the lines fall, eps rather than the ensemble decides the ranking."""
-    run = representative(material, "statistics")
+    run = groups.representative(material, "statistics")
     figure, axes = _draw_agreement(run, eps_curves(material), "eps")
     axes.axvline(own_eps(run), color=style.INK, linewidth=1, label=f"this run: {own_eps(run):g}")
-    middles = [float(np.nanmedian(material.statistics(each).V_t)) for each in over_seeds_of(material, run)]
+    middles = [float(np.nanmedian(material.statistics(each).V_t)) for each in groups.over_seeds_of(material, run)]
     label = f"median $V_t$: {' to '.join(dict.fromkeys(f'{value:.2g}' for value in (min(middles), max(middles))))}"
     for middle in middles:
         axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=label)
@@ -181,8 +155,7 @@ def own_eps(run: Run) -> float:
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
     """Compare each of `scores` with `base`: Spearman (None if not defined), and Jaccard of the top share `run.alpha`.
 
-    Args:
-        name: name of the setting that varies; the keys of `scores` are its values.
+    `name` is the setting that varies; the keys of `scores` are its values.
     """
     size = int(run.alpha * len(base.score))
     top = best_first(base)[:size].tolist()
@@ -192,16 +165,16 @@ def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -
             "seed": run.record.get("seed"),
             "data_seed": run.record.get("data_seed"),
             name: value,
-            "rank_correlation": spearman(each.score, base.score),
+            "rank_correlation": groups.spearman(each.score, base.score),
+            "overlap": jaccard(top, best_first(each)[:size].tolist()),
         }
-        | {"overlap": jaccard(top, best_first(each)[:size].tolist())}
         for value, each in scores.items()
     ]
 
 
 def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] = ("", "")) -> tuple[Figure, Axes]:
     figure, (axes,) = style.panels(width=5.2, height=3.3)
-    seeds = style.grouped(records, "run").values()
+    seeds = grouped(records, itemgetter("run")).values()
     labels = "rank correlation of the scores", f"overlap of the top {run.alpha:.0%}"
     for own in seeds:
         for place, (key, label) in enumerate(zip(("rank_correlation", "overlap"), labels, strict=True)):
@@ -209,7 +182,8 @@ def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] 
             axes.plot(style.column(own, name), style.column(own, key), marks[place] + ("-", "--")[place], **look)
         labels = "_", "_"  # one entry in the legend for all seeds
     axes.set_ylim(limits(style.column(records, "rank_correlation")))
-    axes.set_title(named(run) if len(seeds) == 1 else f"{run.method} at {100 * run.alpha:g} %, {len(seeds)} seeds")
+    several = f"{run.method} at {100 * run.alpha:g} %, {len(seeds)} seeds"
+    axes.set_title(several if len(seeds) > 1 else groups.named(run))
     return figure, axes
 
 
@@ -222,35 +196,31 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 
 
 def seed_agreement(material: Material) -> Records:
-    """Compare pairs of runs of a method at the middle alpha, on the same data with different seeds (Spearman, Jaccard).
-
-    Raises:
-        Missing: no method has two such runs.
-    """
-    runs = reached(material, "select")
-    alpha = middle_alpha(runs)
+    """Compare runs of a method at the middle alpha that differ in the seed alone (Spearman, Jaccard)."""
+    runs = groups.reached(material, "select")
+    alpha = groups.middle_alpha(runs)
     records: list[dict[str, Any]] = []
-    for method, group in by_method(runs, alpha, MOST_ROWS).items():
+    for method, own in groups.by_method(runs, alpha).items():
         pairs = [
             (one, other)
-            for one, other in itertools.combinations(group, 2)
+            for one, other in itertools.combinations(own, 2)
             if one.data == other.data and one.record["seed"] != other.record["seed"]
         ]
         for number, (one, other) in enumerate(pairs, start=1):
-            correlation = spearman(material.scores(one).score, material.scores(other).score)
-            values = {"rank_correlation": correlation, "overlap": overlap_of(material, one, other)}
+            correlation = groups.spearman(material.scores(one).score, material.scores(other).score)
+            values = {"rank_correlation": correlation, "overlap": groups.overlap_of(material, one, other)}
             records.append({"method": method, "alpha": alpha, "pair": number, **values})
     if not records:
         raise Missing("no two runs of a method differ in the seed alone on the same data; sweep seed=0,1,2")
     return records
 
 
-@report_figure("Stability across seeds", seed_agreement)
+@report_figure("sensitivity", "Stability across seeds", seed_agreement)
 def seeds(material: Material) -> Figure:
     """Each mark compares two seeds of one method on the same data. A method whose overlap is near chance selects by
     luck. Random selection depends on scorer.seed and not on seed, so it is the same for both seeds."""
     records = seed_agreement(material)
-    names, alpha = list(style.grouped(records, "method")), records[0]["alpha"]
+    names, alpha = list(grouped(records, itemgetter("method"))), records[0]["alpha"]
     places = np.array([names.index(record["method"]) for record in records])
     figure, (axes,) = style.panels(width=5.6, height=1.2 + 0.36 * len(names))
     overlap = f"overlap of the selections, alpha {alpha:g}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,9 +24,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from gradsift.report.material import Material
 from gradsift.report.table import Table, table_of_records
 
-Format = Literal["png", "svg"]
 Style = dict[str, Any]  # keyword arguments of matplotlib
 Records = Sequence[Mapping[str, Any]]
+
+FORMATS = ("png", "svg")  # of the figures' files
 
 INK = "#1d1e21"  # text and lines
 FAINT = "#6c6e75"  # secondary text, ticks
@@ -68,22 +70,12 @@ _SETTINGS: Style = {
 }
 
 
-def grouped(records: Records, key: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the records by the value of a key, in order of first appearance."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record[key], []).append(record)
-    return groups
+styled = partial(rc_context, _SETTINGS)  # returns a context in which figures are made and drawn
 
 
 def column(records: Records, key: str) -> np.ndarray:
     """Return the values of a key as float64, with NaN for None."""
     return np.array([record[key] for record in records], float)
-
-
-def styled() -> Any:
-    """Return a context in which figures are made and drawn; the style does not leak out of it."""
-    return rc_context(_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -93,17 +85,14 @@ class Entry:
     The figure's files have the name of the drawing function, and the function's docstring is the caption.
     """
 
+    section: str  # id of the page's section
     title: str
+    records: Callable[[Material], Records] | None  # returns the numbers behind the figure, for a CSV file
     draw: Callable[[Material], Figure]
-    records: Callable[[Material], Records] | None = None  # returns the numbers behind the figure, for a CSV file
 
     @property
     def name(self) -> str:
         return self.draw.__name__
-
-    @property
-    def module(self) -> str:
-        return self.draw.__module__.rpartition(".")[2]
 
     @property
     def caption(self) -> str:
@@ -121,18 +110,15 @@ class Entry:
         return table_of_records(self.title, records, self.caption)
 
 
-def report_figure(
-    title: str, records: Callable[[Material], Records] | None = None
-) -> Callable[[Callable[[Material], Figure]], Entry]:
+def report_figure(section: str, title: str, records: Callable[[Material], Records] | None = None) -> partial[Entry]:
     """Return a decorator that makes a drawing function a figure of the report."""
-    return lambda draw: Entry(title, draw, records)
+    return partial(Entry, section, title, records)
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 7.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     """Return a figure (sizes in inches) and its axes, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, [axis for row in axes for axis in row]
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name, which depends only on the name's place in the order."""
+    """Return a look for each name by its place in the order."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
         # shifted by one in each round of the colours, so that a colour comes back with another marker
@@ -225,7 +211,7 @@ def cells(
     axes.grid(False)
 
 
-def bytes_of(figure: Figure, form: Format) -> bytes:
+def bytes_of(figure: Figure, form: str) -> bytes:
     """Return the bytes of the figure's file, the same at each call: PNG on PAPER, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():

@@ -1,4 +1,4 @@
-"""The outcomes of the judge (wins, ties, losses), and its position and length bias."""
+"""The PWS of every method and alpha; wins, ties and losses, and the biases of the judge."""
 
 from __future__ import annotations
 
@@ -9,24 +9,60 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradsift.report.figures import style
-from gradsift.report.figures.groups import MOST_ROWS
+from gradsift.report.figures import groups, style
 from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
+from gradsift.report.paper_tables import cells_of
 
+_MOST_PANELS = 4
 _OUTCOMES = {"win": style.COLOURS[0], "tie": style.NEUTRAL, "lose": style.COLOURS[1], "invalid": style.COLOURS[3]}
+
+
+@report_figure("results", "PWS of every method")
+def pws(material: Material) -> Figure:
+    """Each mark is a PWS with its interval over items and, if there are several, seeds. A mark right of the dashed line
+    means that the model is better than the model tuned on all rows. If an interval contains the line, the two models
+    are not distinguishable. With many intervals, some miss the line by chance. Shows at most four combinations of
+    dataset, target and benchmark; the table has all of them."""
+    cells = cells_of(material)
+    places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
+    methods = list(dict.fromkeys(method for _, (_, method) in cells))[: groups.MOST_ROWS]
+    alphas = sorted({alpha for _, (alpha, _) in cells})
+    columns, height = 1 if len(places) < 3 else 2, (0.12 + 0.16 * len(alphas)) * len(methods)
+    rows = -(-len(places) // columns)
+    size: Style = {"width": 2.6 + 2.2 * columns, "height": max(2.2, 1.2 + rows * height)}
+    figure, axes = style.panels(columns, rows, **size)
+    for panel in axes[len(places) :]:
+        panel.set_visible(False)
+    axes = axes[: len(places)]
+    marks = list(zip(alphas, style.looks_of(map(str, alphas)).values(), strict=True))
+    for panel, place in zip(axes, places, strict=True):
+        for number, (alpha, look) in enumerate(marks):  # the alphas of a method one below the other
+            shift = (number - (len(alphas) - 1) / 2) * 0.7 / len(alphas)
+            own = {i + shift: cells[place, (alpha, m)] for i, m in enumerate(methods) if (place, (alpha, m)) in cells}
+            values, low, high = (style.column(list(own.values()), key) for key in ("pws", "pws_low", "pws_high"))
+            ends = np.nan_to_num(np.maximum([values - low, high - values], 0))  # a row may have no interval
+            options: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
+            panel.errorbar(values, list(own), xerr=ends, ls="none", ms=5, capsize=2, **options)
+        panel.axvline(1, color=style.INK, **style.DASHED)
+        style.name_rows(panel, methods)
+        panel.set_xlabel("PWS (1: as good as all rows)")
+        panel.set_title(" / ".join(place), fontsize=8.5)
+    for panel in axes[1::2] if columns == 2 else ():
+        panel.set_yticklabels([])
+    return figure
 
 
 def judged(material: Material) -> dict[str, list[Run]]:
     """Return the finished runs with judgments by method and alpha, at most MOST_ROWS groups."""
-    groups: dict[str, list[Run]] = {}
+    by_alpha: dict[str, list[Run]] = {}
     for run in sorted(material.finished, key=lambda run: run.alpha):
         label = f"{run.method}, {run.alpha:g}"
-        if run.record.get("pooled") and (label in groups or len(groups) < MOST_ROWS):
-            groups.setdefault(label, []).append(run)
-    if not groups:
+        if run.record.get("pooled") and (label in by_alpha or len(by_alpha) < groups.MOST_ROWS):
+            by_alpha.setdefault(label, []).append(run)
+    if not by_alpha:
         raise Missing("no run has judgments")
-    return groups
+    return by_alpha
 
 
 def total(runs: Sequence[Run], part: str, name: str) -> int:
@@ -34,34 +70,46 @@ def total(runs: Sequence[Run], part: str, name: str) -> int:
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
+def longer_shares(cells: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
+    """Return for each cell's runs the share of items that the longer answer won, and the number of items.
+
+    Items count if they have a winner and answers of different length; a cell without such items is left out.
+    """
+    shares = {}
+    for name, runs in cells.items():
+        if items := total(runs, "length_bias", "items"):
+            shares[name] = (total(runs, "length_bias", "longer_wins") / items, items)
+    return shares
+
+
 def _records(material: Material) -> Records:
-    groups = judged(material)
-    longer = longer_shares(groups)
+    cells = judged(material)
+    longer = longer_shares(cells)
     return [
         {"method and alpha": name}
         | {key: total(runs, "pooled", key) for key in ("n", "win", "tie", "lose", "invalid")}
         | {key: total(runs, "position_bias", key) for key in ("to_first", "to_second")}
         | dict(zip(("longer_won", "items_of_unequal_length"), longer.get(name, (None, 0)), strict=True))
-        for name, runs in groups.items()
+        for name, runs in cells.items()
     ]
 
 
-@report_figure("Wins, ties and losses", _records)
+@report_figure("judge", "Wins, ties and losses", _records)
 def judge_outcomes(material: Material) -> Figure:
     """Items on which the target tuned on the selection won, tied or lost against the target tuned on all rows. An item
     is judged in both orders of the answers, which together give one outcome. The items of all runs of a method and
     alpha are counted, whatever their seed, data and target."""
-    groups = judged(material)
-    figure, axes = _rows_panel(groups)
-    items = np.array([total(runs, "pooled", "n") for runs in groups.values()])
-    start = np.zeros(len(groups))
+    cells = judged(material)
+    figure, axes = _rows_panel(cells)
+    items = np.array([total(runs, "pooled", "n") for runs in cells.values()])
+    start = np.zeros(len(cells))
     for name, colour in _OUTCOMES.items():
-        counts = np.array([total(runs, "pooled", name) for runs in groups.values()])
+        counts = np.array([total(runs, "pooled", name) for runs in cells.values()])
         if name == "invalid" and not counts.any():
             continue
         shares = counts / items
         hatch = style.HATCHES[1] if name in ("lose", "invalid") else ""
-        axes.barh(range(len(groups)), shares, left=start, color=colour, hatch=hatch, label=name, **style.BAR)
+        axes.barh(range(len(cells)), shares, left=start, color=colour, hatch=hatch, label=name, **style.BAR)
         ink = style.ON_LIGHT if name == "tie" else style.ON_DARK
         options: Style = {"backgroundcolor": colour, "color": ink, "fontsize": 7.5, "ha": "center", "va": "center"}
         for place in np.flatnonzero(shares > 0.06).tolist():  # where a number fits into the bar
@@ -72,28 +120,28 @@ def judge_outcomes(material: Material) -> Figure:
     return figure
 
 
-@report_figure("Position bias of the judge")
+@report_figure("judge", "Position bias of the judge")
 def position_bias(material: Material) -> Figure:
     """Share of the items whose winner changed with the order in which the answers were shown. Long bars mean that the
     judge prefers a position."""
-    groups = {name: runs for name, runs in judged(material).items() if total(runs, "position_bias", "items")}
-    if not groups:
+    cells = {name: runs for name, runs in judged(material).items() if total(runs, "position_bias", "items")}
+    if not cells:
         raise Missing("no item has a valid judgment in both orders")
-    items = np.array([total(runs, "position_bias", "items") for runs in groups.values()])
-    figure, axes = _rows_panel(groups, items)
+    items = np.array([total(runs, "position_bias", "items") for runs in cells.values()])
+    figure, axes = _rows_panel(cells, items)
     for number, (sign, place) in enumerate(((-1, "first"), (1, "second"))):
-        shares = sign * np.array([total(runs, "position_bias", f"to_{place}") for runs in groups.values()]) / items
+        shares = sign * np.array([total(runs, "position_bias", f"to_{place}") for runs in cells.values()]) / items
         options: Style = {"color": style.COLOURS[number], "hatch": style.HATCHES[number], **style.BAR}
-        axes.barh(range(len(groups)), shares, label=f"flips to the {place} place", **options)
+        axes.barh(range(len(cells)), shares, label=f"flips to the {place} place", **options)
     axes.axvline(0, color=style.INK, linewidth=1)
-    if not any(total(runs, "position_bias", "flips") for runs in groups.values()):
+    if not any(total(runs, "position_bias", "flips") for runs in cells.values()):
         axes.set_title("no verdict changed with the order")
     most = max(0.02, *np.abs(axes.get_xlim()))
     axes.set(xlim=(-most, most), xlabel="share of the items whose\ntwo verdicts contradict each other")
     return figure
 
 
-@report_figure("Length bias of the judge")
+@report_figure("judge", "Length bias of the judge")
 def length_bias(material: Material) -> Figure:
     """Of the items with a winner and answers of different length, the share that the longer answer won. If an interval
     does not contain the middle line, the judge prefers longer or shorter answers."""
@@ -120,15 +168,3 @@ def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()
     for place, count in enumerate(items):
         axes.text(1.02, place, f"n={count}", va="center", color=style.FAINT, transform=axes.get_yaxis_transform())
     return figure, axes
-
-
-def longer_shares(groups: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
-    """Return for each group of runs the share of items that the longer answer won, and the number of items.
-
-    Items count if they have a winner and answers of different length; a group without such items is left out.
-    """
-    shares = {}
-    for name, runs in groups.items():
-        if items := total(runs, "length_bias", "items"):
-            shares[name] = (total(runs, "length_bias", "longer_wins") / items, items)
-    return shares

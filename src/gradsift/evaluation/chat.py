@@ -142,8 +142,8 @@ class ChatClient:
         asking = _Asking(self, read, scope, unread, tries)
         answers = [(prompt, asking.answer_to(prompt)) for prompt in same.values()]
         missing = [prompt for prompt, answer in answers if not isinstance(answer, Reply)]
-        found = f"{len(answers) - len(missing):,} replies found in the cache"
-        plan = f"{len(missing):,} requests to send, {found}; {self.cost_of(missing)}"
+        stored = f"{len(answers) - len(missing):,} replies found in the cache"
+        plan = f"{len(missing):,} requests to send, {stored}; {self.cost_of(missing)}"
         if missing or self.terms.dry_run:
             self.say(self.named(f"  {self.name}: {plan}"))
         if self.terms.dry_run:

@@ -6,12 +6,11 @@ After an interruption `judge_pairs` starts again with all pairs, but stored repl
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def judge_pairs(
         raise JudgeError(f"{judge.name} ended without a reply to {missing} of {len(requests)} requests")
     in_order = [judgments[request] for request in requests]
     # ASCII escapes: replies may hold half a surrogate pair or U+2028
-    lines = [json.dumps(dataclasses.asdict(judgment), allow_nan=False) for judgment in in_order]
+    lines = [json.dumps(asdict(judgment), allow_nan=False) for judgment in in_order]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
     return in_order
@@ -86,27 +85,24 @@ def _requests(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]
     before = first_turns(rows)
     requests = []
     for row in rows:
-        answers = row["output"], reference_outputs[item_key(row)]
-        turn = before.get(item_key(row))
-        for order in ORDERS:
-            first, second = answers if order == "forward" else answers[::-1]
-            earlier = None
-            if turn is not None:
-                both = turn["output"], reference_outputs[item_key(turn)]
-                earlier = with_input(turn["instruction"], turn["input"]), *(both if order == "forward" else both[::-1])
-            requests.append(
-                JudgeRequest(
-                    item_id=row["item_id"],
-                    benchmark=row["dataset"],
-                    order=order,
-                    instruction=row["instruction"],
-                    input=row["input"],
-                    first=first,
-                    second=second,
-                    reference=row["reference"],
-                    earlier=earlier,
-                )
-            )
+        earlier: tuple[str, str, str] | None = None
+        swapped: tuple[str, str, str] | None = None
+        if (turn := before.get(item_key(row))) is not None:
+            question, reference = with_input(turn["instruction"], turn["input"]), reference_outputs[item_key(turn)]
+            earlier, swapped = (question, turn["output"], reference), (question, reference, turn["output"])
+        forward = JudgeRequest(
+            item_id=row["item_id"],
+            benchmark=row["dataset"],
+            order="forward",
+            instruction=row["instruction"],
+            input=row["input"],
+            first=row["output"],
+            second=reference_outputs[item_key(row)],
+            reference=row["reference"],
+            earlier=earlier,
+        )
+        reverse = replace(forward, order="reverse", first=forward.second, second=forward.first, earlier=swapped)
+        requests += [forward, reverse]
     return requests
 
 

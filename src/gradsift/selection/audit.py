@@ -34,7 +34,7 @@ def audit(
 ) -> dict[str, Any]:
     """Return the audit of one scorer as JSON values; a measure that is not defined is None.
 
-    The clean examples of each group in the data are compared with the clean examples in no group.
+    For each group in the data, the AUROC compares its clean examples with the clean examples that are in no group.
 
     Args:
         families: (N,) kind of task of each example, from the labels or from clusters.
@@ -85,9 +85,10 @@ def auroc(clean: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def spread_of_random(share: float, rows: int, chosen: int) -> float:
-    """Return the standard deviation of the spoilt share if `chosen` of `rows`, with a spoilt share `share`, are drawn.
+    """Return the standard deviation of the spoilt share of `chosen` rows, drawn at random without replacement.
 
-    The rows are drawn at random without replacement.
+    Args:
+        share: spoilt share of the `rows` from which they are drawn.
     """
     if rows <= 1:
         return 0.0

@@ -28,8 +28,8 @@ def budget(alpha: float, count: int) -> int:
 def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
     """Return whole shares (C,) int64 of `size` in proportion to `weights` (C,), which are not negative.
 
-    They are rounded with the largest-remainder method; if remainders are equal, the share with the lower index is
-    rounded up first.
+    The shares add up to `size`. They are rounded with the largest-remainder method; if remainders are equal, the
+    share with the lower index is rounded up first.
     """
     quotas = size * weights / weights.sum()
     shares: np.ndarray = np.floor(quotas).astype(np.int64)
@@ -42,7 +42,8 @@ def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
 def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
     """Return whole shares (C,) int64 of `size` in proportion to `weights` (C,), each at most its capacity (C,).
 
-    What exceeds a group's capacity goes to the other groups in proportion to their weights; a weight of 0 gets nothing.
+    What exceeds a group's capacity goes to the other groups in proportion to their weights; a group of weight 0 gets
+    nothing. The shares add up to `size`, or to less if the groups with a weight are full.
     """
     shares: np.ndarray = np.minimum(proportional_shares(size, weights), capacities)
     # each round hands out all that is left or fills a group, so there are at most C rounds
@@ -54,7 +55,8 @@ def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.
 def equal_shares(size: int, capacities: np.ndarray) -> np.ndarray:
     """Return whole shares (C,) int64 of `size`, as equal as `capacities` (C,) allow.
 
-    A remainder that cannot be divided equally goes to the first groups, 1 each.
+    A remainder that cannot be divided equally goes to the first groups, 1 each. The shares add up to `size`, or to the
+    sum of the capacities if that is smaller.
     """
     shares = np.zeros(len(capacities), dtype=np.int64)
     while (left := size - int(shares.sum())) and (room := np.flatnonzero(shares < capacities)).size:

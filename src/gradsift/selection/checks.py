@@ -96,14 +96,11 @@ def _characters(texts: pa.Array) -> np.ndarray:
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Compare the mean of `values` (N,) over the selection with that over the pool; warn if the first is far lower.
-
-    Values that are NaN are left out.
-    """
+    """Warn if the mean of `values` (N,) over the selection is far below that over the pool. NaN values are left out."""
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
     if not chosen.size or not known.mean() > 0:
-        return Diagnostic.unknown(name, "ratio", f"the {_MEANING[measure]} is not known of the selected rows")
+        return Diagnostic.unknown(name, "ratio", f"the {_MEANING[measure]} is not known for the selected rows")
     pool, selection = float(known.mean()), float(chosen.mean())
     # standard error of the mean of as many random examples, drawn without replacement
     error = float(known.std() * np.sqrt((1 - chosen.size / known.size) / chosen.size))
@@ -134,8 +131,8 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
 def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
     """Check how well the selection covers the pool, compared with a random selection of the same size.
 
-    An example's distance to a selection is one minus its cosine to the nearest selected example. An example counts as
-    covered within the distance `radius`. Examples whose vectors are zeros are left out.
+    An example's distance to a selection is one minus its cosine to the nearest selected example. It counts as covered
+    if the distance is at most `radius`. Examples whose vectors are zeros are left out.
 
     Args:
         positions: (k,) positions of the selected examples.
@@ -161,8 +158,8 @@ def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagno
             "covered": covered,
             "covered_randomly": covered_randomly,
         },
-        f"a pool row lies {distance:.3g} (one minus cosine) from the nearest selected one and {random_distance:.3g} "
-        f"from a random selection's; {covered:.0%} of the pool lie within {radius:g}, and {covered_randomly:.0%} of a "
-        "random one's",
+        f"the mean distance (one minus cosine) of a pool row to the nearest selected row is {distance:.3g}, and to the "
+        f"nearest row of a random selection {random_distance:.3g}; {covered:.0%} of the pool are within {radius:g} of "
+        f"the selection, and {covered_randomly:.0%} within {radius:g} of the random one",
         "which part of the pool the score leaves out; a selector that spreads its choice covers more",
     )

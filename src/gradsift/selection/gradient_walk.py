@@ -212,7 +212,7 @@ def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> D
     }
     listed = "/".join(f"{count} of {share}" for count, share in zip(counts[:8], shares[:8], strict=True))
     more = "/..." if len(counts) > 8 else ""
-    message = f"the components took {listed}{more} examples, {walk.by_core} past all neighbours"
+    message = f"the components took {listed}{more} examples, {walk.by_core} of them not among the neighbours"
     if walk.tested:
         message += f"; {walk.ruled_out / walk.tested:.0%} of those looked at conflicted with the last"
     if away:

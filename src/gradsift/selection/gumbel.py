@@ -11,9 +11,9 @@ from gradsift.selection.choice import Choice, best_first
 def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choice:
     """Draw examples without replacement, each time with probabilities proportional to exp(z / temperature).
 
-    z is the score, standardised over the scored examples (0 if all are equal): towards temperature 0 the draw becomes
-    the top k, towards infinity it becomes uniform. The draw adds independent Gumbel noise to z / temperature and keeps
-    the largest sums (Kool et al., arXiv 1903.06059).
+    z is the score, standardised over the scored examples (0 if all are equal), so that a temperature has the same
+    effect for every scorer: towards 0 the draw becomes the top k, towards infinity it becomes uniform. Independent
+    Gumbel noise is added to z / temperature, and the largest sums are kept (Kool et al., arXiv 1903.06059).
 
     Returns:
         min(size, number of scored examples) positions, in the order in which they are drawn.

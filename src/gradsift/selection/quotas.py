@@ -86,5 +86,5 @@ def _diagnostic(names: Sequence[str], wanted: np.ndarray, taken: np.ndarray, rem
     values |= {f"rows of {name}": int(count) for name, count in zip(names[:100], taken, strict=False)}
     rows = ", ".join(f"{count:,} of {name}" for name, count in zip(names[:10], taken.tolist(), strict=False))
     more = f", and {len(names) - 10} more groups" if len(names) > 10 else ""
-    short = "".join(f"; {name} has {count:,} rows with a score too few" for name, count in list(lacking.items())[:10])
+    short = "".join(f"; {name} lacks {count:,} rows with a score" for name, count in list(lacking.items())[:10])
     return Diagnostic.judged("quotas", bool(lacking), values, f"selected {rows}{more}{short}", remedy)

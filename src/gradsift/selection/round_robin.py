@@ -58,7 +58,7 @@ def round_robin_queries(
     Args:
         fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own
             ranking, and selects nothing if that row has been taken already. `fixed`: a turn takes the best remaining
-            row.
+            row, so two queries (or tasks) differ by at most 1 in the number of rows selected for them.
 
     Raises:
         GradsiftError: the embeddings of all queries are zero.

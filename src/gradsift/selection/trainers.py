@@ -72,8 +72,9 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
     """Yield rows with the messages of a conversation.
 
     Args:
-        by_reply: whether each trained reply gets a row, which ends with it, and not each example.
-        marks: whether to add to each message the key `train`, which is True if the message is trained.
+        by_reply: if True, yield a row for each trained reply, which is the row's last message; if False, yield a row
+            for each example.
+        marks: whether each message has the key `train`, which says whether the message is trained.
     """
     for example in examples:
         whole = turns(example)

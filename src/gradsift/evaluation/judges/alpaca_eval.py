@@ -31,16 +31,7 @@ EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eva
 
 Parser = Callable[[Any], Any]
 # errors that alpaca_eval's parsers raise for unexpected replies
-_ERRORS = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+_ERRORS = (AssertionError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
 @dataclass

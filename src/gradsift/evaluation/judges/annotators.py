@@ -145,8 +145,8 @@ def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
         raise ConfigError(f"{where}: {file} holds no annotator; it must be NAME: {{prompt_template: ..., ...}}")
     if len(content) > 1:
         raise ConfigError(
-            f"{where} is a pool of {len(content)} annotators, each of which gets some questions by lot; a judge is "
-            "one annotator: copy the intended one into a file of its own"
+            f"{where} is a pool of {len(content)} annotators, each of which gets a random part of the questions; copy "
+            "the annotator to use into a file of its own"
         )
     ((name, entry),) = content.items()
     return str(name), entry

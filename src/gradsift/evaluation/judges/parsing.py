@@ -30,8 +30,8 @@ from gradsift.evaluation.judges import Pair, Unreadable
 
 Parse = Literal["strict", "tolerant", "legacy", "verdict", "json"]
 
-_LONGEST = 120  # characters of a line of scores at most; limits the time for a pattern
-_MOST_BRACES = 100  # opening braces at which a JSON object is looked for, at most
+_LONGEST = 120  # most characters of a line of scores; limits the time for a pattern
+_MOST_BRACES = 100  # a JSON object is looked for at this many opening braces at most
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")

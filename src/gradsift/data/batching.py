@@ -47,9 +47,8 @@ class Batch:
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments for a causal language model.
 
-        With causal attention, no token attends to padding on its right. With right padding, mask and positions are
-        therefore
-        left out, so that attention can use its fast implementations.
+        With causal attention, no token attends to padding on its right. With padding on the right, mask and positions
+        are therefore left out, so that attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -58,7 +57,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
-    """Return a batch of the examples, padded to the length of the longest on the `left` or the `right`.
+    """Return a batch of the examples, padded on the `right` or the `left` to the length of the longest.
 
     An example's first token is never predicted, even if it is marked as response: nothing precedes it.
     """
@@ -102,7 +101,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
-    """Return the batches of `length_batches` (None: no limit of tokens), cut into batches of `batch_size`."""
+    """Return the batches of `length_batches` (None: any number of tokens), cut to at most `batch_size` positions."""
     batches = length_batches(lengths, sys.maxsize if max_tokens is None else max_tokens)
     return [batch[start : start + batch_size] for batch in batches for start in range(0, len(batch), batch_size)]
 
@@ -110,8 +109,8 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    If the longest examples come first, this order lets the remaining time be estimated, and the batch that needs the
-    most memory still comes first.
+    Batches that are sorted from the longest to the shortest examples get an order from which the remaining time can be
+    estimated. The batch that needs the most memory still comes first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
@@ -120,9 +119,8 @@ def spread_out(batches: Sequence[T]) -> list[T]:
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
     """Return the part `shard`, counted from 0, of `shards` parts that take similar time.
 
-    Of the examples sorted from the longest to the shortest, these are the ones at `shard`, `shard` + `shards`, ..., in
-    the
-    order of `examples`.
+    The part has every `shards`-th example of those sorted from the longest to the shortest, beginning at `shard`. They
+    are returned in their order in `examples`.
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]

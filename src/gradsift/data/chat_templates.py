@@ -206,8 +206,8 @@ class _Chat:
         """Return the start and the end of a response in the text of the whole conversation.
 
         Raises:
-            Unusable: the text before the response is not the generation prompt, or it has no generation marks around it
-                although the template has such marks.
+            Unusable: the text before the response is not the generation prompt, or the template has generation marks,
+                but none around the response.
         """
         asked, (start_mark, end_mark) = self._marks[number - 1][1], self._marks[number]
         prompt = self._prompt(number)

@@ -63,7 +63,10 @@ class Shape:
     needed: tuple[str, ...]
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
-        """Return the column for `part` (input, system or history): the closest match, a blank one only if all are."""
+        """Return the column for `part` (input, system or history): the closest match that is not blank in this row.
+
+        If all matching columns are blank, return the closest match. If no column matches, return None.
+        """
         configured = getattr(self.fields, part)
         if configured is None:
             return None
@@ -90,7 +93,8 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the format of a dataset and the columns of its fields.
 
-    At each of the three steps (see the module) in turn, the first row that has all columns of a format decides.
+    The three steps (see the module) are tried in turn. At each step, the first row that has all columns of a format
+    decides.
 
     Args:
         format: auto, or the only format to look for.

@@ -162,7 +162,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the table that `write_examples` wrote, or its columns `names`, block by block to save memory."""
+    """Yield the table that `write_examples` wrote, or only its columns `names`, in blocks that fit in memory."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path, pre_buffer=False) as file:
@@ -227,9 +227,9 @@ def draw(
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
     examples are drawn (None: all); with the same seed, a smaller pool is part of every larger pool. Examples with equal
-    prompts (history, instruction and input) are held out together, so held-out examples and pool share no prompt. Such
-    a
-    group is divided only if `holdout` cannot be reached otherwise; its rest is then neither held out nor in the pool.
+    prompts (history, instruction and input) are held out together, so held-out examples and pool share no prompt. A
+    group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the group is then
+    neither held out nor in the pool.
 
     Raises:
         ConfigError: there are fewer than `holdout` examples, or none is left for the pool.

@@ -40,9 +40,8 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
     """Return the files that `data.path` names, in the order in which their rows are numbered.
 
     Args:
-        paths: one or several of: a file, a pattern as in `folder/*.jsonl`, `-` for standard input, or a folder: one
-        that
-            `datasets.save_to_disk` wrote, or shards of one type, in the order of their names.
+        paths: one or several of: a file, a pattern as in `folder/*.jsonl`, `-` for standard input, or a folder that
+            `datasets.save_to_disk` wrote or that holds shards of one type, which are read in the order of their names.
         downloads: the folder for a copy of standard input.
         group: group of the option that names the files, for errors.
 
@@ -169,7 +168,11 @@ def _text_rows(path: Path, kind: str, holder: str | None) -> Iterator[SourceRow]
 
 
 def file_kind(path: Path, group: str = "data") -> str:
-    """Return the type that a file's name states: json, jsonl, csv, tsv, parquet or arrow; else raise DataError."""
+    """Return the type that a file's name states: json, jsonl, csv, tsv, parquet or arrow.
+
+    Raises:
+        DataError: the path is no regular file, or its name states no such type.
+    """
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
     if not path.exists():

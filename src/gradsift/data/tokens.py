@@ -250,7 +250,7 @@ def _tokenised(
     *,
     with_last_response: bool = True,
 ) -> Iterator[list[Part]]:
-    """Yield the parts of each example; one that the template cannot render has no parts, and gets into `refused`.
+    """Yield the parts of each example; if the template cannot render it, yield no parts and add it to `refused`.
 
     If `with_last_response` is False, the text after the last prompt is left out.
     """

@@ -74,7 +74,7 @@ def ids_of_texts(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
 
 
 def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each segment, tokenised separately. Only markup segments may hold special tokens."""
+    """Return the token ids of each segment, tokenised separately; only markup segments may hold special tokens."""
     ids: list[list[int]] = [[] for _ in segments]
     for is_markup in (False, True):
         places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]

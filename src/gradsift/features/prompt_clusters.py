@@ -30,7 +30,7 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Return an artifact with the cluster of each example's prompt; all methods of a dataset share it.
+    """Return an artifact with the cluster of each example's prompt. All methods are measured by the same clusters.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.

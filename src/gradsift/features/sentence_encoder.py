@@ -139,7 +139,7 @@ def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, 
 
 @contextmanager
 def _loading(config: SentenceTransformersConfig) -> Iterator[None]:
-    """Raise a `DataError` that names the model, whatever goes wrong while it is loaded."""
+    """Turn the errors of a model that cannot be loaded into a `DataError` that names the model."""
     from safetensors import SafetensorError
 
     try:

@@ -155,6 +155,7 @@ def test_the_hash_of_a_function_is_that_of_every_process() -> None:
         ({"alpha": 1.5}, "alpha=1.5 is out of range"),
         ({"proxy__membrs": 3}, "did you mean proxy.members?"),
         ({"proxy": "gpt3"}, "proxy=gpt3 does not exist; did you mean gpt2?"),
+        ({"method": by_length, "scorer__name": "x"}, "scorer.name is no constant of scorer=by_length; it has sign"),
         ({"scorer__eps": object()}, "scorer__eps=<object"),
         ({"stop_after": "load"}, "stop_after is no option of select"),
         ({"hydra__run__dir": "x"}, "hydra__run__dir is no option of select"),

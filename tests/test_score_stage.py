@@ -228,6 +228,14 @@ def test_a_scorer_may_return_bare_numbers(bench: Bench) -> None:
         bench("no_numbers")
 
 
+def test_a_constant_of_a_function_in_memory_may_be_called_name() -> None:
+    def scorer(examples: Any, *, name: str) -> None: ...
+
+    config = {"_target_": "notebook.scorer", "name": "mine"}
+    found = method("scorer", config, ("examples",), scorer, {"name": "x"})  # type: ignore[arg-type]
+    assert (found.name, found.constants) == ("mine", {"name": "x"})
+
+
 def test_another_function_of_the_same_name_never_meets_a_stale_result(bench: Bench) -> None:
     assert scores_of(bench("by_length")).score.tolist() == [1, 2, 3, 4, 5, 6]
     assert scores_of(bench("by_length_backwards")).score.tolist() == [-1, -2, -3, -4, -5, -6]

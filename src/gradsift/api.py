@@ -168,8 +168,8 @@ def _selected(config: Config, progress: bool, rows: Any, function: Any, constant
             line = Line(config, Runtime(store, config.compute, display, config.seed))
             if function is not None:
                 target = f"{function.__module__}.{function.__qualname__}"
-                own = {"_target_": target, "name": function.__name__, **constants}
-                line.scorer = method("scorer", own, tuple(line.sources), function=function)
+                config_of_scorer = {"_target_": target, "name": function.__name__}
+                line.scorer = method("scorer", config_of_scorer, tuple(line.sources), function, constants)
             line.check()
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))

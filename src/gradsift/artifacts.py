@@ -67,7 +67,7 @@ class Artifact:
 
     @property
     def identity(self) -> str:
-        """Fingerprint, hash or revision of content from outside, and numerics: what later fingerprints contain."""
+        """What later fingerprints contain: fingerprint, hash or revision of outside content, and numerics."""
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"

@@ -6,6 +6,7 @@ The checks are in `gradients/ensemble_checks.py`, `selection/checks.py` and `rep
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,10 @@ class Diagnostic:
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
     """Write `diagnostics.json`; raise GradsiftError if a name occurs twice, ValueError if a value is not finite."""
-    content: dict[str, Any] = {}
-    for diagnostic in diagnostics:
-        if diagnostic.name in content:
-            raise GradsiftError(
-                f"two diagnostics are named {diagnostic.name}; give the scorer's or selector's own another name"
-            )
-        content[diagnostic.name] = diagnostic.as_json()
+    counts = Counter(diagnostic.name for diagnostic in diagnostics)
+    if repeated := ", ".join(name for name, count in counts.items() if count > 1):
+        raise GradsiftError(f"two diagnostics are named {repeated}; give the scorer's or selector's own another name")
+    content = {diagnostic.name: diagnostic.as_json() for diagnostic in diagnostics}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / DIAGNOSTICS_FILE).write_text(text, encoding="utf-8")
 

@@ -48,7 +48,8 @@ class Display:
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show the progress of `total` units of work. Yields a function to call with the number of units just done.
 
-        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end.
+        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end if
+        the work took 30 seconds or more.
         """
         if not self.console.is_terminal:
             started = time.monotonic()

@@ -66,7 +66,7 @@ _texts: dict[str, str] = {}  # source text that each module of the user was impo
 
 @functools.cache
 def asked_by(target: str) -> frozenset[str] | None:
-    """Return the names of the positional parameters of a function of gradsift; None if it has no function `target`.
+    """Return the names of the positional parameters of gradsift's function `target`; None if there is no such function.
 
     The source text is read without an import: the config is checked before numpy and torch, which most methods import.
     """
@@ -80,7 +80,13 @@ def asked_by(target: str) -> frozenset[str] | None:
     return None
 
 
-def method(kind: str, config: Any, known: Sequence[str], function: FunctionType | None = None) -> Method:
+def method(
+    kind: str,
+    config: Any,
+    known: Sequence[str],
+    function: FunctionType | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> Method:
     """Return a scorer or selector with its constants.
 
     Args:
@@ -88,6 +94,7 @@ def method(kind: str, config: Any, known: Sequence[str], function: FunctionType 
         config: a dataclass of gradsift or a user's mapping, with `_target_`, `name` and the constants.
         known: names of the sources.
         function: the function that `config._target_` names; by default it is imported.
+        constants: constants that are not in `config`; here a constant may be called `name`.
 
     Raises:
         ConfigError: the function does not exist, a source or a constant is not known, or a constant has no value.
@@ -97,6 +104,7 @@ def method(kind: str, config: Any, known: Sequence[str], function: FunctionType 
         if not isinstance(options.get(key), str):
             raise ConfigError(f"{kind}.{key} is missing; a {kind}'s YAML names its function and itself")
     target, name = options.pop("_target_"), options.pop("name")
+    options.update(constants or {})
     code = ""
     if function is None:
         function, code = _resolve(kind, target)

@@ -88,9 +88,14 @@ def count(cells: Cells) -> Count:
     if not groups:
         raise Missing(f"no cell has both {METHOD} and a baseline such as random or superfilter")
     differences = [compared(row, other) for row, baselines in groups for other in baselines.values()]
-    adjusted = iter(holm([1.0 if each is None else each.p_value for each in differences]))
+    p_values = holm([1.0 if each is None else each.p_value for each in differences])
     # 1 or -1 where the method is significantly better or worse, else 0
-    signs = iter([int(np.sign(each.difference)) if next(adjusted) < LEVEL and each else 0 for each in differences])
+    signs = iter(
+        [
+            0 if each is None or p_value >= LEVEL else int(np.sign(each.difference))
+            for each, p_value in zip(differences, p_values, strict=True)
+        ]
+    )
     by_cell = [[next(signs) for _ in baselines] for _, baselines in groups]
     better, worse = sum(min(each) > 0 for each in by_cell), sum(min(each) < 0 for each in by_cell)
     leads = [row["pws"] - max(other["pws"] for other in baselines.values()) for row, baselines in groups]

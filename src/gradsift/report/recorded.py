@@ -25,11 +25,17 @@ from gradsift.report.run_tables import Run, all_rows
 from gradsift.run_folder import RUN_FILE, config_values
 
 RECORDED_FILE = Path("experiment") / "world.recorded.json"
-_NAMES = {"pws": "PWS", "accuracy": "accuracy", "heldout_loss": "held-out loss"}
-_NAMES |= {"spoilt_share": "spoilt share", "families": "families"}
+_NAMES = {
+    "pws": "PWS",
+    "accuracy": "accuracy",
+    "heldout_loss": "held-out loss",
+    "spoilt_share": "spoilt share",
+    "families": "families",
+}
 _LEVEL = 0.05  # probability that an equivalent table made on another machine is reported as different
 _DIGITS = 6  # decimals of a recorded figure
-_IRRELEVANT = ("export", "artifacts", "report", "tracker")  # options that no result depends on
+# options that no result depends on; of `compute`, results depend on `precision` alone
+_IRRELEVANT = ("export", "artifacts", "report", "tracker")
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 

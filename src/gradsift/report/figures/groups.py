@@ -29,7 +29,10 @@ def by_method(runs: Sequence[Run], alpha: float, most: int = MOST_ROWS) -> dict[
 
 
 def among(scorers: Mapping[str, str], most: int) -> set[str]:
-    """Choose at most `most` of the methods (keys; values: their scorers): one of each scorer, then a second of each."""
+    """Choose at most `most` methods: one of each scorer, then a second of each, and so on.
+
+    `scorers` has the scorer of each method.
+    """
     seen: Counter[str] = Counter()
     turns = []
     for name, scorer in scorers.items():

@@ -221,6 +221,20 @@ def test_a_batch_without_ids_and_an_unknown_reduction_are_refused() -> None:
         lightning_trainer(GradientNormCallback(), max_epochs=1).fit(TheirModule(their_model(), "mean"), loader)
 
 
+def test_a_module_that_packs_its_batch_is_refused() -> None:
+    class Packs(TheirModule):
+        def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+            return super().training_step({name: values.reshape(1, -1) for name, values in batch.items()}, index)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return padded(rows) | {"example_id": torch.tensor([row["example_id"] for row in rows])}
+
+    loader = DataLoader(dataset(), batch_size=BATCH, collate_fn=collate)  # type: ignore[arg-type]
+    trainer = lightning_trainer(GradientNormCallback(reduction="token_mean"), max_epochs=1)
+    with pytest.raises(GradsiftError, match=f"has {BATCH} example ids, but the adapted layers saw 1 examples"):
+        trainer.fit(Packs(their_model(), "token_mean"), loader)
+
+
 def test_two_forward_passes_before_a_backward_pass_are_refused() -> None:
     model, batch = their_model(), padded(dataset()[:2])
     with attached(model, NormProbe()), pytest.raises(GradsiftError, match="passed twice before a backward pass"):

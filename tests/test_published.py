@@ -118,10 +118,15 @@ def test_equal_texts_take_the_scores_of_their_occurrences(gradsift: Cli) -> None
     data = written(gradsift.folder / "rows.jsonl", [row] * 3)
     digest = content_hash((), row["instruction"], "", row["output"])
     scores = [{"text_hash": digest, "score": score, "part": score + 1} for score in (1.0, 5.0)]
+    scores.append({"text_hash": "of a text that is not in the data", "score": 3.0, "other part": 1.0})
     written(gradsift.folder / "scores.jsonl", scores)
     assert gradsift("data=json", f"data.path={data}", "data.scores=scores.jsonl", *FOREIGN, "alpha=1") == 0
-    rows = [(each["gradsift"]["row_index"], each["gradsift"]["score"]) for each in selected(last_run(gradsift)[0])]
+    folder, run = last_run(gradsift)
+    rows = [(each["gradsift"]["row_index"], each["gradsift"]["score"]) for each in selected(folder)]
     assert rows == [(1, 5.0), (2, 5.0), (0, 1.0)]
+    (stored,) = [Path(stage["artifact"]) for stage in run["stages"] if stage["name"] == "score"]
+    columns = pq.read_table(stored / "scores.parquet").column_names
+    assert columns == ["example_id", "score", "part", "status", "reason"]
 
 
 def test_what_a_scorer_did_not_score_stays_unscored(gradsift: Cli) -> None:

@@ -58,8 +58,8 @@ def noted(steps: int, first_step: int = 0, stop_at: int | None = None) -> tuple[
             state = trajectory.state_dict()
             assert all(isinstance(value, torch.Tensor) for value in state.values())
             trajectory = Trajectory(first_step, steps, Path())
+            trajectory.load_state_dict(state)  # before the start of the training, as save points do
             trajectory.on_train_start(None, module)
-            trajectory.load_state_dict(state)  # after the start of the training, as save points do
     state = trajectory.state_dict()
     return state["steps"].tolist(), state["points"]
 

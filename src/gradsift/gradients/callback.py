@@ -52,12 +52,16 @@ class NormRecords:
         norm_a: torch.Tensor,
         norm_b: torch.Tensor,
         losses: torch.Tensor | None = None,
+        scale: torch.Tensor | float = 1.0,
     ) -> None:
-        """Add a batch of B examples: ids (whole numbers or strings), norms and, if known, losses, (B,) each."""
+        """Add a batch of B examples, (B,) each: ids (whole numbers or strings), norms and, if known, losses.
+
+        The norms are multiplied by `scale`, a number or (B,).
+        """
         if ids is None or len(ids) != len(norm_a):
             raise GradsiftError(
                 f"a batch has {0 if ids is None else len(ids)} example ids, but the adapted layers saw {len(norm_a)} "
-                "examples; packing and padding-free batches put several examples in one row and cannot be told apart"
+                "examples; packing and padding-free batches put several examples in one row, which cannot be separated"
             )
         if not isinstance(ids, torch.Tensor):
             if not all(isinstance(each, Integral) for each in ids):
@@ -70,7 +74,7 @@ class NormRecords:
             larger[:, : self._count] = self._values[:, : self._count]
             self._values = larger
         losses = torch.full_like(norm_a, torch.nan) if losses is None else losses
-        columns = (ids.to(norm_a.device), torch.full_like(norm_a, epoch), norm_a, norm_b, losses)
+        columns = (ids.to(norm_a.device), torch.full_like(norm_a, epoch), norm_a * scale, norm_b * scale, losses)
         self._values[:, self._count : self._count + count] = torch.stack([column.double() for column in columns])
         self._count += count
 
@@ -172,7 +176,7 @@ class GradientNormCallback(L.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         if trainer.precision == "16-mixed":
-            raise GradsiftError("gradient norms do not know the loss scaling of precision=16-mixed; take bf16-mixed")
+            raise GradsiftError("precision=16-mixed scales the loss, and with it the gradient norms; take bf16-mixed")
         self._attach(module)
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
@@ -199,7 +203,7 @@ class GradientNormCallback(L.Callback):
         norm_a, norm_b = self._of_batch[0]
         # Lightning divides the loss of each batch by accumulate_grad_batches before its backward pass
         scale = trainer.accumulate_grad_batches * self._divisors(batch, norm_a)
-        self.records.add(ids, trainer.current_epoch, norm_a * scale, norm_b * scale)
+        self.records.add(ids, trainer.current_epoch, norm_a, norm_b, scale=scale)
 
     def on_validation_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int, dataloader_index: int = 0
@@ -303,12 +307,12 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         if self._norms is None or self._labels is None or self._token_weight is None:
             raise GradsiftError(
                 "the trainer's loss is not that of the model (label smoothing, compute_loss_func?), so gradient norms "
-                "cannot be told; let the model compute its loss from `labels`"
+                "cannot be computed; let the model compute its loss from `labels`"
             )
         norm_a, norm_b = self._norms.take()
         # example i adds w sum_t l_it = w n_i L_i to the loss of the step, where l_it is the loss of its token t
         scale = 1 / (self._token_weight * _labelled(self._labels).to(norm_a))
-        self.records.add(self._ids, int(state.epoch or 0), norm_a * scale, norm_b * scale)
+        self.records.add(self._ids, int(state.epoch or 0), norm_a, norm_b, scale=scale)
         self._ids = None
 
     on_pre_optimizer_step = on_substep_end  # of a step's last backward pass, after which `on_substep_end` is not called

@@ -104,7 +104,7 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     norm = float(np.sqrt(squares).mean())
     if norm == 0:
         check = "that proxy.learning_rate and the number of steps move the adapters"
-        return Diagnostic.judged(name, True, {value: None}, "no member's adapter has left zero", check)
+        return Diagnostic.judged(name, True, {value: None}, "the update of every member's adapter is still zero", check)
     first, second = np.triu_indices(len(adapters), k=1)
     # |U - U'|^2 = |U|^2 + |U'|^2 - 2 <U, U'> for the updates U = B A of two members; for copies it may round to below
     # zero

@@ -61,19 +61,22 @@ def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -
         names: columns to read besides `row`; None for all.
 
     Raises:
-        GradsiftError: the shards do not have each row once.
+        GradsiftError: the shards do not have each row once; the message names the shards and the rows.
     """
     wanted = None if names is None else ["row", *names]
-    joined = pa.concat_tables([pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards])
+    tables = [pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards]
+    joined = pa.concat_tables(tables)
     rows = joined["row"].to_numpy()
     if not (rows[1:] > rows[:-1]).all():  # several shards; a table in order is not copied, to save memory
         joined = joined.sort_by("row")
         rows = joined["row"].to_numpy()
-    twice, expected = np.count_nonzero(rows[1:] == rows[:-1]), shards[0].info["all_rows"]
-    if twice or len(rows) != expected:
+    twice, expected = np.unique(rows[1:][rows[1:] == rows[:-1]]), shards[0].info["all_rows"]
+    if len(twice) or len(rows) != expected:
+        sizes = zip(shards, tables, strict=True)
+        parts = [f"{shard.path.name} ({table.num_rows} of {shard.info['rows']} rows)" for shard, table in sizes]
         raise GradsiftError(
-            f"{', '.join(shard.path.name for shard in shards)}: these norms are of {len(rows):,} rows, {twice:,} of "
-            f"them twice, and not of each of the {expected:,} rows once; delete them and give the command again"
+            f"{', '.join(parts)}: together these norms have {len(rows):,} rows, and must have each of {expected:,} "
+            f"once; first rows that occur twice: {twice[:8].tolist()}; delete these folders and give the command again"
         )
     return {name: joined[name].to_numpy() for name in joined.column_names}
 

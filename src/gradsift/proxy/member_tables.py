@@ -79,7 +79,7 @@ def member_table(
         inputs = load()
         with (
             adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
-            runtime.display.task(f"{stage} of {slug}", passes * len(inputs.encoded)) as advance,
+            runtime.display.task(f"{stage.replace('_', ' ')} of {slug}", passes * len(inputs.encoded)) as advance,
         ):
             lora.load_adapter(adapted, member.path)
             table = columns(adapted, inputs, advance, runtime.journal(folder))

@@ -35,7 +35,7 @@ _FLOOR = 1e-3
 _LEAST_MEAN = 1e-3
 # Least standard deviation that differences are divided by: neighbours may be copies of one row.
 _LEAST_DEVIATION = 0.1
-_USUAL_GAIN = 1.0  # standard deviations below the mean, below which a gain g_i lowers the score
+_USUAL_GAIN = 1.0  # a gain g_i that lies more standard deviations than this below the mean lowers the score
 _LEAST_GAINS = 20  # fewest gains from which a mean and a standard deviation are taken
 
 

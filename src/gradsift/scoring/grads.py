@@ -57,8 +57,7 @@ def grads(
         combine: see `signal_of`.
         bandwidth: bandwidth of the kernel in standard deviations of the signal's columns, or `scott`: N^(-1 / (F + 4)).
         region: whether `high` or `low` density is representative.
-        diversity: `spread`, one minus the mean cosine to all other examples; or `words`, the mean inverse document
-            frequency of the example's words.
+        diversity: `spread`, one minus the mean cosine to all other examples; or `words`, see `word_rarity`.
         neighbours: number of nearest neighbours over which S averages the cosine.
         scale: `rank` or `minmax`, see `to_unit`.
     """
@@ -167,7 +166,10 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
 
 
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
-    """Return the mean of log(N / number of examples with the word) over each example's different words, (N,)."""
+    """Return the mean of log(N / number of examples with the word) over each example's different words, (N,).
+
+    It is 0 for an example without words.
+    """
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]
     holders = Counter(word for each in words for word in each)

@@ -62,11 +62,9 @@ def join_scores(
     """
     require_scores(path)
     by_hash: dict[str, list[dict[str, Any]]] = {}
-    names: dict[str, None] = {}  # of the parts, in their order
     for number, entry in enumerate(read_rows(path), start=1):
         checked = _checked(path, number, entry.content)
         by_hash.setdefault(checked["text_hash"], []).append(checked)
-        names |= dict.fromkeys(name for name in checked if name not in OWN)
     kept, rejected, rows = [], [], []
     for example in pool:
         if same := by_hash.get(example.content_hash):
@@ -81,6 +79,7 @@ def join_scores(
             f"data.scores={path}: none of the {len(pool):,} rows has one of its {sum(map(len, by_hash.values())):,} "
             "scores; give the data that was scored, with the same data.format and data.fields"
         )
+    names = dict.fromkeys(name for row in rows for name in row if name not in OWN)  # of the parts, in their order
     parts = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
     scores = Scores(np.array([row["score"] for row in rows]), parts)
     marks = [(row["status"], row["reason"]) for row in rows]

@@ -36,7 +36,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Literal["m
     for place, (task, positions) in enumerate(by_task.items()):
         if not len(positions):
             raise GradsiftError(
-                f"no row of the target set's task {task!r} has an embedding that points anywhere; look at its texts, "
+                f"no row of the target set's task {task!r} has an embedding with a direction; look at its texts, "
                 "or take another embedder"
             )
         queries = np.asarray(target_embeddings.vectors[positions], dtype=np.float64)

@@ -112,7 +112,7 @@ def test_a_model_that_looks_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     inner = model.model.layers[0].forward
     mixed = lambda hidden, **kwargs: inner(hidden, **kwargs) + hidden.mean(1, keepdim=True)  # noqa: E731
     monkeypatch.setattr(model.model.layers[0], "forward", mixed)
-    assert "a row has another loss beside a longer one than alone" in refusal(model, ["q_proj"])
+    assert "a row beside a longer row has another loss than alone" in refusal(model, ["q_proj"])
 
 
 def test_a_model_that_fails_by_itself_is_not_the_adapters_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,20 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(stops: list[int], d
     ours, theirs = weights_of(module.model), weights_of(whole.model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert module.curve == whole.curve
+    assert not module.optimizer_state  # the training does not hold what the optimiser has a copy of
+
+
+def test_restored_moments_are_on_the_device_of_their_parameter_and_step_counts_on_the_cpu() -> None:
+    trained = {"weight": torch.nn.Parameter(torch.ones(3))}
+    optimizer = torch.optim.AdamW(trained.values())
+    trained["weight"].sum().backward()
+    optimizer.step()
+    tensors = lora.optimizer_tensors(optimizer, trained)
+    elsewhere = {"weight": torch.nn.Parameter(torch.ones(3, device="meta"))}
+    fresh = torch.optim.AdamW(elsewhere.values())
+    lora.restore_optimizer(fresh, elsewhere, tensors)
+    devices = {kind: value.device.type for kind, value in fresh.state[elsewhere["weight"]].items()}
+    assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
 def test_dropout_masks_are_those_of_the_seed(tmp_path: Path) -> None:

@@ -216,8 +216,10 @@ def load_backbone(
             f"{artifact.path.name} computes with {numerics_of(model)}, but its results would be stored as computed "
             f"with {dict(artifact.numerics)}; this is a defect of gradsift, please report it"
         )
-    wanted = compute.checkpointing
-    if needs_checkpointing(model, device_of(compute)) if wanted is None else wanted:
+    checkpointing = compute.checkpointing
+    if checkpointing is None:
+        checkpointing = needs_checkpointing(model, device_of(compute))
+    if checkpointing:
         checkpoint_blocks(model)
     return Backbone(model.eval(), tokenizer, compute.tokens)
 

@@ -251,7 +251,7 @@ class SavePoint(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         if not trainer.is_global_zero:
             return
-        # no save point after the last step: a training that resumed with no step left would not end in the usual way
+        # no save point after the last step: Lightning calls no callback at the end of a training without steps
         is_last = len(module.curve) == self._steps
         if is_last or time.monotonic() - self._saved_at < self._wait:
             return

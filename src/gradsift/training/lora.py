@@ -239,8 +239,8 @@ class Lanes(nn.Module):
     """M adapters (lanes) on one frozen model that train side by side, one for each seed; at first, adapter 0 is active.
 
     A batch holds rows of all adapters, which pass through the frozen weights together (`gradsift.training.adapted`).
-    peft's model holds one adapter, under peft's default name. `activate` puts the adapter of a lane there, so that
-    every function that saves, loads or measures an adapter works on the adapter of that lane.
+    peft's model holds one adapter at a time, under peft's default name. `activate` puts the adapter of a lane there.
+    Functions that save, load or measure an adapter then work on this adapter.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:

@@ -42,7 +42,7 @@ class AdapterModule(L.LightningModule):
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
     the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
     examples in a step. With several ranks each rank passes its share of the step through the model, and the ranks'
-    gradients are averaged. DDP does this in the step's last backward pass, or for divided models `_reduce_gradients`.
+    gradients are averaged: by DDP in the step's last backward pass or, for a divided model, by `_reduce_gradients`.
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -217,6 +217,7 @@ class AdapterModule(L.LightningModule):
             weight_decay=self.optimization.weight_decay,
         )
         lora.restore_optimizer(optimizer, parameters, self.optimizer_state)
+        self.optimizer_state = {}  # twice as large as the adapter, and no longer needed
         # LambdaLR counts from 0 in each process, so the steps of earlier epochs and interrupted runs are added
         first = self.first_step
         self.optimizer = optimizer

@@ -77,8 +77,8 @@ def require_chat_template(config: ModelConfig, option: str) -> None:
         if settings is None or any(templates) or '"chat_template' in settings.read_text("utf-8", errors="replace"):
             return
     raise ConfigError(
-        f"{option}=chat needs a tokenizer with a chat template, which that of {config.path or config.kind} has not; "
-        f"choose {option}=alpaca, {option}=plain, or a template of your own, as in {option}=FILE.jinja"
+        f"{option}=chat needs a tokenizer with a chat template, and the tokenizer of {config.path or config.kind} has "
+        f"none; choose {option}=alpaca, {option}=plain, or a template of your own, as in {option}=FILE.jinja"
     )
 
 

@@ -101,7 +101,7 @@ def _failure(
             adapted_logits = _compared_logits(adapted, rows, all_take_part=norms)
             _require_equal(adapted_logits, logits, f"{type(model).__name__} gives other logits with a fresh adapter")
             together, alone = (_losses(adapted, part, norms) for part in (rows, rows[1:]))
-            _require_equal(together[1:], alone, "a row has another loss beside a longer one than alone")
+            _require_equal(together[1:], alone, "a row beside a longer row has another loss than alone")
     except _ERRORS as error:
         if is_out_of_memory(error):
             raise

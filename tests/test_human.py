@@ -593,6 +593,9 @@ def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = outputs(tmp_path)
     assert "folder of a finished run" in refused(capsys, str(tmp_path / "nowhere"))
+    for content in ('{"stages": [{"name": "judge"}]}', '{"stages": {"judge": 1}}', "[1]", '{"stages": null}'):
+        (tmp_path / "run.json").write_text(content)
+        assert "folder of a finished run" in refused(capsys, str(tmp_path))
     assert "either the folder of a run, or two files" in refused(capsys, "--model", str(files.model))
     assert "nobody has voted" in refused(capsys, *arguments(files, "--results"))
     assert "--items 7: there are 6 pairs" in refused(capsys, *arguments(files, "--items", "7", "--port", "0"))
@@ -600,7 +603,8 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "an empty name" in refused(capsys, *arguments(files, "--raters", "Ann,,Bob", "--port", "0"))
     with listen(0) as listener:
         port = str(listener.getsockname()[1])
-        assert f"--port {port}: Address already in use" in refused(capsys, *arguments(files, "--port", port))
+        message = refused(capsys, *arguments(files, "--port", port))
+        assert f"--port {port}: Address already in use; give another" in message
     assert "--port 70000" in refused(capsys, *arguments(files, "--port", "70000"))
     assert "begun with 6" in refused(capsys, *arguments(files, "--items", "5", "--port", "0"))
     assert "begun with 0" in refused(capsys, *arguments(files, "--seed", "1", "--port", "0"))

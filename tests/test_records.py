@@ -155,6 +155,18 @@ def test_annotations_of_both_orders_are_one_record(tmp_path: Path, capsys: pytes
     assert "one_order" not in result
 
 
+def test_files_without_a_models_name_do_not_change_whose_wins_are_counted(tmp_path: Path) -> None:
+    files = [
+        reviews(tmp_path, ([9, 8], [8, 9])),
+        annotations(tmp_path, 2, 2),
+        annotations(tmp_path, 1, 1, swapped=True, name="swapped.json"),
+    ]
+    for order in (files, [files[1], files[0], files[2]]):
+        records = read_all([Path(file) for file in order])
+        assert describe(records, 0.95)["pooled"]["win"] == 3
+        assert "invalid" not in outcomes_of(records.judgments, records.combine).values()
+
+
 def test_annotations_of_one_order_have_a_win_rate_and_no_pws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,7 +152,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
 def _limits(config: Config, record: Mapping[str, Any]) -> str:
     points = [
         "The licence, the errors and the personal data of the source are those of the source; look there before use.",
-        "Scores depend on the method, its models and the seed. Others select other rows.",
+        "Scores depend on the method, its models and the seed; another method, model or seed selects other rows.",
     ]
     if config.scorer_name == "published":
         points[1] = "The scores were published by others; nothing was computed for them here."

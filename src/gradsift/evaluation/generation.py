@@ -47,10 +47,9 @@ def generate_answers(
 ) -> list[str]:
     """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
-    Prompts are sorted by length, padded on the left and masked by the attention mask (never by the pad id, which may
-    be the end token). A prompt that leaves no room for `max_new_tokens` in the model's context is cut on its left.
-    An answer ends before the first end token; special tokens and surrounding white space are removed. Each rank of a
-    run answers its part of the batches and returns all answers.
+    Padding is on the left and masked by its position, not by its id, which may be the end token's. A prompt that leaves
+    no room for `max_new_tokens` in the model's context is cut on its left. An answer ends before the first end token;
+    special tokens and surrounding white space are removed. Each rank answers a part and returns all answers.
 
     Args:
         model: a causal LM on its device, with or without LoRA adapters; its training mode is restored.
@@ -76,27 +75,25 @@ def generate_answers(
     # LoRA layers, if any, are inside the backbone, so its own generate() includes them
     backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     greedy = _greedy(model, tokenizer, max_new_tokens)
+    cut = [prompt if room is None else prompt[-room:] for prompt in prompts]
 
     def answer(rows: list[int]) -> list[str]:
-        batch = [list(prompts[n] if room is None else prompts[n][-room:]) for n in rows]
-        return _continuations(backbone, tokenizer, batch, greedy)
+        return _continuations(backbone, tokenizer, [cut[n] for n in rows], greedy)
 
     # the longest prompts come first: a batch that does not fit into memory fails at once
-    lengths = [min(len(prompt), room or len(prompt)) + max_new_tokens for prompt in prompts]
-    answers = [""] * len(prompts)
+    lengths = [len(prompt) + max_new_tokens for prompt in cut]
+    answers: dict[int, str] = {}
     kept = journal or Journal()
     with evaluating(model), ExitStack() as stack:
-        # generate() fills unset options from the model's own config, which may hold a repetition penalty (decoding
-        # would no longer be greedy) or a temperature (transformers would warn)
+        # generate() takes unset options, such as a repetition penalty, from the model's own config
         stack.callback(setattr, backbone, "generation_config", backbone.generation_config)
         backbone.generation_config = greedy
         for batches in parallel.rounds(capped_batches(lengths, batch_size, max_tokens)):
             rows = list(chain.from_iterable(batches))
             texts = kept.once(rows, functools.partial(parallel.together, batches, answer))
-            for n, text in zip(rows, texts, strict=True):
-                answers[n] = text
+            answers |= zip(rows, texts, strict=True)
             progress(len(rows))
-    return answers
+    return [answers[n] for n in range(len(prompts))]
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
@@ -117,7 +114,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
 
 
 def _continuations(
-    backbone: Any, tokenizer: PreTrainedTokenizerBase, batch: list[list[int]], greedy: GenerationConfig
+    backbone: Any, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]], greedy: GenerationConfig
 ) -> list[str]:
     import torch
 

@@ -200,9 +200,10 @@ def read_all(paths: Sequence[Path], model: str | None = None) -> Records:
         DataError: some files hold log-probabilities and others grades, or a file cannot be read.
     """
     merged = read_records(paths[0], model)
+    model = model or merged.model  # the file with the outputs swapped has the same model
     for path in paths[1:]:
-        model = model or merged.model  # the file with the outputs swapped has the same model
         records = read_records(path, model)
+        model = model or records.model
         if records.combine != merged.combine:
             raise DataError("some of the files hold log-probabilities and others grades; score them separately")
         merged.judgments += records.judgments

@@ -86,7 +86,7 @@ def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[
     if files.model.is_file() and files.reference.is_file():  # the store may be deleted before the votes
         votes.require(read_pairs(files))
     else:
-        print("the answers are gone; whether the votes are about them was not checked", file=sys.stderr)
+        print("the answers no longer exist, so it was not checked that the votes are about them", file=sys.stderr)
     names = _names(options.raters)
     known = [rater.name for rater in votes.raters()]
     if unknown := [name for name in names if name not in known]:

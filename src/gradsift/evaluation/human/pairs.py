@@ -66,15 +66,16 @@ def files_of_run(folder: Path) -> PairFiles:
     """
     path = folder / RUN_FILE
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        stages = [
+            (stage["name"], Path(stage["artifact"]), stage["fingerprint"])
+            for stage in json.loads(path.read_text(encoding="utf-8"))["stages"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} cannot be read as a run's ({error}); give the folder of a finished run, as in outputs/DATE/TIME"
         ) from error
-    generated = [stage for stage in stages if stage["name"] == "generate"]
-    judged = [Path(stage["artifact"]) for stage in stages if stage["name"] == "judge"]
-    if judged:
-        answers = {stage["fingerprint"]: Path(stage["artifact"]) / OUTPUTS_FILE for stage in generated}
+    answers = {fingerprint: artifact / OUTPUTS_FILE for name, artifact, fingerprint in stages if name == "generate"}
+    if judged := [artifact for name, artifact, _ in stages if name == "judge"]:
         parents = _manifest(judged[-1])["parents"][:2]  # the model's answers, then the reference's
         if missing := [parent for parent in parents if parent not in answers]:
             raise DataError(
@@ -84,16 +85,16 @@ def files_of_run(folder: Path) -> PairFiles:
         return PairFiles(model, reference, judged[-1] / "judgments.jsonl")
     # the judge has not finished, so take the answers that the first two finetunes (on the selection, on all rows) gave
     # to the same items
-    tuned = [stage["fingerprint"] for stage in stages if stage["name"] == "finetune"][:2]
+    tuned = [fingerprint for name, _, fingerprint in stages if name == "finetune"][:2]
     by_items: dict[str, dict[str, Path]] = {}  # by hash of the items: {finetune: file of answers}
-    for artifact in (Path(stage["artifact"]) for stage in generated):
-        manifest = _manifest(artifact)
-        answers = by_items.setdefault(str(manifest["config"].get("items")), {})
-        answers |= {parent: artifact / OUTPUTS_FILE for parent in manifest["parents"] if parent in tuned}
+    for file in answers.values():
+        manifest = _manifest(file.parent)
+        same_items = by_items.setdefault(str(manifest["config"].get("items")), {})
+        same_items |= {parent: file for parent in manifest["parents"] if parent in tuned}
     # only the first model answers the questions about forgetting
-    for answers in by_items.values():
-        if len(answers) == 2:
-            return PairFiles(answers[tuned[0]], answers[tuned[1]])
+    for same_items in by_items.values():
+        if len(same_items) == 2:
+            return PairFiles(same_items[tuned[0]], same_items[tuned[1]])
     raise DataError(
         f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
         "itself); name two model_outputs.json with --model and --reference"

@@ -9,6 +9,7 @@ text is escaped, and a strict content security policy is sent as well. Which ans
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sqlite3
 from collections.abc import Sequence
@@ -220,11 +221,12 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Respon
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on loopback; port 0 takes a free one. ConfigError: the port cannot be used."""
+    """Return a socket that listens on loopback, with port 0 on a free port; raise ConfigError if it cannot be used."""
     try:
         return socket.create_server((LOOPBACK, port))
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error)
         raise ConfigError(f"--port {port}: {reason}; give another, or 0 for a free one") from error
 
 

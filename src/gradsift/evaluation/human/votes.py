@@ -21,10 +21,9 @@ import numpy as np
 
 from gradsift.errors import ConfigError, DataError
 from gradsift.evaluation.human.pairs import Key, Pairs
-from gradsift.evaluation.pws import Outcome, Outcomes, agreement, summarise
+from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes, agreement, summarise
 
 Choice = Literal["first", "tie", "second"]
-KINDS: tuple[Outcome, ...] = ("win", "tie", "lose")
 NAME_LENGTH = 60  # characters of a rater's name
 COMMENT_LENGTH = 1000  # characters of a comment
 _APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
@@ -255,7 +254,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
     for cell in (summary["pooled"], *summary["benchmarks"].values()):
         cell["split"] = cell.pop("invalid")
     shared = [key for key in decided if all(key in each for each in outcomes.values())] if len(outcomes) > 1 else []
-    counts = np.array([[sum(each[key] == kind for each in outcomes.values()) for kind in KINDS] for key in shared])
+    counts = np.array([[sum(each[key] == kind for each in outcomes.values()) for kind in SIGNS] for key in shared])
     against_judge = None
     if judged is not None:
         voted = {key: judged[key] for key in decided if key in judged}
@@ -295,7 +294,7 @@ def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
         for key, kind in outcomes.items():
             votes.setdefault(key, []).append(kind)
     return {
-        key: next((kind for kind in KINDS if 2 * kinds.count(kind) > len(kinds)), "invalid")
+        key: next((kind for kind in SIGNS if 2 * kinds.count(kind) > len(kinds)), "invalid")
         for key, kinds in votes.items()
     }
 

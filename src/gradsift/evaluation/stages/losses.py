@@ -127,7 +127,8 @@ def example_losses(
 
         journal = runtime.journal(folder)
         for results in parallel.passes(budget, encoded, losses_of, journal, advance, in_step=in_step):
-            for rows, losses in ((rows.cpu(), losses.cpu()) for rows, losses in results):
+            for result in results:
+                rows, losses = (values.cpu() for values in result)
                 require_finite(purpose, rows, losses, encoded)
                 kept.append((rows, losses))
     return kept

@@ -68,7 +68,7 @@ def template_of(template: str, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", None) or "given"
         raise ConfigError(
-            f"template=chat needs a tokenizer with a chat template, which the tokenizer {name!r} has not; choose "
+            f"template=chat needs a tokenizer with a chat template, and the tokenizer {name!r} has none; choose "
             "template=alpaca, template=plain, or a template of your own, as in template=FILE.jinja"
         )
     try:

@@ -608,6 +608,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "--port 70000" in refused(capsys, *arguments(files, "--port", "70000"))
     assert "begun with 6" in refused(capsys, *arguments(files, "--items", "5", "--port", "0"))
     assert "begun with 0" in refused(capsys, *arguments(files, "--seed", "1", "--port", "0"))
+    assert "is more than 4,294,967,295" in refused(capsys, *arguments(files, "--seed", "4294967296", "--port", "0"))
     assert "nobody called Eve" in refused(capsys, *arguments(files, "--results", "--raters", "Eve"))
 
 

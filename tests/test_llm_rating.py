@@ -204,9 +204,9 @@ FOREIGN = ("data=json", "data.path=x.json", "proxy=tiny_bytes", "scorer=llm_rati
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*FOREIGN], "example of data=json, and judge=verifier cannot"),
+        ([*FOREIGN], "judge=verifier knows the right answers of data=verifiable only; choose judge=openai"),
         ([*FOREIGN, "judge=local", "judge.model.kind=tiny_bytes"], "random weights and cannot judge"),
-        (["scorer=llm_rating", "judge=alpaca_eval"], "judge=alpaca_eval cannot"),
+        (["scorer=llm_rating", "judge=alpaca_eval"], "judge=alpaca_eval compares two answers"),
         (["scorer=llm_rating", "scorer.style=mine"], "choose one of: alpagasus, deita"),
         (["judge=openai", "judge.max_usd=1"], "judge.max_usd=1 needs judge.price_input and judge.price_output"),
         (["judge=openai", "judge.price_input=1"], "give both judge.price_input and judge.price_output"),

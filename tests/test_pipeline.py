@@ -234,6 +234,14 @@ def test_a_replay_without_a_run_folder_is_refused(gradsift, capsys, arguments: t
     assert "--replay" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [1", b"[" * 10_000, b"seed", b"values: 1\nschemas: 2"])
+def test_a_replay_of_a_file_that_is_no_config_is_refused(gradsift, capsys, content: bytes) -> None:
+    (gradsift.folder / "run").mkdir()
+    (gradsift.folder / "run" / "config.yaml").write_bytes(content)
+    assert gradsift("--replay", "run") == 2
+    assert "give another run, or its options" in capsys.readouterr().err
+
+
 def test_a_failed_job_does_not_stop_the_others_of_a_sweep(gradsift, capsys) -> None:
     assert gradsift("-m", *SMOKE, "stop_after=selection", "scorer=random", "alpha=0.0001,0.1") == 2
     assert [run["status"] for run in gradsift.runs()] == ["failed", "stopped"]

@@ -588,7 +588,7 @@ def test_a_machine_that_does_not_know_its_number_is_refused(
 
 
 def test_ranks_need_a_strategy_and_are_part_of_what_masks_depend_on() -> None:
-    with pytest.raises(ConfigError, match="need compute=ddp or compute=fsdp"):
+    with pytest.raises(ConfigError, match="take compute=ddp"):
         ComputeConfig(devices=2)
     assert ComputeConfig(tokens=64).mask_batches == 64
     assert replace(DDP, tokens=64).mask_batches == {"tokens": 64, "ranks": 2}

@@ -132,9 +132,12 @@ def _replay(arguments: list[str]) -> None:
     source = Path(arguments[0]) / CONFIG_FILE
     if not source.is_file():
         raise ConfigError(f"--replay {arguments[0]}: there is no {CONFIG_FILE}; give the folder of a run")
+    dumped = read_yaml(source)
+    if not isinstance(dumped, dict):
+        raise ConfigError(f"{source} is not the config of a run, or it is damaged; give another run, or its options")
     folder = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
     folder.mkdir(parents=True)
-    _attempt(lambda: restore_config(read_yaml(source)), Job(folder, [f"--replay {arguments[0]}"]))
+    _attempt(lambda: restore_config(dumped), Job(folder, [f"--replay {arguments[0]}"]))
 
 
 def _attempt(load: Callable[[], Config], job: Job) -> float | None:

@@ -12,7 +12,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,19 @@ def locked(
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        say(f"  waiting for another process ({_name_in(file) or 'not named'}) that makes {path.name}")
+        say(f"  waiting for another process ({_holder(file)}) that makes {path.name}")
         with at_work(f"wait for {path.name}"):
             lock.acquire(poll_interval=_POLL)
     own = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
 
     def require_held() -> None:
-        name = _name_in(file)
-        if name not in (own, None):  # None: somebody deleted the file, but no other process works on the unit
-            raise GradsiftError(
-                f"{path.name} was taken over by {name or 'no process'} while this process made it, so the locks of "
-                f"{file.parent} do not hold: its file system must have locks that all machines see, and nobody "
-                "may delete the .lock files of a store in use (docs/sweeps.md)"
-            )
+        with suppress(FileNotFoundError):  # somebody deleted the file, but no other process works on the unit
+            if file.read_text(encoding="utf-8", errors="replace") != own:
+                raise GradsiftError(
+                    f"{path.name} was taken over by {_holder(file)} while this process made it, so the locks of "
+                    f"{file.parent} do not hold: its file system must have locks that all machines see, and nobody "
+                    "may delete the .lock files of a store in use (docs/sweeps.md)"
+                )
 
     try:
         file.write_text(own, encoding="utf-8")
@@ -68,12 +68,12 @@ def locked(
         lock.release()
 
 
-def _name_in(file: Path) -> str | None:
-    """Return the name of the last holder of a lock; None if its file is missing."""
+def _holder(file: Path) -> str:
+    """Return the process that held a lock last, for messages."""
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
+        return file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
+    except OSError:
+        return "not named"
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _failure(error: ChildFailedError) -> Exception:
     if (text := texts[rank]) is None:
         code = error.failures[rank].exitcode
         return GradsiftError(
-            f"rank {rank} exited with code {code} without a message; out of memory? See the system's log"
+            f"rank {rank} exited with code {code} without a message (possibly out of memory: see the system's log)"
         )
     name, _, message = text.partition(": ")
     if not own:

@@ -136,7 +136,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     In a job of a search, all other options have their first value.
 
     Raises:
-        ConfigError: there are more than `MOST_JOBS` jobs; they are not listed first.
+        ConfigError: there are more than `MOST_JOBS` jobs, which is found without listing them.
     """
     # not resolved: an override may contain `${hydra:job.num}`, which only a job has
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
@@ -144,16 +144,17 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     lines = [*(f"{key}={value}" for key, value in params.items()), *task]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     choices = {}
-    for override in parser.parse_overrides(lines):  # of several for one option the last counts, the command line's
+    # if several overrides set one option, the last one counts; those of the command line come last
+    for override in parser.parse_overrides(lines):
         key = override.get_key_element()
         choices[key] = [f"{key}={value}" for value in values_of(override)]
     counts = [len(values) for values in choices.values()]
-    if (sum(counts) if searches else math.prod(counts)) > MOST_JOBS:
+    if (jobs := sum(counts) if searches else math.prod(counts)) > MOST_JOBS:
         largest = max(choices, key=lambda key: len(choices[key]))
         kind, remedy = ("search", "an interval") if searches else ("sweep", "fewer values, or several sweeps")
         raise ConfigError(
-            f"this {kind} has more than {MOST_JOBS:,} jobs to check before it starts, and {largest} has the most "
-            f"values; give {remedy}"
+            f"this {kind} has at least {jobs:,} jobs, and at most {MOST_JOBS:,} are checked before the first one; "
+            f"{largest} has the most values, so give {remedy}"
         )
     if not searches:
         return list(itertools.product(*choices.values()))

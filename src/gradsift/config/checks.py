@@ -99,7 +99,8 @@ class Group:
 
 def require_bound(option: str, value: int) -> None:
     """Raise ConfigError if `value` is above the bound of the option in `MOST`, or above 10^12 if it has none there."""
-    most, reason = MOST.get(option) or MOST.get(option.rpartition(".")[2], (10**12, "more than any data has"))
+    last = option.rpartition(".")[2].removeprefix("--")  # an option of a command is given as --seed
+    most, reason = MOST.get(option) or MOST.get(last, (10**12, "more than any data has"))
     if value > most:
         shown = value if value < 10**30 else "(a number of more than 30 digits)"
         raise ConfigError(f"{option}={shown} is more than {most:,}, {reason}; give less")
@@ -111,10 +112,10 @@ def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{option}={value!r} is not known; choose one of: {', '.join(choices)}")
 
 
-def each_once(option: str, values: list[Any]) -> None:
-    """Raise ConfigError if a list is empty or has equal items."""
+def each_once(option: str, values: list[Any], known: str = "") -> None:
+    """Raise ConfigError if a list is empty or has equal items; `known` ends the message, as in "; known: a, b"."""
     if not values or len(set(values)) < len(values):
-        raise ConfigError(f"{option}={list(values)} must name at least one, and each once")
+        raise ConfigError(f"{option}={list(values)} must name at least one, and each once{known}")
 
 
 def in_range(option: str, value: float, **limits: float) -> None:

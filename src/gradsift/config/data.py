@@ -50,7 +50,7 @@ class CorruptionConfig(Group, option="data.corruption"):
     seed: int = option(0, least=0)  # seed of the corruption
 
     def check(self) -> None:
-        each_once("data.corruption.kinds", self.kinds)
+        each_once("data.corruption.kinds", self.kinds, f"; known: {', '.join(CORRUPTIONS)}")
 
 
 @dataclass
@@ -74,7 +74,9 @@ class DataConfig(Group, option="data"):
 
     def check(self) -> None:
         if self.scores is not None and self.corruption.share:
-            raise ConfigError("data.scores has no score of a corrupted text; give either it or data.corruption.share")
+            raise ConfigError(
+                "data.scores has no score of a corrupted text; give only one of it and data.corruption.share"
+            )
 
 
 def _check_paths(option: str, value: Any) -> None:
@@ -144,7 +146,10 @@ class SourceConfig(Group, option="data.sources.NAME"):
 
     def check(self) -> None:
         if (self.path is None) == (not self.id):
-            raise ConfigError(f"a source of data.sources has path={self.path} and id={self.id}; give one of the two")
+            raise ConfigError(
+                f"a source of data.sources has path={self.path} and id={self.id}; give one of the two, as in "
+                "{code: {path: FILE}}"
+            )
         if self.id:
             _check_id("data.sources.NAME.id", self.id)
         else:

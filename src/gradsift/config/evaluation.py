@@ -84,13 +84,18 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
         for name in [*self.sets, *self.general]:
             if name not in known:
                 key = "sets" if name in self.sets else "general"
-                raise ConfigError(f"benchmark.{key} names {name!r}, not in the catalog; known: {', '.join(known)}")
+                raise ConfigError(
+                    f"benchmark.{key} names {name!r}, not in benchmark.catalog; known: {', '.join(known)}"
+                )
         if self.lm_eval_folder is not None and not self.lm_eval_tasks:
             raise ConfigError(
                 f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, and benchmark.lm_eval_tasks names none"
             )
         if both := [name for name in self.general if name in self.sets]:
-            raise ConfigError(f"benchmark.general={both} is in benchmark.sets too; name it in one of them")
+            raise ConfigError(
+                f"benchmark.general={both} is in benchmark.sets too, which the untuned target answers anyway; name it "
+                "in one of them"
+            )
         if bare := self.without_reference(self.general):
             raise ConfigError(
                 f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name their "
@@ -109,6 +114,16 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
     def match_of(self, name: str) -> str:
         """Return the rule by which answers to the set `name` are compared with the reference."""
         return self.catalog[name].match if name in self.catalog else "exact"  # exact for the embedded world's sets
+
+
+_RESERVED = {  # parameters that judge.extra_body must not hold, and why
+    "messages": "which the judge's prompt makes; leave it out",
+    "model": "which has an option of its own: judge.model",
+    "stream": "and replies are read whole; leave it out",
+    "n": "and one reply per request is read; leave it out",
+    "max_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
+    "max_completion_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
+}
 
 
 @dataclass
@@ -189,12 +204,8 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
                 raise ConfigError(f"judge.{name}={value!r} is no mapping; give it as in judge.{name}={{NAME: VALUE}}")
             if name != "extra_body":
                 require_secrets_elsewhere(f"judge.{name}", value)
-        for name in ("messages", "model", "stream", "n", "max_tokens", "max_completion_tokens"):
-            if name in (self.extra_body or {}):
-                raise ConfigError(
-                    f"judge.extra_body holds {name}, which gradsift sets itself; leave it out, or use judge.model, "
-                    "judge.max_tokens and judge.token_parameter"
-                )
+        if reserved := [name for name in _RESERVED if name in (self.extra_body or {})]:
+            raise ConfigError(f"judge.extra_body holds {reserved[0]}, {_RESERVED[reserved[0]]}")
 
 
 @dataclass
@@ -278,7 +289,8 @@ class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig, schema="endpoint
         super().check()
         if self.serve and self.base_url:
             raise ConfigError(
-                f"generator.serve={self.serve} starts a server; give generator.serve=[] to ask generator.base_url"
+                f"generator.serve={self.serve} starts a server, and generator.base_url={self.base_url} names one; "
+                "give generator.serve=[] to ask that one"
             )
         if not self.serve and not self.base_url:
             raise ConfigError(f"generator={self.name} needs the address of a server: generator.base_url=URL")

@@ -82,7 +82,8 @@ class ComputeConfig(Group, option="compute", schema="compute"):
             raise ConfigError(f"compute.threads={self.threads!r} is not known; give auto, null or a number from 1 on")
         if self.strategy == "single" and self.ranks > 1:
             raise ConfigError(
-                f"compute.devices={self.devices}, compute.num_nodes={self.num_nodes} need compute=ddp or compute=fsdp"
+                f"compute.devices={self.devices} and compute.num_nodes={self.num_nodes} need a strategy, but "
+                "compute.strategy=single; take compute=ddp or compute=fsdp"
             )
 
     @property

@@ -49,10 +49,13 @@ class ModelConfig(Group, option="model", schema="model"):
 
     def check(self) -> None:
         if self.kind == "pretrained" and not self.path:
-            raise ConfigError("model.path is empty; give a hub id or a folder, as in proxy.model=ID or target.model=ID")
+            raise ConfigError(
+                "model.path is empty; give the hub id or the folder of a causal language model, as in proxy.model=ID "
+                "or target.model=ID"
+            )
         if self.kind != "pretrained" and self.path:
             raise ConfigError(
-                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf, target=hf"
+                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf or target=hf"
             )
 
 
@@ -75,7 +78,8 @@ class LoraConfig(Group, option="lora"):
             raise ConfigError("lora.targets is empty; name the linear layers, or [all-linear]")
         if self.use_dora:
             raise ConfigError(
-                "lora.use_dora=true is not offered: DoRA also trains magnitudes, and norms are of A and B; leave it out"
+                "lora.use_dora=true is not offered: DoRA trains a magnitude of each output beside A and B, and the "
+                "norms here are those of A and B; leave it out"
             )
 
     @property
@@ -153,18 +157,24 @@ class ProxyConfig(AdaptedModelConfig, option="proxy", schema="proxy"):
         if self.collect == "during_training":  # the norms come from the trainings themselves
             refused, remedy = "does not go with proxy.collect=during_training", "take proxy.collect=epoch_end"
             if self.ensemble != "lora_seeds":
-                is_resample = self.ensemble == "bootstrap"
-                reason = "a resample leaves rows out" if is_resample else "its members are not trained"
+                reason = {
+                    "bootstrap": "a resample leaves out about a third of the rows, which would have no norm",
+                    "mc_dropout": "its members are passes over weights that stay as they are",
+                }[self.ensemble]
                 raise ConfigError(f"proxy.ensemble={self.ensemble} {refused}: {reason}; {remedy}")
             if self.shards > 1:
-                raise ConfigError(f"proxy.shards={self.shards} {refused}: a training has no shards; {remedy}")
+                raise ConfigError(
+                    f"proxy.shards={self.shards} {refused}: a training has no shards; {remedy} or proxy.shards=1"
+                )
         if self.ensemble == "mc_dropout" and not self.lora.dropout:
             raise ConfigError(
-                "proxy.ensemble=mc_dropout with proxy.lora.dropout=0.0 makes members equal; give proxy.lora.dropout=0.1"
+                "proxy.ensemble=mc_dropout with proxy.lora.dropout=0.0 makes all members equal; give a probability, as "
+                "in proxy.lora.dropout=0.1"
             )
         if self.shard is not None and not 0 <= self.shard < self.shards:
             raise ConfigError(
-                f"proxy.shard={self.shard} is none of proxy.shards={self.shards}, counted from 0; null stands for all"
+                f"proxy.shard={self.shard} is none of proxy.shards={self.shards}, which count from 0 to "
+                f"{self.shards - 1}; give one of these, or leave it empty (null) for all"
             )
         epochs = list(self.snapshots)
         if len(epochs) != 2 or not 1 <= epochs[0] < epochs[1]:
@@ -303,7 +313,8 @@ class FeaturesConfig(Group, option="features", schema="features"):
     def check(self) -> None:
         if self.adam and self.gradient_params == "full":
             raise ConfigError(
-                "features.adam=true needs features.gradient_params=lora (Adam's moments); or give features.adam=false"
+                "features.adam=true needs Adam's moments, which the warm-up has for LoRA parameters only; with "
+                "features.gradient_params=full give features.adam=false"
             )
 
 

@@ -133,11 +133,13 @@ class Config(Group):
 
     def check_rater(self) -> None:
         """Raise ConfigError for a judge that cannot rate single examples of this run's data."""
-        knows_no_answers = self.judge.name == "verifier" and not self._is_embedded
-        if knows_no_answers or isinstance(self.judge, AlpacaEvalJudgeConfig):
+        reason = "compares two answers" if isinstance(self.judge, AlpacaEvalJudgeConfig) else ""
+        if self.judge.name == "verifier" and not self._is_embedded:
+            reason = f"knows the right answers of data={EMBEDDED} only"
+        if reason:
             raise ConfigError(
                 f"scorer={self.scorer_name} needs a judge that can rate one example of data={self.data.name}, and "
-                f"judge={self.judge.name} cannot; choose judge=openai or judge=local"
+                f"judge={self.judge.name} {reason}; choose judge=openai or judge=local"
             )
         require_trained(self.judge)
 
@@ -248,7 +250,8 @@ class Config(Group):
             model = self.target.model
             if model.kind == "tiny_bytes":
                 raise ConfigError(
-                    "target.model.kind=tiny_bytes has random weights; take another target, or stop_after=selection"
+                    "target.model.kind=tiny_bytes has random weights, so its answers mean nothing; take another "
+                    "target, or stop_after=selection"
                 )
             refused = f"target.quantization={model.quantization} does not go with"
             if model.quantization != "none" and self.compute.strategy == "fsdp":
@@ -267,7 +270,8 @@ class Config(Group):
         bare = self.benchmark.without_reference(self.benchmark.sets)
         if self._judges and self.judge.name == "verifier" and bare:
             raise ConfigError(
-                f"judge=verifier needs reference answers, which benchmark.sets={bare} lack; take judge=openai or local"
+                f"judge=verifier needs reference answers, which benchmark.sets={bare} do not have; choose judge=openai "
+                "or judge=local"
             )
 
     def _check_target_set(self) -> None:

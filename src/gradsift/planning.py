@@ -28,7 +28,7 @@ _UNKNOWN = {"seconds": None, "bytes": None, "peak_gb": None, "calls": 0}  # the 
 
 
 class Planner(Store):
-    """A store that looks up what `store` contains and writes nothing there."""
+    """A store for plans: looks units up in the folder `store`, writes nothing there; makes light units elsewhere."""
 
     def __init__(self, store: Path, say: Callable[[str], None]) -> None:
         super().__init__(_temporary_folder(), say)

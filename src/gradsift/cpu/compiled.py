@@ -1,4 +1,4 @@
-"""The functions of `kernels.cpp`, compiled once per machine with the user's C++ compiler."""
+"""The functions of `kernels.cpp`, compiled with the user's compiler once per processor, compiler and torch version."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ row with the right answer is labelled `clean`, though no method can distinguish 
 Duplicates repeat clean rows. They are redundant, not spoilt, and have labels of their own.
 
 With `delayed` there are two more families, about operations whose names have no meaning before training. A `named` row
-shows what one name does, and a `chained` row applies two named operations one after the other. So a model can learn
-`chained` rows only after it has learnt the names (delayed credit, an open question of GRADFILTERING).
+shows what one name does, and a `chained` row applies two named operations one after the other. So
+`chained` rows are hard to learn before the names are known (delayed credit, an open question of GRADFILTERING).
 """
 
 from __future__ import annotations

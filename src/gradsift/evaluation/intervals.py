@@ -8,9 +8,9 @@ percentile bootstrap, it has a width above 0 even if every item has the same out
 Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model,
 with an effect of the seed and an effect of the item, gives the variance of the mean. The interval is then computed for
 an effective number of items: the number of independent items whose mean would have this variance. In the embedded world
-(`data=verifiable`), each data seed has its own questions under the same item ids. The model then treats unrelated
-questions as one item, which does not change the expected variance. `benchmarks/interval_coverage.py` measures the
-coverage.
+(`data=verifiable`), each data seed has its own questions under the same item ids, so the random effects
+model pairs unrelated questions as one item. The expected value of its variance of the mean is still right; only the
+lower bound in `variance_of_mean` makes it larger. `benchmarks/interval_coverage.py` measures the coverage.
 
 Outcomes are arrays (S, N) of -1, 0 and 1, with S seeds and N items; `confidence` is the coverage, between 0 and 1.
 """

@@ -10,10 +10,11 @@ entries of each, zeros included, are exact, although no whole matrix is held in 
                probabilities, Y one-hot targets, H last hidden states. The product is computed for a chunk of the
                vocabulary at a time
 
-The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The mean
-for the embedding is 0 up to rounding if every layer that reads the embedding first subtracts a mean (GPT-2's
-LayerNorm). If one tensor is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but the
-statistics are computed for each matrix alone.
+The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The
+mean for the embedding is 0 up to rounding if every layer that reads the residual stream first subtracts the stream's
+mean over the hidden dimensions, as GPT-2's LayerNorm does and Llama's RMSNorm does not. If one tensor is both
+embedding and head (GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for each
+matrix alone.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
 n places of one example, D hidden size, V vocabulary, N examples.

@@ -103,7 +103,7 @@ def gradient_walk(
 
 @dataclass
 class Walk:
-    """The candidates' gradients, which candidates are unused, and counts for the diagnostics."""
+    """State of the walks: candidates' gradients, a mask of the unused candidates, and counts for the diagnostics."""
 
     gradients: Features
     pool: np.ndarray  # (n,) positions, ascending

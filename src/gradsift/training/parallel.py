@@ -3,9 +3,10 @@
 All ranks go through the same sequence of stages (`gradsift.launch`). A stage that divides its work gives each rank a
 share of the examples; every other stage is made by rank 0 alone (`SharedStore`).
 
-A target that one GPU cannot hold has its layers divided over the ranks (FSDP2). A rank holds a part of every weight of
-every layer. The parts of a layer are gathered from all ranks only while the layer computes, so every rank must make the
-same passes. Embeddings, head, last normalisation layer and adapters are whole on every rank.
+With `compute=fsdp` and several ranks, the layers of the target are divided over the ranks (FSDP2), for targets that one
+GPU cannot hold. A rank holds a part of every weight of every layer. The parts of a layer are gathered from all ranks
+only while the layer computes, so every rank must make the same passes. Embeddings, head, last normalisation layer and
+adapters are whole on every rank.
 """
 
 from __future__ import annotations

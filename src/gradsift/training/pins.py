@@ -128,7 +128,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
 
 
 def _require_config(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder without a config.json that is a JSON object, or whose model needs code that may not run.
+    """Refuse a folder whose config.json is absent or no JSON object, and a model with code that is not allowed.
 
     The errors of transformers would not name the file or the reason.
     """

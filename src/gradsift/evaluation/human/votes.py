@@ -105,7 +105,7 @@ class Votes:
 
         Raises:
             ConfigError: there are fewer pairs than `items`.
-            DataError: the file cannot be written, or is there and not a file of votes.
+            DataError: the file cannot be written, or it exists and is not a file of votes.
         """
         keys = sorted(pairs.items)
         if items is not None and not 1 <= items <= len(keys):

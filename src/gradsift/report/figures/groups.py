@@ -70,7 +70,7 @@ def largest_ensemble(material: Material) -> Run:
 
 
 def over_seeds_of(material: Material, one: Run) -> list[Run]:
-    """Return `one` and the runs that differ from it only in seeds and have all its stages, one run for each seed."""
+    """Return `one` and, for each other seed, a run with its data, models, method and stages; the judge may differ."""
     same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
     runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
     runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]

@@ -211,7 +211,8 @@ class Store:
     def _name_other_numerics(self, wanted: Artifact) -> None:
         """Print why artifacts that differ from `wanted` only in how a model computes (its numerics) are not used.
 
-        Artifacts of later stages differ in their parents as well, so only those of the first stage are named.
+        Artifacts of later stages differ in their parents as well, so only artifacts of the first stage that computes
+        with a model are named.
         """
         own = wanted.manifest["numerics"]
         if not own:

@@ -53,7 +53,7 @@ class Line(Inputs):
 
     @functools.cached_property
     def asked(self) -> set[str]:
-        """Names of the sources that the run's scorer and selector ask for."""
+        """Names of the sources that the scorer and the selector ask for, each only if the run reaches its stage."""
         methods = [self.scorer] if self.config.reaches("scores") else []
         methods += [self.selector] if self.config.reaches("selection") else []
         return {source for chosen in methods for source in chosen.asked}
@@ -115,7 +115,10 @@ class Line(Inputs):
 
     @functools.cached_property
     def refused(self) -> Artifact | None:
-        """Artifact with the rows that the proxy's chat template cannot render; None if no row is rendered with it."""
+        """Artifact with the rows that the proxy's chat template cannot render.
+
+        None without a chat template, or if the asked sources use neither the pool's tokens nor its embeddings.
+        """
         proxy = self.config.proxy
         if not is_chat(proxy.template):
             return None

@@ -234,7 +234,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Return whether a turn may carry loss: False if a weight of an assistant turn is 0 or false, otherwise True."""
+    """Return False if a weight of an assistant turn is 0 or false, otherwise True; other turns never carry loss."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):

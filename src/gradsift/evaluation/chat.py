@@ -133,7 +133,7 @@ class ChatClient:
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
-            DryRun: always raised in dry-run mode, after printing what would be sent.
+            DryRun: always raised in dry-run mode, after the number of requests and their largest cost are printed.
         """
         same: dict[str, _Prompt] = {}
         for position, given in enumerate(prompts):

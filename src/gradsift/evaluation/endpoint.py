@@ -135,7 +135,7 @@ class Endpoint:
 
         Args:
             parameters: of the request, such as model and temperature.
-            timeout: seconds for headers and body of the response together.
+            timeout: seconds for the whole request, from the connection to the end of the response.
 
         Raises:
             Failure: the prompt has no reply.

@@ -252,7 +252,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Return the content of `run.json`; if the run failed before it wrote settings, they come from its overrides."""
+    """Return the content of `run.json`; if scorer or alpha is missing there, it comes from the run's overrides."""
     path = folder / RUN_FILE
     if path.is_file():
         try:

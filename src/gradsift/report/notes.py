@@ -65,7 +65,7 @@ def remarks(run: Run) -> list[str]:
 
 
 def remarks_of_all(runs: Iterable[Run]) -> list[str]:
-    """Return the remarks on several runs, each once, with the number of runs to which it applies."""
+    """Return the remarks on several runs, each once; if a remark applies to several runs, their number is added."""
     counts = Counter(line for run in runs for line in remarks(run))
     return [line + (f" ({times} runs)" if times > 1 else "") for line, times in counts.items()]
 

@@ -42,7 +42,8 @@ Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measur
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
     """Return lines that say whether the sweep agrees with the recorded table; empty if jobs or settings differ.
 
-    `files` are the `run.json` of each job, with its config beside it, and `runs` their contents.
+    `files` are the paths of the jobs' `run.json`. The job's config is in the same folder. `runs` are the contents of
+    these files.
     """
     recorded = json.loads((conf_folder() / RECORDED_FILE).read_text(encoding="utf-8"))
     # compare the jobs first, as the hash needs the config of every job to be read

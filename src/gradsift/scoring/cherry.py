@@ -68,7 +68,7 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Return the spans of each answer after "### Response:" and after its prompt, and whether each row is too long.
+    """Return two spans of each answer, one after "### Response:" and one after its prompt, and which rows are too long.
 
     The answer's length is measured after the cut to `limit` tokens if `measure_cut` (fidelity=original), else before.
     """

@@ -51,7 +51,9 @@ def contrast(
     saturation: float,
     seed: int,
 ) -> Scores:
-    """Return a score of each answer's loss compared with answers to similar prompts (see the module's docstring).
+    """Return scores that compare the losses of each answer with those of answers to similar prompts.
+
+    The module's docstring has the formulas.
 
     Args:
         neighbours: k.

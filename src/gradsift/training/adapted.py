@@ -11,8 +11,9 @@ A batch may hold rows of several adapters (`gradsift.training.lora`). They pass 
 through the A and B of its own adapter.
 
 In 4 or 8 bits (QLoRA, Dettmers et al., 2023), weights take a quarter or half of bfloat16's memory. transformers and
-bitsandbytes quantise them while a model is loaded. Then each layer becomes a `QuantizedLinear`, which restores its
-weight for each product, in the forward and in the backward pass, and rounds no activation:
+bitsandbytes quantise them while a model is loaded. Then each quantised layer becomes a `QuantizedLinear`, which
+restores its weight for each product, in the forward and in the backward pass, and does not quantise activations. The
+formats of the weights are:
 
     nf4     a weight is one of 16 quantiles of a normal distribution, scaled to [-1, 1], times the largest absolute
             value (float32) in its block of 64 weights

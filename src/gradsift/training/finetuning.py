@@ -218,7 +218,7 @@ class SavePoint(L.Callback):
         """
         Args:
             folder: the folder of the artifact in the making.
-            every: least number of seconds between two save points; 0 for a save point after each step.
+            every: least number of seconds between two save points; 0 for a save point after each step but the last.
             callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
         """
         self._path = folder / UNFINISHED / POINT_FILE

@@ -1,4 +1,4 @@
-"""The finetune stage, which trains the target with LoRA on the selected examples, and what becomes of its adapter."""
+"""The finetune stage, which trains the target with LoRA on examples, and functions that load or merge its adapter."""
 
 from __future__ import annotations
 

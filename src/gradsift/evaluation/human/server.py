@@ -163,7 +163,7 @@ class Pages:
         return FileResponse(Path(__file__).with_name("pages") / name, media_type=_FILES[name])
 
     def _shown(self, text: str, full: bool) -> dict[str, Any]:
-        """Return the part of a text that a page shows, as text or as HTML, and the number of hidden characters."""
+        """Return the part of a text that a page shows, its HTML (or None), and the number of hidden characters."""
         cut = text if full else text[:CUT]
         shown, html = presentable(cut), None
         if self.markdown is not None and len(cut) <= _LONGEST_MARKDOWN:

@@ -49,7 +49,7 @@ _NOT_JUDGMENT = (
 
 
 def check_judge(runtime: Runtime, config: JudgeConfig) -> None:
-    """Raise an error early if the judge cannot be used, because its key is missing or its model cannot be obtained."""
+    """Raise an error early if the judge cannot be used, for example because its key is missing."""
     if not judge_models(runtime, config):
         _client(runtime, config, [])
 

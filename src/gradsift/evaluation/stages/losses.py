@@ -102,7 +102,7 @@ def example_losses(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return for each batch its examples' positions in `examples` and mean NLLs per response token (nats).
 
-    Print how many examples were cut, and how many are left out because they cannot be used.
+    Print how many prompts and responses were cut, and how many examples are left out because they cannot be used.
 
     Args:
         purpose: name of this computation in the progress bar and in errors.

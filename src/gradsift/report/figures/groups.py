@@ -16,7 +16,7 @@ MOST_ROWS = 24  # methods in a figure of bars or cells
 
 
 def middle_alpha(runs: Sequence[Run]) -> float:
-    """Return the middle alpha of the runs, or the lower of two in the middle; 1 if there are only full-data runs."""
+    """Return the middle one of the runs' alphas below 1, or the lower of two in the middle; 1 if none is below 1."""
     alphas = sorted({run.alpha for run in runs if run.alpha < 1})
     return alphas[(len(alphas) - 1) // 2] if alphas else 1.0
 

@@ -180,7 +180,7 @@ def evaluate_tasks(
         max_tokens: the most tokens per batch of generated answers, padding included.
 
     Returns:
-        `{task: {figure: value}}`; empty on all ranks except the first of a machine.
+        `{task: {figure: value}}` on the first rank of each machine; an empty dict on all other ranks.
 
     Raises:
         GradsiftError: a task needs a missing package, has no data here, samples its answers or has no figures.
@@ -208,7 +208,7 @@ def evaluate_tasks(
             f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
             "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
         ) from error
-    if report is None:  # on all ranks except the first of a machine, even if the model is divided among them
+    if report is None:  # on all ranks except the first of each machine, even if the model is divided among them
         return {}
     reported = {task: figures(report["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:

@@ -142,7 +142,10 @@ class VerifierJudgeConfig(JudgeConfig, schema="verifier"):
 
 @dataclass
 class LocalJudgeConfig(JudgeConfig, schema="local"):
-    """Compares a local model's log-probabilities of A and B, the answers' names. A small model only tests the setup."""
+    """Compares a local model's log-probabilities of A and B, the answers' names.
+
+    With a small model, this judge only checks that the pipeline runs: its judgments mean nothing.
+    """
 
     model: ModelConfig = MISSING
     max_length: int = option(2048, least=16)  # tokens of question and answers; longer answers are cut

@@ -226,7 +226,11 @@ class TargetConfig(AdaptedModelConfig, option="target", schema="target"):
             self.warmup_of(self.steps)
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps; ConfigError if it is all."""
+        """Return the number of warm-up steps in a training of `steps` optimiser steps.
+
+        Raises:
+            ConfigError: the warm-up does not end before the training.
+        """
         if self.warmup_ratio:
             return _warmup_fits(f"target.warmup_ratio={self.warmup_ratio}", math.ceil(self.warmup_ratio * steps), steps)
         return _warmup_fits(f"target.warmup_steps={self.warmup_steps}", self.warmup_steps, steps)
@@ -289,7 +293,11 @@ class WarmupConfig(Group, option="features.warmup"):
             raise ConfigError("give either features.warmup.share or features.warmup.rows; leave the other empty (null)")
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps; ConfigError if it is all."""
+        """Return the number of warm-up steps in a training of `steps` optimiser steps.
+
+        Raises:
+            ConfigError: the warm-up does not end before the training.
+        """
         name = f"features.warmup.warmup_ratio={self.warmup_ratio}"
         return _warmup_fits(name, math.ceil(self.warmup_ratio * steps), steps)
 

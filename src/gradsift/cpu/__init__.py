@@ -24,8 +24,9 @@ _TOKENS_FACTOR = 3  # see `tokens_factor` in `gradsift.training.device`
 def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
-    GPT-2, Llama, Mistral, Qwen2 and Qwen3 with a hidden size of at least 256 are supported, in bfloat16 with a float32
-    residual stream. In float32 at most a tenth of the time would be saved, because matrix products take most of it.
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported, in bfloat16 with a float32 residual stream, if the hidden size
+    is at least 256 and the hidden size, the MLP's width and the width of a head are multiples of 16. In float32 at most
+    a tenth of the time would be saved, because matrix products take most of it.
 
     Of a model on the meta device, only the attributes that `gradsift.training.numerics` reads are set.
 

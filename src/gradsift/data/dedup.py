@@ -28,10 +28,10 @@ def deduplicated(
     """Return the examples without repetitions, and the dropped rows, whose `reason` names the row that they repeat.
 
     Args:
-        dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows that share
-            most of their words).
+        dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows with
+            similar sets of word triples).
         threshold: smallest Jaccard similarity of the word triples of near duplicates.
-        progress: called, with `near` only, with the number of examples that were just compared.
+        progress: called only for `near`, with the number of examples that were just compared.
     """
     first: dict[str, int] = {}  # by content hash
     reasons: dict[int, str] = {}  # by position

@@ -266,7 +266,7 @@ def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[st
 
 
 def compare_labels(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return `agreement` of the judge with people, and how many items have no label or no valid outcome.
+    """Return `agreement` of the judge with people, the number of unlabelled items, and that of invalid outcomes.
 
     Raises:
         DataError: no item has both a valid outcome and a valid label.

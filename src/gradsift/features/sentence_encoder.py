@@ -1,7 +1,7 @@
 """Embeddings from a model of the package sentence-transformers, an optional dependency.
 
-The package pools and normalises as the model's files configure it. Only the package's own modules and safetensors
-weights are loaded, never code that comes with a model.
+The package pools and normalises as the model's files configure it. Code that comes with a model is never loaded. The
+transformer's weights must be safetensors; another module, such as a dense layer, may have a `pytorch_model.bin`.
 """
 
 from __future__ import annotations

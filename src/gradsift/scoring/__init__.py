@@ -8,7 +8,7 @@ named. These are available:
     labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only reference scorers may use
                  the labels, a method must not
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
-    late_losses  (N,) mean over the members of each example's loss at the late snapshot
+    late_losses  (N,) each example's loss at the late snapshot, averaged over the members
     answer_losses
                  `gradsift.proxy.member_tables.AnswerLosses` of the members at the late snapshot, with dropout off; for
                  proxy.ensemble=mc_dropout, the losses of the single adapter
@@ -18,7 +18,8 @@ named. These are available:
     directions   (M, N) for each member, the cosine of each example's gradient with the pool's mean gradient; (1, N) for
                  proxy.ensemble=mc_dropout, whose members share their weights
     gradients, target_gradients
-                 `gradsift.features.vectors.Features`: the gradients of the pool's and of the target set's examples
+                 `gradsift.features.vectors.Features` of the pool's and of the target set's examples, made from their
+                 gradients (`gradsift.features.gradients`)
     backbone     the proxy's backbone, without adapters
     proxy_inputs the backbone, and the examples tokenised in the proxy's template
     embeddings, target_embeddings

@@ -8,7 +8,7 @@ from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 
 def late_loss(late_losses: np.ndarray) -> Scores:
-    """Return minus the mean over the members of each example's loss at the late snapshot."""
+    """Return minus each example's loss at the late snapshot, averaged over the members."""
     scores = Scores(-late_losses)
     scores.mark(np.isnan(late_losses), UNDEFINED, NO_RESPONSE)
     return scores

@@ -1,7 +1,7 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
-The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. It reports three
-measures, each with a reason why the others do not suffice:
+The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. These are its main
+measures, each with the reason why it is needed:
 
     spoilt share  share of spoilt rows in the selection at each alpha; with a high AUROC a few of them may rank first
     AUROC         for clean rows against each kind of corrupted rows; a small selection may be clean by luck

@@ -12,8 +12,8 @@ g the gradients of the examples:
 A component stops when its budget is spent or no example passes (i) and (ii).
 
 Our reading, where the paper is silent: (i) and the sum start anew with each component. An example with a gradient of
-zero is never taken. The neighbours are the `neighbours` examples with the largest inner product, used or not. Tasks of
-the target set are not distinguished (see `gradsift.selection.core_knowledge`).
+zero is never taken. The neighbours of an example are the `neighbours` others with the largest inner product with it,
+used or not. Tasks of the target set are not distinguished (see `gradsift.selection.core_knowledge`).
 
 A step costs one pass over the gradients of the unused examples that (i) has not ruled out within the component or, if
 `neighbours` is set, of all candidates.

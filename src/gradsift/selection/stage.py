@@ -85,11 +85,12 @@ def write_selection(
     examples: Path,
     corruption: Mapping[int, str] | None = None,
 ) -> None:
-    """Write one line per example, best first: the original row, and under `gradsift` its rank, score and ids.
+    """Write one line per selected example, best first: its original row, to which the key `gradsift` is added.
 
-    The original row is the row of the source, even if the example was corrupted for an audit; in this case the kind of
-    corruption is added under `gradsift`. Lines are kept in a temporary file until they are written in order of rank, so
-    that neither the pool nor the selection has to fit in memory.
+    `gradsift` holds rank, score, example_id and row_index. The original row is the row of the source, even if the
+    example was corrupted for an audit; in this case the kind of corruption is added under `gradsift`. Lines are kept in
+    a temporary file until they are written in order of rank, so that neither the pool nor the selection has to fit in
+    memory.
     """
     # lines are written in the order of the selection, but the pool is read in its own order
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected

@@ -5,8 +5,8 @@ responses carry loss, as in the run. With a chat template, a reply that is not t
 in axolotl's rows. TRL and LLaMA-Factory have no such mark: if there is such a reply, they get a row for each reply that
 is trained, with the turns before it as the prompt.
 
-With a text template (alpaca, plain), TRL and axolotl get a row for each trained reply that contains the rendered
-prompt, so that these two train on the same text. LLaMA-Factory always renders the prompts itself.
+With a text template (alpaca, plain), TRL and axolotl get rows with the rendered prompt, one row for each trained reply,
+so that these two train on the same text as the run. LLaMA-Factory always renders the prompts itself.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: to
 
 
 def _product(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return `x` (B T, K) times `factor` (K, N); if that is (B, K, N), each row's tokens times the row's own matrix."""
+    """Return `x` (B T, K) times `factor`: one (K, N) matrix for all rows, or (B, K, N) with a matrix for each row."""
     if factor.dim() == 2:
         return x @ factor
     return torch.bmm(x.view(len(factor), -1, x.shape[-1]), factor).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The scores over the pool: their distributions, and what they correlate with."""
+"""The scores and the ensemble's statistics over the pool: their distributions, and what they correlate with."""
 
 from __future__ import annotations
 

@@ -777,12 +777,11 @@ OTHER = {"model": "n", "temperature": 0.5, "max_tokens": 9, "parse": "strict", "
 
 
 @pytest.mark.parametrize("option", [*SAME, *OTHER])
-def test_the_settings_of_a_judgment_hold_the_options_that_change_it(tmp_path: Path, option: str) -> None:
-    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+def test_the_settings_of_a_judgment_hold_the_options_that_change_it(option: str) -> None:
     config = OpenaiJudgeConfig(name="openai", model="m")
     changed = copy.copy(config)
     setattr(changed, option, {**SAME, **OTHER}[option])
-    same = judge_settings(runtime, changed, "wording") == judge_settings(runtime, config, "wording")
+    same = judge_settings(changed, "wording") == judge_settings(config, "wording")
     assert same == (option in SAME)
 
 

@@ -323,10 +323,9 @@ def test_a_protocols_parser_reads_no_other_form(parse: Any, text: str) -> None:
     assert parse_scores(text, parse) is None
 
 
-def test_the_wording_of_a_protocol_is_in_the_settings(tmp_path: Path) -> None:
-    runtime = Runtime(Store(tmp_path / "store", say=lambda text: None), ComputeConfig(), Display(), seed=0)
+def test_the_wording_of_a_protocol_is_in_the_settings() -> None:
     configs = [OpenaiJudgeConfig(name="mine", task=task) for task in (None, "Grade.", "Grade!")]
-    settings = [json.dumps(judge_settings(runtime, config, "w"), sort_keys=True) for config in configs]
+    settings = [json.dumps(judge_settings(config, "w"), sort_keys=True) for config in configs]
     assert len(set(settings)) == 3
 
 

@@ -37,7 +37,7 @@ _BOUNDS = (
     ("size", 10_000_000, "as the embedded world is made in memory"),
     ("benchmark_items target_set.limit", 1_000_000, "as the embedded world is made in memory"),
     ("dimensions", 2**20, "above which a projection saves nothing"),
-    ("concurrency", 1000, "as each request has a thread"),
+    ("concurrency", 1000, "more than any endpoint answers at once"),
     ("retries", 1000, "which would last for days"),
     ("clusters", 1_000_000, "more than k-means could tell apart"),
     ("threads num_nodes", 4096, "more than any machine or cluster has"),

@@ -78,7 +78,7 @@ def judge(
             )
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
-    settings = judge_settings(runtime, config, judge_wording(_kind(config)))
+    settings = judge_settings(config, judge_wording(_kind(config)))
     if config.name == "verifier" and rules:
         settings["match"] = rules
     return runtime.store.obtain("judge", config.name, settings, [answers, reference, *models], make, version=VERSION)
@@ -98,7 +98,7 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
     return [backbone(runtime, config.model)]
 
 
-def judge_settings(runtime: Runtime, config: JudgeConfig, wording: str | None) -> dict[str, Any]:
+def judge_settings(config: JudgeConfig, wording: str | None) -> dict[str, Any]:
     """Return the settings that a judge's replies depend on, besides the texts shown and a local model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     if isinstance(config, EndpointJudgeConfig):  # two endpoints may use one name for different models
@@ -124,7 +124,7 @@ def rater(runtime: Runtime, config: JudgeConfig) -> Source:
             raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
         return client
 
-    settings = {**judge_settings(runtime, config, rating_wording(_kind(config))), "version": VERSION}
+    settings = {**judge_settings(config, rating_wording(_kind(config))), "version": VERSION}
     return Source(lambda: judge_models(runtime, config), value, settings)
 
 

@@ -104,7 +104,7 @@ def page_of(pool: Pool, path: Path) -> float:
     material = Material(path.parent, [Run(path.parent, record, {}, "method_0", [])], False)
     begin = time.perf_counter()
     tables = [(name, None, "made up") for name in TABLES]
-    values = {"figures": [], "tables": tables, "work_file": None, "pools": [pack(pool)], "left_out": []}
+    values = {"figures": [], "tables": tables, "work_file": None, "pools": [pack(pool)]}
     values |= {"judged": [], "no_pairs": ["nothing was judged"]}
     path.write_text(render(material, values), encoding="utf-8")
     return time.perf_counter() - begin

@@ -52,7 +52,7 @@ def options_of(prefix: str, schema: type, values: Any = None) -> Iterator[tuple[
     """Yield option, type, default, meaning and range for each field of a dataclass and of the dataclasses within it.
 
     Args:
-        values: an instance that holds the defaults; None: the defaults of the fields.
+        values: an instance whose values are the defaults; None: the defaults are those of the fields.
     """
     meanings = _meanings(schema)
     for field in dataclasses.fields(schema):
@@ -61,7 +61,7 @@ def options_of(prefix: str, schema: type, values: Any = None) -> Iterator[tuple[
         option = f"{prefix}{field.name}"
         inner = getattr(sys.modules[schema.__module__], str(field.type), None)
         if dataclasses.is_dataclass(inner):
-            # the field's own defaults: its factory may set others than the class has
+            # the defaults of this field, whose factory may set other values than the class
             own = None if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield from options_of(f"{option}.", inner, own)  # type: ignore[arg-type]
             continue
@@ -78,9 +78,9 @@ def _default(field: Any, values: Any) -> str:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """Return the comment of each field: at the end of its line, or in the lines above it."""
+    """Return the comment of each field, which is at the end of its line or in the lines above it."""
     meanings: dict[str, str] = {}
-    for cls in _dataclasses(schema):
+    for cls in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):  # the base first
         above: list[str] = []
         for line in inspect.getsource(cls).splitlines():
             if comment := re.fullmatch(r"    # (.*)", line):
@@ -98,8 +98,3 @@ def _limits(field: Any) -> str:
         return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"])
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
     return ", ".join(f"{words[name]} {limit:,g}" for name, limit in limits.items())
-
-
-def _dataclasses(schema: type) -> list[type]:
-    """Return the class and its bases, base first."""
-    return [cls for cls in reversed(schema.__mro__) if dataclasses.is_dataclass(cls)]

@@ -2,10 +2,10 @@
 
     python -m experiments.audit_table SWEEP [OPTION ...]          such as proxy.members proxy.snapshots
 
-SWEEP is the folder of a sweep that ran with `audit.enabled=true`. A row of the table is the mean over the runs with the
-same scorer and the same values of the options. Prints Markdown: the spoilt share of the selection for each alpha of the
-audit, the effective number of families at the second alpha, and AUROC of clean rows against spoilt rows and against
-each kind of spoilt rows.
+SWEEP is the folder of a sweep that ran with `audit.enabled=true`. A row of the table has the means over the runs with
+the same scorer and the same values of the options. Prints Markdown: the spoilt share of the selection for each alpha of
+the audit, the effective number of families at the second alpha, and the AUROC of clean rows against spoilt rows and
+against each kind of spoilt rows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-FAMILIES_AT = 1  # index, among the audit's alphas, of the alpha for which families are counted
+FAMILIES_AT = 1  # index of the alpha for which families are counted
 
 
 def audits_by_setting(sweep: Path, options: Sequence[str]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """Return the audits of the sweep's runs by scorer and values of the options; runs without an audit are left out."""
+    """Return the audits of the sweep's runs by scorer and values of the options, without runs that have no audit."""
     audits: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for file in sorted(sweep.glob("*/audit.json"), key=lambda file: int(file.parent.name.split("-")[0])):
         run = json.loads(file.with_name("run.json").read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def main() -> None:
     given = parser.parse_args()
     audits = audits_by_setting(given.sweep, given.options)
     if not audits:
-        raise SystemExit(f"{given.sweep} has no run with an audit; run it with audit.enabled=true")
+        raise SystemExit(f"{given.sweep} has no run with an audit; run the sweep with audit.enabled=true")
     first = next(iter(audits.values()))
     alphas = " / ".join(f"{selection['alpha']:.0%}" for selection in first[0]["selections"])
     titles = ["scorer", *given.options, "runs", f"spoilt at {alphas}", "families", "AUROC", *kinds_of(first)]

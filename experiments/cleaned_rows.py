@@ -2,12 +2,17 @@
 
     python -m experiments.cleaned_rows RUN [RUN ...]          folders of runs that have computed their scores
 
-Prints Markdown, a row for each run. Rows that were corrupted on purpose are not counted as the cleaners' rows. AUROC
-compares the cleaners' rows with all other uncorrupted rows (1: every other row ranks above every row of the cleaners).
-Recall is the share of the cleaners' rows that are in the half that the score rejects, with the 95 % interval of Clopper
-and Pearson. Further columns are the share of cleaners' rows in the best tenth, the median number of words of
-the best tenth's answers, and Spearman's correlation of the score with the number of words. Rows without a score rank
-last.
+Prints Markdown with a row for each run. A cleaned row is a row that the cleaners edited or removed, in its state before
+cleaning, unless it was corrupted on purpose too. The columns are
+
+- AUROC of the cleaned rows against all other uncorrupted rows (1: every other row ranks above every cleaned row);
+- the recall: the share of the cleaned rows that are in the lower half of the ranking, with the 95 % interval of Clopper
+  and Pearson;
+- the share of cleaned rows in the best tenth;
+- the median number of words of the best tenth's answers;
+- Spearman's correlation of the score with the number of words.
+
+Rows without a score rank last.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ def row_of(name: str, scores: np.ndarray, cleaned: np.ndarray, others: np.ndarra
 
     Args:
         scores: (N,), NaN for a row without a score.
-        cleaned, others: (N,) bool, the cleaners' rows and the rows that they are compared with.
+        cleaned, others: (N,) bool, the cleaned rows and the rows that they are compared with.
         words: (N,) number of words of each answer.
     """
     known = ~np.isnan(scores)
@@ -54,16 +59,18 @@ def main() -> None:
     runs = parser.parse_args().runs
     loaded = artifact_of(runs[0], "load")
     if any(artifact_of(run, "load") != loaded for run in runs):
-        raise SystemExit("the runs do not score the same rows; compare runs with the same data options")
+        raise SystemExit("the runs have different data; give runs with the same data options")
     examples = read_examples(loaded / EXAMPLES_FILE)
     has_label = np.array([bool(example.original.get("cleaning")) for example in examples])
     clean = np.ones(len(examples), dtype=bool)
     if (labels := loaded / LABELS_FILE).is_file():
         clean = np.array(pq.read_table(labels)["quality"].to_pylist()) == CLEAN
     if not (has_label & clean).any():
-        raise SystemExit(f"no row of {runs[0]} has a label in the column cleaning; see experiments.real_pool")
+        raise SystemExit(
+            f"no row of {runs[0]} has a label in the column `cleaning`; make the data with experiments.real_pool"
+        )
     words = np.array([len(example.output.split()) for example in examples])
-    print(f"{len(examples):,} rows, {(has_label & clean).sum()} of the cleaners, median words {np.median(words):g}\n")
+    print(f"{len(examples):,} rows, {(has_label & clean).sum()} cleaned, median words {np.median(words):g}\n")
     titles = [
         "scorer",
         "AUROC",

@@ -1,13 +1,15 @@
-"""Measure what each part of the scorer `contrast` contributes: compare variants of it, on the losses of one run.
+"""Measure what each part of the scorer `contrast` contributes: compare variants of it on the losses of one run.
 
     python -m experiments.contrast_variants OVERRIDE ...          as for run.py; missing artifacts are made
 
-Some variants combine the contrast with IFD. Prints Markdown, a row for each variant: the spoilt share of the selection
-at 5, 10 and 15 %, AUROC of clean rows against spoilt rows and against each kind of spoilt rows, and the median number
-of words of the selected tenth's answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`),
-the table also has AUROC of the other clean rows against these rows, and their share of the selected tenth. Only the
-variant `contrast (ships)` has random scores in the best fifth. With proxy.ensemble=bootstrap, the variant `held out`
-uses for each row the members that did not train on it, and `trained on` the members that did, both without gains.
+Prints Markdown with a row for each variant: the spoilt share of the selection at 5, 10 and 15 %, the AUROC of clean
+rows against spoilt rows and against each kind of spoilt rows, and the median number of words of the selected tenth's
+answers. If rows have a label in the column `cleaning` (see `experiments.real_pool`), the table also has the AUROC of
+the other clean rows against these rows, and the share of these rows in the selected tenth.
+
+The variant `contrast (ships)` is the scorer with its default options; only this variant has random scores in the best
+fifth. Some variants combine the contrast with IFD. With proxy.ensemble=bootstrap, the score of a row in the variant
+`held out` uses the members that did not train on the row, and in `trained on` the members that did; neither has gains.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from experiments.composed import line_of
+from experiments.composed import CONTRAST, line_of
 from experiments.heldout_variance import left_out_rows, over_members
 from gradsift.data.examples import Example
 from gradsift.data.load import SPOILT, labels_of
@@ -33,19 +35,19 @@ from gradsift.selection.audit import CLEAN, auroc
 from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
-K, END_SHARE, PROMPT_WEIGHT, LIKE_LENGTH = 50, 0.33, 4.0, 100  # the defaults of the scorer
+K, END_SHARE, PROMPT_WEIGHT = CONTRAST.neighbours, CONTRAST.end_share, CONTRAST.prompt_weight
 _FLOOR = 1e-3
 
 
 def nearest_lengths(examples: Sequence[Example], count: int) -> np.ndarray:
-    """Return the positions of the `count` other answers that are nearest in length (log words), (N, count)."""
+    """Return the positions of the `count` other answers with the nearest log number of words, (N, count)."""
     return nearest(np.log1p([[len(example.output.split())] for example in examples]), count)
 
 
 def nearest_both(examples: Sequence[Example], count: int) -> np.ndarray:
-    """Return the positions of the `count` other examples nearest in prompt and answer length together, (N, count).
+    """Return the positions of the `count` other examples nearest in prompt and in answer length, (N, count).
 
-    A factor of two in length counts as much as half of the distance between unrelated prompts.
+    A factor of two in length counts as much as half the distance between unrelated prompts.
     """
     lengths = np.log2(1 + np.array([[len(example.output.split())] for example in examples]))
     return nearest(np.hstack([prompt_vectors([prompt_of(example) for example in examples]), 0.7 * lengths]), count)
@@ -60,7 +62,7 @@ def nearest(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def contrasts_of(losses: np.ndarray, neighbours: np.ndarray | None) -> np.ndarray:
-    """Return the contrasts (M, N) of losses (M, N) with the losses of `neighbours` (N, K); None: of all examples."""
+    """Return the contrasts (M, N) of losses (M, N) with those of `neighbours` (N, K), or of all examples if None."""
     values = np.log(losses + _FLOOR)
     if neighbours is None:
         return (values.mean(1, keepdims=True) - values) / values.std(1, keepdims=True)
@@ -74,7 +76,7 @@ def bound(contrasts: np.ndarray, caution: float = 1.0) -> np.ndarray:
 
 
 def ranked(values: np.ndarray) -> np.ndarray:
-    """Return ranks between 0 and 1, the highest for the highest value; NaN ranks lowest."""
+    """Return ranks (N,) above 0 and up to 1, the highest rank for the highest value; NaN has the lowest."""
     ranks: np.ndarray = rankdata(np.where(np.isnan(values), -np.inf, values)) / len(values)
     return ranks
 
@@ -92,7 +94,7 @@ def variants(
     """
 
     answers = [len(example.output) for example in examples]  # in characters
-    lacking = gain_term(losses.body, losses.other, answers, LIKE_LENGTH)
+    lacking = gain_term(losses.body, losses.other, answers, CONTRAST.like_length)
 
     def contrasts(share: float, neighbours: np.ndarray | None, weight: float = PROMPT_WEIGHT) -> np.ndarray:
         return contrasts_of(relative_losses(losses.body, losses.end, share), neighbours) + weight * lacking
@@ -119,7 +121,7 @@ def variants(
     yield "lower of ranks: contrast, low IFD", np.minimum(ranked(shipped), ranked(-ifd))
     if left_out is not None:
         for name, members in (("held out", left_out), ("trained on", ~left_out)):
-            # without the gains, whose losses after other prompts are means over all members
+            # without the gains: the losses after other prompts are means over all members
             mean, variance = over_members(whole - PROMPT_WEIGHT * lacking, members)
             yield name, mean - np.sqrt(variance)
 
@@ -132,7 +134,7 @@ def main() -> None:
     difficulty = line_of([*overrides, "scorer=superfilter_low"])
     labels = labels_of(line.loaded)
     if labels is None:
-        raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
+        raise SystemExit("the data has no labels; corrupt rows with data.corruption.share")
     losses = read_answer_losses(line.answer_losses, line.rows)
     known = ~np.isnan(losses.body[0])
     examples = [example for example, has_loss in zip(line.pool, known, strict=True) if has_loss]

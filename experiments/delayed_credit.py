@@ -1,15 +1,15 @@
-"""Which scores rank those rows high that can be learnt only after other rows? Open question 4 of GRADFILTERING.
+"""Which scores rank rows high that can be learnt only after other rows? Open question 4 of GRADFILTERING.
 
     python -m experiments.delayed_credit [OVERRIDE ...]        the embedded world; a fifth of the tasks are delayed
 
-Compares the scores with a baseline that takes a curriculum into account. The baseline divides a row's progress in an
-epoch by the mean absolute progress of all rows, and scores the row by its best epoch, whether early or late:
+Compares several scores with a baseline that does not depend on when a row is learnt. The baseline divides a row's
+progress in an epoch by the mean absolute progress of all rows in this epoch. Its score is the value of the best epoch:
 
     score_i = max_e (L_i^{e-1} - L_i^e) / mean_j |L_j^{e-1} - L_j^e|        e = 2 ... E, L the members' mean loss
 
-Delayed rows can be learnt only after the defining rows. Prints Markdown, a row for each score: AUROC of the delayed and
-of the defining clean rows against the other clean rows (above .5: the score prefers the delayed or defining rows), and
-the shares of delayed, of defining and of spoilt rows in the selected tenth.
+Delayed rows can be learnt only after the defining rows. Prints Markdown with a row for each score: the AUROC of the
+delayed and of the defining clean rows against the other clean rows (above .5: the score prefers the delayed or defining
+rows), and the shares of delayed, defining and spoilt rows in the selected tenth.
 
 Shape letters: E epochs, N examples.
 """
@@ -21,11 +21,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.composed import line_of
-from experiments.norm_tables import norms_at
+from experiments.composed import CONTRAST, line_of, losses_at, norms_at
 from gradsift.data.load import SPOILT, labels_of
 from gradsift.data.verifiable import DEFINING, DELAYED
-from gradsift.gradients.statistics import by_example
 from gradsift.line import Line
 from gradsift.proxy.member_tables import read_answer_losses
 from gradsift.scoring.contrast import contrast
@@ -37,13 +35,6 @@ EPOCHS, ALPHA = 4, 0.1
 DEFAULTS = ("data.delayed=0.2", "proxy.snapshots=[1,4]", "scorer=gsnr", "stop_after=statistics")
 
 
-def norms_and_losses(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    """Return the members' norms (E, M, N) and losses (E, M, N) after each epoch."""
-    epochs = range(1, EPOCHS + 1)
-    losses = [[by_example(shards, ("loss",), line.rows)["loss"] for shards in line.norms(epoch)] for epoch in epochs]
-    return np.array([norms_at(line, epoch) for epoch in epochs]), np.array(losses)
-
-
 def best_epoch(losses: np.ndarray) -> np.ndarray:
     """Return each row's progress in its best epoch, (N,), from mean losses (E, N)."""
     progress = losses[:-1] - losses[1:]
@@ -53,16 +44,17 @@ def best_epoch(losses: np.ndarray) -> np.ndarray:
 
 def scores_of(line: Line) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the values (N,) of each score."""
-    norms, losses = norms_and_losses(line)
-    means, loss = norms.mean(1), losses.mean(1)
+    epochs = range(1, EPOCHS + 1)
+    norms = np.stack([norms_at(line, epoch) for epoch in epochs])  # (E, M, N)
+    means, loss = norms.mean(1), np.stack([losses_at(line, epoch).mean(0) for epoch in epochs])  # (E, N)
     for early, late in ((1, 2), (2, 4)):
         drop = (means[early - 1], means[late - 1], norms[late - 1].var(0))
         yield f"gsnr, snapshots {early}, {late}", ratio(*drop, 1e-8)
         yield f"loss drop, snapshots {early}, {late}", loss[early - 1] - loss[late - 1]
     yield "progress in the best epoch", best_epoch(loss)
     yield f"late loss, snapshot {EPOCHS}", -loss[-1]
-    options = {"neighbours": 50, "end_share": 0.33, "prompt_weight": 4.0, "like_length": 100}
-    options |= {"caution": 1.0, "saturation": 0.0, "seed": 0}
+    options = {name: value for name, value in vars(CONTRAST).items() if name not in ("_target_", "name")}
+    options["saturation"] = 0.0
     answers = read_answer_losses(line.answer_losses, line.rows)
     yield f"contrast, snapshot {EPOCHS}, not saturated", contrast(answers, line.pool, **options).score
 
@@ -85,7 +77,7 @@ def main() -> None:
     line = line_of([*DEFAULTS, *parser.parse_args().overrides])
     labels = labels_of(line.loaded)
     if labels is None or labels.family is None:
-        raise SystemExit("only the embedded world has delayed rows; leave out data=")
+        raise SystemExit("only the embedded world has delayed rows; omit data=")
     quality, family = np.array(labels.quality), np.array(labels.family)
     clean = quality == CLEAN
     shares = [(clean & (family == name)).mean() for name in (DELAYED, DEFINING)]

@@ -1,15 +1,15 @@
-"""Compare the targets that several runs tuned, by their losses on held-out rows, with paired intervals.
+"""Compare the finetuned targets of several runs by their losses on held-out rows, with paired intervals.
 
     python -m experiments.heldout_losses RUN RUN ... [--rows FILE.json] [--limit 200]
 
-RUN is the folder of a run that has tuned its target and whose store is at hand. Without --rows the rows are those that
-the runs' `data.holdout` set aside. FILE is a JSON list of rows with `instruction`, `input` and `output`; a row whose
-prompt is in a run's data is dropped, and so is a repeated prompt.
+RUN is the folder of a run that has finetuned its target and whose store exists. Without --rows, the held-out rows are
+those that the runs' `data.holdout` set aside. FILE is a JSON list of rows with `instruction`, `input` and `output`;
+rows whose prompt is in a run's data or in an earlier row are dropped.
 
-Prints Markdown: for each run the mean loss in nats per response token (the mean over rows of each row's mean), the
+Prints Markdown: for each run the mean loss in nats per response token (the mean over rows of the mean over tokens), the
 difference from the first run, and the 95 % confidence interval of the mean difference (t distribution over the rows'
-differences). The interval is about the rows alone: another seed of the finetune or another draw of the training rows
-would add to it.
+differences). The interval covers the variation over rows alone, not the variation over seeds of the finetuning or draws
+of the training rows.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def unseen_rows(rows: Iterable[dict[str, str]], seen: Iterable[Example], limit: 
 
 
 def require_known(run: Path, artifact: Artifact) -> None:
-    """Exit unless the run has made or reused the artifact: with other defaults or data it would be another one."""
+    """Exit unless the run has made or reused the artifact, that is, unless defaults and data are still the same."""
     stages = json.loads((run / "run.json").read_text())["stages"]
     if artifact.fingerprint not in {stage["fingerprint"] for stage in stages}:
         raise SystemExit(
-            f"{run} has not made {artifact.path.name}: the defaults or the data have changed since; use the commit "
-            "of the run"
+            f"{run} has not made {artifact.path.name}: the defaults or the data have changed since; check out the "
+            "run's commit"
         )
 
 
 def losses_of(run: Path, line: Line, examples: Sequence[Example]) -> np.ndarray:
-    """Return each example's mean loss under the target that the run has tuned, (N,); NaN without a response."""
+    """Return each example's mean loss under the run's finetuned target, (N,); NaN without a response token."""
     scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
     require_known(run, scored)
     tuned = line.finetune(line.select(scored))
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--rows", type=Path, metavar="FILE.json")
-    parser.add_argument("--limit", type=int, default=200, help="most rows of FILE (default 200)")
+    parser.add_argument("--limit", type=int, default=200, help="largest number of rows from FILE (default 200)")
     options = parser.parse_args()
     lines = {run: line_of(json.loads((run / "run.json").read_text())["overrides"]) for run in options.runs}
     first = next(iter(lines.values()))
@@ -100,12 +100,12 @@ def main() -> None:
         seen = [example for line in lines.values() for example in (*line.pool, *heldout_of(line.loaded))]
         examples = unseen_rows(json.loads(options.rows.read_text()), seen, options.limit)
     elif any(line.loaded.path != first.loaded.path for line in lines.values()):
-        raise SystemExit("the runs have other data, hence other held-out rows; give --rows FILE.json")
+        raise SystemExit("the runs have different data and so different held-out rows; give --rows FILE.json")
     if not examples:
-        raise SystemExit("there are no held-out rows; set data.holdout in the runs, or give --rows FILE.json")
+        raise SystemExit("there are no held-out rows; give runs with data.holdout, or --rows FILE.json")
     losses = {run: losses_of(run, line, examples) for run, line in lines.items()}
     known = ~np.isnan(np.stack(list(losses.values()))).any(0)
-    print(f"{known.sum()} rows\n\n| run | loss | less that of the first |\n|---|---|---|")
+    print(f"{known.sum()} rows\n\n| run | loss | difference from the first |\n|---|---|---|")
     for run, values in losses.items():
         print(row_of(run.name, values[known], losses[options.runs[0]][known]))
 

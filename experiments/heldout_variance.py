@@ -1,11 +1,11 @@
-"""Is V_t correlated with the held-out loss? A question about GRADFILTERING (arXiv 2601.13697), in our reading.
+"""Is V_t correlated with the held-out loss? An open question of GRADFILTERING (arXiv 2601.13697), in our reading.
 
     python -m experiments.heldout_variance [OVERRIDE ...]        the embedded world, ten bootstrap members
 
-A bootstrap member trains on a resample that leaves out about 37 % of the rows. The held-out loss of a row is
-the mean loss, at the late snapshot, of the members that did not train on the row. V_t and G_t are computed
-twice: over these members only, and over all members, some of which trained on the row. Prints Markdown: Spearman's
-rank correlation of V_t and of G_t with the held-out loss, over the rows that at least two members left out.
+A bootstrap member trains on a resample that lacks about 37 % of the rows. The held-out loss of a row is the mean loss,
+at the late snapshot, of the members that did not train on the row. V_t and G_t are computed twice: over these members
+only, and over all members. Prints Markdown: Spearman's rank correlation of V_t and of G_t with the held-out loss, over
+the rows that at least two members did not train on.
 
 Shape letters: M members, N examples.
 """
@@ -17,9 +17,7 @@ import argparse
 import numpy as np
 from scipy.stats import spearmanr
 
-from experiments.composed import line_of
-from gradsift.gradients.statistics import by_example, norm_of
-from gradsift.line import Line
+from experiments.composed import line_of, losses_at, norms_at
 from gradsift.proxy.ensemble import resample
 
 DEFAULTS = ("proxy.ensemble=bootstrap", "proxy.members=10", "scorer=gsnr", "stop_after=statistics")
@@ -37,24 +35,13 @@ def over_members(values: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.
     return mean, variance
 
 
-def members_of(line: Line) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return norms and losses at the late snapshot, (M, N) each, and whether a member left a row out, (M, N) bool."""
-    proxy, count = line.config.proxy, int(line.loaded.info["rows"])
-    members = line.norms(proxy.snapshots[1])
-    tables = [by_example(shards, ("norm_A", "norm_B", "loss"), count) for shards in members]
-    sizes = [(shards[0].info["size_A"], shards[0].info["size_B"]) for shards in members]
-    norms = np.stack([norm_of(table, proxy.norm_scope, *size) for table, size in zip(tables, sizes, strict=True)])
-    losses = np.stack([table["loss"] for table in tables])
-    return norms, losses, left_out_rows(line.config.seed, losses)
-
-
 def left_out_rows(seed: int, losses: np.ndarray) -> np.ndarray:
     """Return whether a bootstrap member's resample lacks a row, (M, N) bool.
 
     Args:
-        losses: (M, N), NaN for a row without a response token, which is in no resample and not marked as left out.
+        losses: (M, N), NaN for a row without a response token. Such a row is in no resample and is not marked.
     """
-    trained = np.flatnonzero(~np.isnan(losses[0]))  # rows with a response token, of which the resamples are drawn
+    trained = np.flatnonzero(~np.isnan(losses[0]))  # the resamples are drawn from the rows with a response token
     left_out = np.zeros(losses.shape, dtype=bool)
     for member in range(len(losses)):
         left_out[member, np.delete(trained, resample(seed, member, len(trained)))] = True
@@ -66,8 +53,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as for run.py")
     line = line_of([*DEFAULTS, *parser.parse_args().overrides])
     if line.config.proxy.ensemble != "bootstrap":
-        raise SystemExit("only the members of proxy.ensemble=bootstrap leave rows out")
-    norms, losses, left_out = members_of(line)
+        raise SystemExit("members leave rows out only with proxy.ensemble=bootstrap; omit proxy.ensemble")
+    late = line.config.proxy.snapshots[1]
+    norms, losses = norms_at(line, late), losses_at(line, late)
+    left_out = left_out_rows(line.config.seed, losses)
     heldout, _ = over_members(losses, left_out)
     seen, _ = over_members(losses, ~left_out)
     known = ~np.isnan(heldout)

@@ -1,13 +1,14 @@
 """Store the norms and losses of an ensemble in one small file, from which scores can be computed again in seconds.
 
     python -m experiments.norm_tables write FILE.npz OVERRIDE ...     from the store; missing artifacts are made
-    python -m experiments.norm_tables read FILE.npz                   scores of subsets of the members, for several eps
+    python -m experiments.norm_tables read FILE.npz                   scores of the first 2, 3 ... members
 
 The file contains the gradient norms at both snapshots, the losses of the answers at the late snapshot (bodies, ends,
-and bodies after other prompts), each member's contrasts without the term of the other prompts (`scoring/contrast.py`,
-with the default options), the lengths of the answers and the labels, but no text of the data.
-`read` prints Markdown: the spoilt share of the selection, and AUROC of clean rows against spoilt rows and against each
-kind of spoilt rows.
+and bodies after other prompts), each member's contrasts without the gain term (`scoring/contrast.py`, with the default
+options), the lengths of the answers and the labels, but no text of the data.
+
+`read` prints Markdown with a row for each score, and for each of several eps for G-SNR: the spoilt share of the
+selection and the AUROC of clean rows against spoilt rows and against each kind of spoilt rows.
 
 Shape letters: M members, N examples.
 """
@@ -21,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.composed import line_of
+from experiments.composed import CONTRAST, line_of, norms_at
 from gradsift.data.load import SPOILT, labels_of
-from gradsift.gradients.statistics import by_example, norm_of
 from gradsift.line import Line
 from gradsift.proxy.member_tables import read_answer_losses
 from gradsift.scoring.contrast import gain_term, member_contrasts, saturated
@@ -33,27 +33,16 @@ from gradsift.selection.budget import budget
 
 ALPHAS = (0.05, 0.1, 0.15)
 EPS = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_NEIGHBOURS, _END_SHARE, _PROMPT_WEIGHT, _LIKE_LENGTH = 50, 0.33, 4.0, 100  # the defaults
-
-
-def norms_at(line: Line, epoch: int) -> np.ndarray:
-    """Return the members' norms after an epoch in the scope of the run, (M, N) float64."""
-    members = []
-    for shards in line.norms(epoch):
-        columns = by_example(shards, ("norm_A", "norm_B"), line.rows)
-        sizes = (shards[0].info["size_A"], shards[0].info["size_B"])
-        members.append(norm_of(columns, line.config.proxy.norm_scope, *sizes))
-    return np.stack(members)
 
 
 def table_of(line: Line) -> dict[str, np.ndarray]:
     """Return the arrays of the file: (M, N) float32 each, and the quality of each example, (N,) strings."""
     labels = labels_of(line.loaded)
     if labels is None:
-        raise SystemExit("the data has no labels; corrupt some rows with data.corruption.share")
+        raise SystemExit("the data has no labels; corrupt rows with data.corruption.share")
     early, late = (norms_at(line, epoch) for epoch in line.config.proxy.snapshots)
     losses = read_answer_losses(line.answer_losses, line.rows)
-    contrasts = member_contrasts(losses, line.pool, _NEIGHBOURS, _END_SHARE)
+    contrasts = member_contrasts(losses, line.pool, CONTRAST.neighbours, CONTRAST.end_share)
     values = {"early": early, "late": late, **vars(losses), "contrast": contrasts}
     columns = {name: value.astype(np.float32) for name, value in values.items()}
     lengths = np.array([len(example.output) for example in line.pool], dtype=np.int32)
@@ -63,10 +52,10 @@ def table_of(line: Line) -> dict[str, np.ndarray]:
 def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the values (N,) of each score, computed from the first `members` members."""
     early, late, contrasts = (table[name][:members].astype(np.float64) for name in ("early", "late", "contrast"))
-    # the gains depend on the chosen members, so they are not stored; a file of an earlier version has no such losses
+    # the gains depend on the chosen members, so they are not stored; files of earlier versions lack their losses
     if "other" in table:
         body, other = (table[name][:members].astype(np.float64) for name in ("body", "other"))
-        contrasts += _PROMPT_WEIGHT * gain_term(body, other, table["length"], _LIKE_LENGTH)
+        contrasts += CONTRAST.prompt_weight * gain_term(body, other, table["length"], CONTRAST.like_length)
     G_s, G_t, V_t = early.mean(0), late.mean(0), late.var(0)
     for eps in EPS:
         yield f"gsnr, eps {eps:g}", ratio(G_s, G_t, V_t, eps)
@@ -77,7 +66,7 @@ def scores_of(table: dict[str, np.ndarray], members: int) -> Iterator[tuple[str,
     yield "V_t / G_t^2, lowest first", -V_t / G_t**2
     for caution in (0, 1, 2):
         yield f"contrast, caution {caution}, not saturated", contrasts.mean(0) - caution * contrasts.std(0)
-    bound = contrasts.mean(0) - contrasts.std(0)  # without gains if the file has no losses after other prompts
+    bound = contrasts.mean(0) - contrasts.std(0)
     yield "contrast", saturated(bound, 0.2, seed=0)
 
 
@@ -93,7 +82,7 @@ def row_of(name: str, members: int, scores: np.ndarray, quality: np.ndarray) -> 
 
 
 def groups_of(quality: np.ndarray) -> dict[str, np.ndarray]:
-    """Return a mask (N,) bool of the rows of each kind of spoilt rows that occurs."""
+    """Return a mask (N,) bool for each kind of spoilt rows that occurs."""
     return {kind: quality == kind for kind in SPOILT if (quality == kind).any()}
 
 

@@ -1,12 +1,12 @@
-"""Does G-SNR rank in bfloat16 as in float32? The members are trained in float32; norms are computed in both types.
+"""Does G-SNR rank rows in bfloat16 as in float32? Members trained in float32, norms computed in both types.
 
     python -m experiments.precision experiment=smollm2_alpaca scorer=gsnr        the command of the record
     python -m experiments.precision OVERRIDE ... [--draws 4000]
 
-Prints Markdown. For G-SNR and its parts, it has Spearman's rank correlation and the share of the top tenth that both
-types have in common, each with the 95 % interval over bootstrap draws of the rows and the share of draws that reach the
-bar (.98 and .9). For the norms, it has the relative error of bfloat16, and the part of the error that differs between
-members and so contributes to V_t.
+Prints the relative error of the norms in bfloat16, and the part of the error that differs between members and so
+contributes to V_t. Then prints a Markdown table for G-SNR and its parts: Spearman's rank correlation of the two types
+and the shared part of their top tenths, each with the 95 % interval over bootstrap draws of the rows and the share of
+draws that reach the bar (.98 and .9).
 
 Shape letters: M members, N examples.
 """
@@ -14,7 +14,6 @@ Shape letters: M members, N examples.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +22,11 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from experiments.agreement import top
-from experiments.composed import line_of
+from experiments.composed import line_of, norms_at, norms_of
 from gradsift.artifacts import Artifact
-from gradsift.gradients.statistics import by_example, norm_of
 from gradsift.line import Line
 from gradsift.proxy.collection import collect_rows
+from gradsift.scoring.gsnr import ratio
 from gradsift.training.backbones import backbone, load_backbone
 from gradsift.training.device import TokenBudget
 
@@ -35,13 +34,8 @@ DEFAULTS = ("compute.precision=float32", "stop_after=statistics")
 BAR = (0.98, 0.9)
 
 
-def norms_in_float32(line: Line, epoch: int) -> np.ndarray:
-    """Return the members' norms after an epoch, (M, N); NaN for a row without a response token."""
-    return np.stack([norms_of(line, shards) for shards in line.norms(epoch)])
-
-
 def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
-    """Return the norms (M, N) of the same adapters, computed in bfloat16."""
+    """Return the members' norms after an epoch, computed in bfloat16, (M, N)."""
     proxy = replace(line.config.proxy, shards=1)
     compute = replace(line.runtime.compute, precision="bfloat16")
     runtime = replace(line.runtime, compute=compute)
@@ -56,31 +50,25 @@ def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
     return np.stack(norms)
 
 
-def norms_of(line: Line, shards: Sequence[Artifact]) -> np.ndarray:
-    """Return a member's norms (N,) over the factors that the run's norm_scope names."""
-    table = by_example(shards, ("norm_A", "norm_B"), int(line.loaded.info["rows"]))
-    return norm_of(table, line.config.proxy.norm_scope, shards[0].info["size_A"], shards[0].info["size_B"])
-
-
 def parts_of(early: np.ndarray, late: np.ndarray, eps: float) -> dict[str, np.ndarray]:
     """Return G-SNR (Eq. 5 of arXiv 2601.13697) and its parts, (N,) each, from norms (M, N) at both snapshots."""
     g_s, g_t, v_t = early.mean(0), late.mean(0), late.var(0)
-    return {"G-SNR": (g_s - g_t) / (g_s + eps) / (v_t + eps), "V_t": v_t, "G_t": g_t, "drop G_s - G_t": g_s - g_t}
+    return {"G-SNR": ratio(g_s, g_t, v_t, eps), "V_t": v_t, "G_t": g_t, "drop G_s - G_t": g_s - g_t}
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the Spearman correlation of two scores (N,), and the share of a top tenth that both have in common."""
+    """Return Spearman's rank correlation of two scores (N,), and the shared part of their top tenths."""
     shared = len(np.intersect1d(top(first), top(second))) / len(top(first))
     return float(spearmanr(first, second).statistic), shared
 
 
 def row_of(name: str, first: np.ndarray, second: np.ndarray, draws: int) -> str:
-    found = agreement(first, second)
+    values = agreement(first, second)
     rng = np.random.default_rng(0)
     rows = (rng.integers(len(first), size=len(first)) for _ in range(draws))
     drawn = np.array([agreement(first[chosen], second[chosen]) for chosen in rows])
     cells = [name]
-    for value, column, bar, digits in zip(found, drawn.T, BAR, (3, 2), strict=True):
+    for value, column, bar, digits in zip(values, drawn.T, BAR, (3, 2), strict=True):
         low, high = np.quantile(column, (0.025, 0.975))
         cells.append(
             f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}], {(column >= bar).mean():.0%} of the draws"
@@ -91,20 +79,18 @@ def row_of(name: str, first: np.ndarray, second: np.ndarray, draws: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", help="as for run.py")
-    parser.add_argument("--draws", type=int, default=4000, help="of the bootstrap")
+    parser.add_argument("--draws", type=int, default=4000, help="number of bootstrap draws (default 4000)")
     options = parser.parse_args()
     line = line_of([*options.overrides, *DEFAULTS])
     epochs = line.config.proxy.snapshots
-    exact, rounded = (
-        np.stack([norms(line, epoch) for epoch in epochs]) for norms in (norms_in_float32, norms_in_bfloat16)
-    )
+    exact, rounded = (np.stack([norms(line, epoch) for epoch in epochs]) for norms in (norms_at, norms_in_bfloat16))
     known = ~np.isnan(exact).any((0, 1))
     exact, rounded = exact[:, :, known], rounded[:, :, known]
     off = rounded / exact - 1
     print(
-        f"{int(known.sum())} rows, {exact.shape[1]} members: a norm is off by {np.median(abs(off)):.2%} at the median "
-        f"(90 %: {np.quantile(abs(off), 0.9):.2%}), its part that differs between members by "
-        f"{np.median(abs(off - off.mean(1, keepdims=True))):.2%}\n"
+        f"{int(known.sum())} rows, {exact.shape[1]} members: the relative error of a norm is {np.median(abs(off)):.2%} "
+        f"at the median and {np.quantile(abs(off), 0.9):.2%} at the 90 % quantile; its part that differs between "
+        f"members is {np.median(abs(off - off.mean(1, keepdims=True))):.2%} at the median\n"
     )
     print(
         f"| | Spearman, share of draws from {BAR[0]} | top tenth shared, share of draws from {BAR[1]} |\n|---|---|---|"

@@ -2,11 +2,11 @@
 
     python -m experiments.real_pool FILE.jsonl [--rows 1200] [--untouched] [--seed 0]        needs GRADSIFT_DATA
 
-Writes `--rows` random rows of alpaca_5000.json and the bad rows of alpaca_cleaning_diff.jsonl as they were before
-cleaning. The column `cleaning`, which no scorer reads, holds the cleaners' label of a bad row and is empty for all
-other rows. A bad row whose answer is empty is left out, because loading would reject it. With --untouched, `--rows`
-random rows of alpaca_cleaned_51k.json.gz are written instead, none of which has a prompt that is in alpaca_5000.json or
-among the bad rows. By the draw of `--seed 1` the last form of the contrast was chosen; the other draws are test sets.
+Writes `--rows` random rows of alpaca_5000.json, and all bad rows of alpaca_cleaning_diff.jsonl as they were before
+cleaning. The column `cleaning` has the cleaners' label of a bad row and is empty for all other rows; no scorer reads
+it. Bad rows with an empty answer are omitted, because loading would reject them. With --untouched, writes `--rows`
+random rows of alpaca_cleaned_51k.json.gz instead, whose prompts are neither in alpaca_5000.json nor in a bad row. The
+last form of the contrast was chosen on the draw of `--seed 1`; the other draws are test sets.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pool(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def untouched(folder: Path, count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Return `count` random rows of the cleaned pool whose prompts are neither in alpaca_5000.json nor in bad rows."""
+    """Return `count` random rows of the cleaned file whose prompts are neither in alpaca_5000.json nor in a bad row."""
     used = [*json.loads((folder / "alpaca_5000.json").read_text()), *bad_rows(folder)]
     known = {(row["instruction"], row["input"]) for row in used}
     with gzip.open(folder / "alpaca_cleaned_51k.json.gz", "rt", encoding="utf-8") as stream:
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--untouched", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     arguments = parser.parse_args()
     draw = untouched if arguments.untouched else pool
     rows = draw(Path(os.environ["GRADSIFT_DATA"]) / "instruct", arguments.rows, arguments.seed)

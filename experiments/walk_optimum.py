@@ -1,16 +1,16 @@
-"""Compare G2IS's walk with the best set under the walk's constraint of agreement (arXiv 2502.11062), in our reading.
+"""Compare G2IS's walk with the best set under the walk's agreement constraint (arXiv 2502.11062), in our reading.
 
     python -m experiments.walk_optimum [--rows 60] [--draws 10] [--share 0.1] [OVERRIDE ...]
 
 From each random sub-pool of the embedded world, a share of the rows is selected for the first component K of the core
 knowledge (target_set=verifiable): once by the walk, and once as the set S that solves
 
-    max  sum over S of <g, K>    so that  <g_i, g_j> >= 0 for all pairs in S
+    max  sum over S of <g, K>    subject to  <g_i, g_j> >= 0 for all pairs in S
 
-S is found by integer programming, which is why the sub-pools are small. The walk also tests that each step keeps the
-direction of the sum of gradients. A set has no order of steps, so the optimum ignores this test and is an upper bound.
-Prints Markdown: the number of rows that the walk selected, the largest number of rows (up to the share) that all agree,
-and the mean <g, K> of the walk's rows and of the best set of the same size.
+S is found by integer programming, so the sub-pools must be small. The walk has a second constraint: each step must keep
+the direction of the sum of gradients. This constraint depends on the order of the steps, which a set does not have, so
+the optimum ignores it and is an upper bound. Prints Markdown: the number of rows that the walk selected, the largest
+number of rows (up to the share) that all agree, and the mean <g, K> of the walk's rows and of the best set.
 
 Shape letters: n rows of a sub-pool, D features.
 """
@@ -32,11 +32,11 @@ DEFAULTS = ("method=g2is", "stop_after=selection")
 
 
 def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) -> np.ndarray:
-    """Return the positions of the set with the largest sum of `values` (n,), in which no two rows are in conflict.
+    """Return the positions of the set without conflicts that has the largest sum of `values` (n,).
 
     Args:
         conflict: (n, n) bool, whether two rows are in conflict.
-        least, most: bounds for the number of rows in the set.
+        least, most: bounds on the number of rows in the set.
     """
     count = len(values)
     pairs = np.argwhere(np.triu(conflict, 1))
@@ -44,10 +44,10 @@ def best_set(values: np.ndarray, conflict: np.ndarray, least: int, most: int) ->
     edges = coo_array((np.ones(2 * len(pairs)), (rows, pairs.ravel())), shape=(len(pairs), count))
     limits = [LinearConstraint(np.ones((1, count)), least, most)]
     limits += [LinearConstraint(edges.tocsr(), ub=1)] if len(pairs) else []
-    found = milp(-values, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=limits)
-    if not found.success:
-        raise SystemExit(f"no optimum was found: {found.message}")
-    return np.flatnonzero(found.x > 0.5)
+    solution = milp(-values, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=limits)
+    if not solution.success:
+        raise SystemExit(f"no optimum was found: {solution.message}")
+    return np.flatnonzero(solution.x > 0.5)
 
 
 def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) -> tuple[int, int, float, float]:
@@ -70,9 +70,11 @@ def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=60, help="n (default %(default)s)")
-    parser.add_argument("--draws", type=int, default=10, help="sub-pools (default %(default)s)")
-    parser.add_argument("--share", type=float, default=0.1, help="of a sub-pool that is taken (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=60, help="rows of a sub-pool (default %(default)s)")
+    parser.add_argument("--draws", type=int, default=10, help="number of sub-pools (default %(default)s)")
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="share of a sub-pool that is selected (default %(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", help="as for run.py")
     options = parser.parse_args()
     line = line_of([*DEFAULTS, *options.overrides])

@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Spare the garbage collector what stays for the whole session: the modules and the tests."""
+    """Exclude modules and tests, which stay for the whole session, from garbage collection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -69,7 +69,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def byte_tokenizer() -> Any:
-    """One token a byte; <pad>, <eos> and ChatML's two markers are special; a chat template; no start token."""
+    """Return a byte-level tokenizer with the special tokens <pad>, <eos> and ChatML's two, and a chat template."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
@@ -106,7 +106,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One torch thread: equal bytes whatever the machine, and no waiting for a second core."""
+    """Use one torch thread, so that bytes do not depend on the machine and no test waits for a second core."""
     import torch
 
     threads = torch.get_num_threads()
@@ -156,7 +156,7 @@ _adaptable: set[tuple[Any, ...]] = set()
 
 
 def adaptable_once(model: Any, config: Any, option: str, *, norms: bool) -> None:
-    """Try an adapter on the first model of a kind in this process alone; `test_probing.py` has the trial's own laws."""
+    """Try an adapter only on the first model of its kind in this process; `test_probing.py` tests the trial itself."""
     from gradsift.training.probing import require_adaptable
 
     kinds = tuple(sorted({f"{type(module)}" for module in model.modules()}))
@@ -175,7 +175,7 @@ class Cli:
         self._monkeypatch = monkeypatch
 
     def __call__(self, *arguments: str) -> int:
-        """The exit code of `python run.py ARGUMENTS`."""
+        """Return the exit code of `python run.py ARGUMENTS`."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
         from hydra._internal.hydra import Hydra
         from hydra.core.global_hydra import GlobalHydra
@@ -204,7 +204,7 @@ class Cli:
         return 0
 
     def runs(self) -> list[dict[str, Any]]:
-        """Every `run.json` below the folder, oldest first."""
+        """Return every `run.json` below the folder, oldest first."""
         files = [*self.folder.glob("outputs/*/*/run.json"), *self.folder.glob("multirun/*/*/*/run.json")]
         return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
 
@@ -219,7 +219,7 @@ def cli_in(folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 @contextmanager
 def cli_on_one_thread(folder: Path, store: Path) -> Iterator[Cli]:
-    """As `cli_in`, for the fixtures of a session: models so small gain nothing from two threads."""
+    """As `cli_in`, for session fixtures, on one thread, because such small models gain nothing from two."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`python run.py ARGUMENTS` in processes forked from one that has the imports: real ones, and quicker."""
+"""Runs `python run.py ARGUMENTS` in processes that are forked from one with all imports, so that they start faster."""
 
 from __future__ import annotations
 

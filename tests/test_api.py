@@ -120,14 +120,14 @@ def test_the_hash_of_a_function_follows_what_it_reads() -> None:
     before = code_hash(names["outer"])
     exec("def inner(x):\n    return x + 2\n", names)  # noqa: S102
     assert code_hash(names["outer"]) != before
-    with pytest.raises(api.ConfigError, match="reads 'factor' of the function around it, a object, whose content"):
+    with pytest.raises(api.ConfigError, match="reads 'factor' of the enclosing function, a object, whose content"):
         code_hash(scaled(object()))
     with pytest.raises(api.ConfigError, match="reads the global name 'Own', a type"):
         exec("class Own: pass\ndef outer(examples):\n    return Own()\n", names)  # noqa: S102
         code_hash(names["outer"])
     for harmless in (np, np.sqrt, np.mean, math.log, len, np.ndarray, torch.tensor, torch.nn.functional.relu, Path):
         code_hash(scaled(harmless))
-    with pytest.raises(api.ConfigError, match="whose content cannot be part"):
+    with pytest.raises(api.ConfigError, match="whose content cannot be hashed"):
         code_hash(scaled(np.random.default_rng(0).normal))
 
 

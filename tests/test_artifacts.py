@@ -111,7 +111,7 @@ def test_the_size_of_work_is_its_own_or_the_largest_of_its_parents(tmp_path: Pat
 
 
 def test_the_next_version_of_the_code_finds_the_artifacts_of_this_one() -> None:
-    """Another order or other names in what is hashed would invalidate every artifact without a reason."""
+    """Changing the hashed names or their order would invalidate every artifact without a reason."""
     assert (MANIFEST, UNFINISHED) == ("manifest.json", "unfinished")
     numerics = {"precision": "float32", "kernels": "off"}
     parent = Artifact("backbone", Path("x"), "0123456789ab", {"info": {"content": "c0"}}, numerics=numerics)
@@ -145,7 +145,7 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(tmp_path: Path, damage: 
 def test_what_another_process_made_again_is_not_set_aside(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes meet one damaged artifact, and one has made it again before the other holds the lock."""
+    """Two processes find a damaged artifact, and one of them has repaired it before the other gets the lock."""
     _, artifact = build(tmp_path, {})
     artifact.file("result.txt").write_text("y")
     name = "read_manifest" if moment.startswith("after") else "describe"
@@ -189,7 +189,7 @@ def test_a_manifest_that_does_not_fit_the_request_counts_as_damage(tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["info", "seconds", "config", "files", "parents", "finished", "checksum"])
 def test_a_changed_manifest_counts_as_damage(tmp_path: Path, key: str) -> None:
-    """The change is like a flipped bit: everything else is right. A checksum that is missing is a change too."""
+    """Only one entry is changed, as by a flipped bit. A missing checksum is a change too."""
     _, artifact = build(tmp_path, {"a": 1})
     text = artifact.file(MANIFEST).read_text()
     manifest = json.loads(text)
@@ -304,7 +304,7 @@ def test_kill_9_leaves_neither_a_lock_nor_a_half_artifact(tmp_path: Path) -> Non
 def test_a_store_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(GradsiftError, match=r"stage stage \(slug-.*\) could not keep its work in .*artifacts=DIR"):
+    with pytest.raises(GradsiftError, match=r"stage stage \(slug-.*\) could not store its work in .*artifacts=DIR"):
         build(blocked, {})
 
 
@@ -347,7 +347,7 @@ def test_work_continues_from_unfinished_which_the_artifact_does_not_contain(tmp_
     assert store.records[0].optimizer_steps == 2  # those of this process
     assert artifact.info["optimizer_steps"] == 6
     assert len(said) == 2
-    assert "continuing from where an interrupted run was" in said[0]
+    assert "continuing the work of an interrupted run" in said[0]
 
 
 def test_another_config_never_continues_from_this_ones_state(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_edited_code_is_other_code_at_any_commit(tmp_path: Path) -> None:
 
 
 def test_between_stages_only_errors_that_name_the_store_are_its_own(tmp_path: Path) -> None:
-    gone = r"the run could not keep.*was its disk unmounted"
+    gone = r"the run could not store.*was its disk unmounted"
     with pytest.raises(GradsiftError, match=gone), guarded(tmp_path, "the run", nameless=False):
         (tmp_path / "stage" / "scores.parquet").read_bytes()
     with pytest.raises(PermissionError), guarded(tmp_path, "the run", nameless=False):
@@ -480,7 +480,7 @@ def test_a_store_is_known_by_relative_and_absolute_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for store, named in ((Path("artifacts"), tmp_path / name), (tmp_path / "artifacts", Path(name))):
-        with pytest.raises(GradsiftError, match="the run could not keep"), guarded(store, "the run"):
+        with pytest.raises(GradsiftError, match="the run could not store"), guarded(store, "the run"):
             raise OSError(number, "no", str(named))
         with pytest.raises(OSError, match="raw"), guarded(store, "the run"):  # of a file beside the store
             raise OSError(number, "no", str(named.parent.with_name("artifacts_raw") / "x"))

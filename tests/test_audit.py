@@ -334,12 +334,12 @@ def sweep_of(gradsift: Any) -> Path:
 
 def test_an_audit_of_the_world_compares_every_scorer_without_asking_for_a_sweep(gradsift, capsys) -> None:
     sweep = (*AUDIT, "data.delayed=0.2", "data.corruption.seed=0,1")
-    assert gradsift(*sweep, "scorer=superfilter,random") == 0
+    assert gradsift(*sweep, "scorer=random_clean,random") == 0
     out = capsys.readouterr().out
     assert "spoilt share" in out and "delayed credit" in out and "means of 2 datasets" in out
     folder = sweep_of(gradsift)
     content = json.loads((folder / "audit.json").read_text())
-    assert [set(dataset["methods"]) for dataset in content["datasets"]] == [{"superfilter", "random"}] * 2
+    assert [set(dataset["methods"]) for dataset in content["datasets"]] == [{"random_clean", "random"}] * 2
     assert content["datasets"][0]["data"] != content["datasets"][1]["data"]
     assert content["datasets"][0]["overlap"]["0.1"]["random"]["random"] == 1.0
     rows = list(csv.DictReader((folder / "audit.csv").open()))
@@ -361,7 +361,7 @@ def test_a_selection_from_corrupted_data_says_which_rows_are_not_the_users(grads
     file = gradsift.folder / "rows.json"
     file.write_text(json.dumps(rows))
     options = ("data=json", f"data.path={file}", "proxy=tiny_bytes", "proxy.members=2", "audit.clusters=5")
-    assert gradsift("experiment=audit", *options, "scorer=random,superfilter", "alpha=1", "compute.threads=1") == 0
+    assert gradsift("experiment=audit", *options, "scorer=random", "alpha=1", "compute.threads=1") == 0
     (selection,) = gradsift.folder.glob("multirun/*/*/*random*/selection.jsonl")
     selected = [json.loads(line) for line in selection.read_text().splitlines()]
     assert len(selected) == 44
@@ -372,7 +372,7 @@ def test_a_selection_from_corrupted_data_says_which_rows_are_not_the_users(grads
         own = row.pop("gradsift")
         assert row in rows and (own["row_index"] >= 40 or row == rows[own["row_index"]])
     methods = json.loads((sweep_of(gradsift) / "audit.json").read_text())["datasets"][0]["methods"]
-    assert set(methods) == {"random", "superfilter"}
+    assert set(methods) == {"random"}
     assert methods["random"]["families"] == "clusters"
     assert methods["random"]["selections"][0]["families"] >= 1
 

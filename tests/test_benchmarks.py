@@ -1,4 +1,4 @@
-"""Benchmark files: any field names by config, and an error that says file, row, field and remedy."""
+"""Benchmark files: field names from the config, and errors that name file, row, field and remedy."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_json_list_and_jsonl_give_the_same_items(tmp_path: Path) -> None:
     assert first == second == [Item("s", "1", "a", "", None), Item("s", "2", "b", "", None)]
 
 
-def test_row_number_is_the_id_where_none_is_named_and_limit_takes_the_first(tmp_path: Path) -> None:
+def test_the_row_number_is_the_id_if_no_field_is_named_and_limit_takes_the_first_rows(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "set.jsonl", *({"instruction": f"q{n}"} for n in range(5)))
     items = load("s", BenchmarkSetConfig(path=str(file)), limit=2)
     assert [(i.item_id, i.instruction) for i in items] == [("1", "q0"), ("2", "q1")]
@@ -80,24 +80,24 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path: Path) -
     ("content", "options", "words"),
     [
         ('{"prompt": "x"}', {}, ["row 1", "'instruction'", "prompt", "benchmark.catalog.s.instruction"]),
-        ('{"instruction": 5}', {}, ["row 1", "holds int", "benchmark.catalog.s.instruction"]),
+        ('{"instruction": 5}', {}, ["row 1", "of type int", "benchmark.catalog.s.instruction"]),
         ('{"instruction": "  "}', {}, ["row 1", "blank"]),
         ('{"instruction": "x", "i": []}', {"input": "i.0.input"}, ["'i.0.input'", "benchmark.catalog.s.input"]),
         ('{"instruction": "x", "a": null}', {"reference": "a"}, ["NoneType", "benchmark.catalog.s.reference"]),
         ('{"instruction": "x", "n": 1}\n{"instruction": "y", "n": 1}', {"id": "n"}, ["rows 1 and 2", "'1'", ".id"]),
-        ('{"instruction": "x"}\n{"instruc', {}, ["line 2", "broken JSON", "benchmark.catalog.s.path"]),
-        ('[{"instruction": "x"},\n{"instruc', {}, ["line 2", "broken JSON"]),
+        ('{"instruction": "x"}\n{"instruc', {}, ["line 2", "invalid JSON", "benchmark.catalog.s.path"]),
+        ('[{"instruction": "x"},\n{"instruc', {}, ["line 2", "invalid JSON"]),
         (
             '{"version": 1,\n "data": [{"instruction": "x"}]}',
             {},
-            ["(it has: version, data)", "benchmark.catalog.s.rows"],
+            ["(fields of the row: version, data)", "benchmark.catalog.s.rows"],
         ),
         ("", {}, ["no rows"]),
         ("[]", {}, ["no rows"]),
         ('["just text"]', {}, ["row 1", "type str"]),
     ],
 )
-def test_a_bad_file_names_place_and_remedy(
+def test_the_error_of_a_bad_file_names_place_and_remedy(
     tmp_path: Path, content: str, options: dict[str, str], words: list[str]
 ) -> None:
     file = tmp_path / "set.jsonl"
@@ -108,29 +108,29 @@ def test_a_bad_file_names_place_and_remedy(
         assert word in str(error.value)
 
 
-def test_rows_may_stand_under_a_key(tmp_path: Path) -> None:
+def test_rows_may_be_under_a_key(tmp_path: Path) -> None:
     file = tmp_path / "set.json"
     file.write_text(json.dumps({"canary": "x", "examples": [{"input": "2 + 2", "target": "4"}]}, indent=2))
     spec = BenchmarkSetConfig(path=str(file), rows="examples", instruction="input", reference="target")
     assert load("s", spec) == [Item("s", "1", "2 + 2", "", "4")]
     spec.rows = "rows"
     with pytest.raises(
-        DataError, match=r"under 'rows' \(it has: canary, examples\); check benchmark\.catalog\.s\.rows"
+        DataError, match=r"under the key 'rows' \(keys: canary, examples\); check benchmark\.catalog\.s\.rows"
     ):
         load("s", spec)
 
 
-def test_the_reference_stands_behind_the_last_mark(tmp_path: Path) -> None:
+def test_the_reference_is_the_text_after_the_last_mark(tmp_path: Path) -> None:
     spec = BenchmarkSetConfig(instruction="q", reference="a", reference_after="####", match="number")
     spec.path = str(write_jsonl(tmp_path / "good.jsonl", {"q": "?", "a": "1 #### 2\n#### 1,080"}))
     assert load("s", spec)[0].reference == "1,080"
-    for answer, words in (("1080", "nothing behind '####'"), ("x ####", "nothing behind"), ("#### ten", "no number")):
+    for answer, words in (("1080", "nothing after '####'"), ("x ####", "nothing after"), ("#### ten", "no number")):
         spec.path = str(write_jsonl(tmp_path / "bad.jsonl", {"q": "?", "a": answer}))
         with pytest.raises(DataError, match=f"row 1: field 'a'.*{words}"):
             load("s", spec)
 
 
-def test_a_folder_stands_in_for_the_addresses(tmp_path: Path) -> None:
+def test_a_local_folder_replaces_the_urls(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "set.jsonl", {"instruction": "by its address"})
     write_jsonl(tmp_path / "other.jsonl", {"instruction": "by its name"})
     spec = BenchmarkSetConfig(url="https://example.invalid/data/set.jsonl")
@@ -138,13 +138,15 @@ def test_a_folder_stands_in_for_the_addresses(tmp_path: Path) -> None:
     spec.file = "other.jsonl"
     assert load("s", spec, folder=tmp_path)[0].instruction == "by its name"
     spec.file = "sub/set.jsonl"
-    with pytest.raises(DataError, match=r"sub/set\.jsonl is not there; put https://example\.invalid/data/set\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"sub/set\.jsonl does not exist; store https://example\.invalid/data/set\.jsonl"
+    ):
         load("s", spec, folder=tmp_path)
-    spec.path = str(tmp_path / "other.jsonl")  # one set's own path wins
+    spec.path = str(tmp_path / "other.jsonl")  # the path of a benchmark comes before the folder
     assert load("s", spec, folder=tmp_path)[0].instruction == "by its name"
 
 
-def test_missing_files_and_places_name_the_option(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_file_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"benchmark\.catalog\.s\.path=FILE"):
         load("s", BenchmarkSetConfig(path=str(tmp_path / "nothing.json")))
     with pytest.raises(ConfigError, match=r"neither path nor url.*benchmark\.catalog\.s\.path=FILE"):
@@ -159,7 +161,7 @@ def test_missing_files_and_places_name_the_option(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """A server on loopback; gives its address and the paths that were asked for."""
+    """A server on loopback; yields its address and the list of requested paths."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     asked: list[str] = []
 
@@ -184,7 +186,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_address[1]}", asked
         httpd.shutdown()
 
@@ -200,7 +202,7 @@ def test_a_url_is_fetched_once(tmp_path: Path, server: tuple[str, list[str]]) ->
 
 
 @pytest.mark.parametrize("page", ["gone.json", "short.json", "redirect.json"])
-def test_a_failed_download_leaves_nothing_and_says_where_the_file_goes(
+def test_a_failed_download_leaves_no_file_and_names_the_option(
     tmp_path: Path, server: tuple[str, list[str]], page: str
 ) -> None:
     spec = BenchmarkSetConfig(url=f"{server[0]}/{page}")
@@ -211,7 +213,7 @@ def test_a_failed_download_leaves_nothing_and_says_where_the_file_goes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_large_a_file_is_refused(
+def test_a_file_that_is_too_large_is_refused(
     tmp_path: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "DOWNLOAD_LIMIT", 10)
@@ -249,7 +251,7 @@ real = pytest.mark.skipif("GRADSIFT_DATA" not in os.environ, reason="GRADSIFT_DA
 
 @pytest.fixture(scope="module")
 def catalog() -> dict[str, BenchmarkSetConfig]:
-    """The catalogue as it is shipped."""
+    """The catalogue of gradsift."""
     register_schemas()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return load_config(compose("config", overrides=["stop_after=selection"])).benchmark.catalog
@@ -257,18 +259,18 @@ def catalog() -> dict[str, BenchmarkSetConfig]:
 
 @real
 @pytest.mark.parametrize("name", SIZES)
-def test_the_catalogues_sets_load_from_a_folder_without_an_override_each(name: str, catalog: Any) -> None:
+def test_the_catalogues_benchmarks_load_from_a_local_folder(name: str, catalog: Any) -> None:
     items = load(name, catalog[name], folder=Path(os.environ["GRADSIFT_DATA"]) / "benchmarks")
     assert len(items) == len({item.item_id for item in items}) == SIZES[name]
 
 
 @real
-def test_alpaca_evals_own_file_has_805_instructions(catalog: Any) -> None:
+def test_alpaca_evals_file_has_805_instructions(catalog: Any) -> None:
     spec = replace(catalog["alpaca_eval"], path=f"{os.environ['GRADSIFT_DATA']}/alpaca_eval/text_davinci_003.json")
     assert len(load("alpaca_eval", spec)) == 805
 
 
-def test_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> None:
+def test_an_instruction_of_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> None:
     row = {"question_id": "96d2", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Go."}]}
     file = write_jsonl(tmp_path / "question.jsonl", row)
     assert load("arena_hard", replace(catalog["arena_hard"], path=str(file))) == [
@@ -276,7 +278,7 @@ def test_arena_hard_is_the_content_of_its_turn(catalog: Any, tmp_path: Path) -> 
     ]
 
 
-def test_mt_bench_has_its_second_turns_behind_the_first(catalog: Any, tmp_path: Path) -> None:
+def test_mt_benchs_second_turns_come_after_the_first_turns(catalog: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Go.", "On."]})
     assert load("mt_bench", replace(catalog["mt_bench"], path=str(file))) == [
         Item("mt_bench", "81", "Go.", "", None),

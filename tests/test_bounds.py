@@ -1,4 +1,4 @@
-"""Laws of bounds: numbers and sweeps that only a typing error asks for are refused before they are listed."""
+"""Laws of bounds: numbers and sweeps that only a typing error asks for are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import SMOKE
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_config import composed
 from test_sweep import hydra_ready, master  # noqa: F401 - a fixture
 
@@ -17,7 +16,7 @@ from gradsift.composition import conf_folder, require_readable
 from gradsift.config import MOST, Config, Group, require_bound
 from gradsift.errors import ConfigError
 from gradsift.evaluation import records
-from gradsift.sweep import MOST_JOBS, jobs_of, values_of
+from gradsift.sweep import MOST_JOBS, jobs_of
 
 UNBOUNDED = {  # whole numbers that cost nothing however large they are
     "limit": "rows are drawn from those that there are",
@@ -102,22 +101,11 @@ def refused(*arguments: str) -> str:
 
 
 def test_every_group_that_is_null_is_refused_with_its_choices() -> None:
-    groups = {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}
-    for group in groups - {"method", "experiment"}:
-        for written in (
-            f"{group}=null",
-            f"+{group}=NULL",
-            f"{group}=a, null",
-            f"{group}=[null]",
-            f"{group}=choice(null,a)",
-            f"{group}@{group}=null",
-        ):
-            assert refused("-m", written).startswith(
-                f"{group}=null leaves the run without its {group}; choose one of: "
-            )
+    for group in {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}:
+        for written in (f"{group}=null", f"+{group}=NULL"):
+            assert refused("-m", written).startswith(f"{group}=null is not a choice; leave {group} out, or choose")
     assert "gsnr, gsnr_direction" in refused("scorer=null")
-    assert refused("method=null") == "method=null is no choice; leave method out where none is wanted"
-    assert refused("hydra/launcher=null").startswith("hydra/launcher=null leaves the run without")
+    assert "basic" not in refused("hydra/launcher=null") and "joblib" in refused("hydra/launcher=null")
 
 
 def test_other_nulls_and_other_arguments_pass() -> None:
@@ -142,8 +130,8 @@ def test_a_number_of_thousands_of_digits_is_refused_by_its_option() -> None:
 @pytest.mark.parametrize(
     ("argument", "remedy"),
     [
-        ("scorer=null", "choose one of: cherry, "),
         (f"seed={'9' * 5000}", "give one that fits into 64 bits"),
+        ("scorer=null", "choose one of: cherry, "),
         ("proxy=null", "choose one of: gpt2, "),
     ],
 )
@@ -167,62 +155,35 @@ def test_a_refused_argument_ends_with_one_line_and_exit_code_2(
 # ---------------------------------------------------------------------------------------------- sweeps
 
 
-def parsed(override: str) -> Any:
-    (only,) = OverridesParser.create().parse_overrides([override])
-    return only
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("1,2,3", "[1,2],[1,3]", "choice(a,b)", "sort(3,1,2)", "sort(range(0,4))", "range(0,7)", "range(0,7,2)"),
-        *("range(5,0,-2)", "range(0,1,0.25)", "range(0,1,0.1)", "range(3,3)", "range(4)", "range(1e-5,1e-4,1e-5)"),
-    ],
-)
-def test_the_values_are_those_that_hydra_sweeps_over(text: str) -> None:
-    assert values_of(parsed(f"alpha={text}")) == list(parsed(f"alpha={text}").sweep_string_iterator())
-
-
-def test_one_value_is_itself_and_an_interval_its_two_ends() -> None:
-    assert values_of(parsed("alpha=7")) == ["7"]
-    assert values_of(parsed("alpha=interval(0,1)")) == ["0.0", "1.0"]
-    assert sorted(values_of(parsed("alpha=shuffle(range(0,3))"))) == ["0", "1", "2"]
-
-
 HUGE = ("range(0,1e9)", "range(0,1000000000)", "sort(range(0,1e9))", "shuffle(range(0,1e18))", f"range(0,{'9' * 900})")
 
 
 @pytest.mark.parametrize("text", [*HUGE, "range(0,inf)"])
+@pytest.mark.parametrize("searches", [False, True])
 @pytest.mark.usefixtures("hydra_ready")
-def test_a_sweep_of_too_many_jobs_is_refused_without_listing_them(text: str) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"sweep has at least 10,001 jobs, and at most 10,000 .* alpha has the most values, so give fewer",
-    ):
-        jobs_of(master(f"alpha={text}", "seed=0"), searches=False)
+def test_a_sweep_of_too_many_jobs_is_refused_without_listing_them(text: str, searches: bool) -> None:
+    with pytest.raises(ConfigError, match=r"sweep has at least 10,001 jobs to check, and at most 10,000 are possible"):
+        jobs_of(master(f"alpha={text}", "seed=0"), searches)
 
 
 @pytest.mark.usefixtures("hydra_ready")
 def test_jobs_are_counted_over_all_options() -> None:
     assert len(jobs_of(master("alpha=range(0,100)", "seed=range(0,100)"), searches=False)) == MOST_JOBS
-    with pytest.raises(
-        ConfigError, match=r"sweep has at least 10,100 jobs, .* seed has the most values, so give fewer"
-    ):
+    with pytest.raises(ConfigError, match=r"sweep has at least 10,100 jobs"):
         jobs_of(master("alpha=range(0,100)", "seed=range(0,101)"), searches=False)
-    # a search tries one option at a time
-    assert len(jobs_of(master("alpha=range(0,100)", "seed=range(0,101)"), searches=True)) == 200
-    with pytest.raises(ConfigError, match=r"search has at least 10,001 jobs.* give an interval"):
-        jobs_of(master("alpha=range(0,1e9)"), searches=True)
-
-
-@pytest.mark.parametrize("text", ["range(0,1,0)", "range(0,1,0.0)", "range(0,nan)"])
-def test_a_range_without_an_end_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"alpha={text[:7].replace('(', '.')}.* has no end"):
-        values_of(parsed(f"alpha={text}"))
+    # a search needs each value only once
+    assert len(jobs_of(master("alpha=range(0,100)", "seed=range(0,101)"), searches=True)) == 101
 
 
 def test_a_sweep_of_too_many_jobs_starts_none(gradsift: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradsift.sweep.MOST_JOBS", 2)
     assert gradsift("-m", *SMOKE, "seed=0,1,2", "stop_after=load") == 2
-    assert "this sweep has at least 3 jobs" in capsys.readouterr().err
+    assert "sweep has at least 3 jobs" in capsys.readouterr().err
+    assert gradsift.runs() == []
+
+
+@pytest.mark.parametrize("text", ["range(0,1,0)", "range(0,1,0.0)", "range(0,nan)"])
+def test_a_range_without_an_end_starts_no_job(gradsift: Any, capsys: Any, text: str) -> None:
+    assert gradsift("-m", *SMOKE, f"alpha={text}", "stop_after=load") == 2
+    assert "no job was started" in capsys.readouterr().err
     assert gradsift.runs() == []

@@ -432,6 +432,18 @@ def test_the_key_is_in_no_reply_no_log_and_no_store(
     assert KEY not in repr(ours) + str(logged)
 
 
+@pytest.mark.parametrize("before", [10, 190])  # within what an error quotes, and where the quotation is cut
+def test_no_part_of_the_key_is_in_an_error_that_quotes_a_page(
+    endpoint: Endpoint, client: Client, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    key = "sk-'quoted\\0123456789"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    endpoint.behave = lambda text, attempt: (200, f"<{'x' * before}{key}".encode(), {"Content-Type": "text/html"})
+    with pytest.raises(JudgeError, match="text/html") as error:
+        asked(client(), ["a"])
+    assert "sk-" not in str(error.value)
+
+
 @pytest.mark.parametrize("key", ["1", "none"])
 def test_what_stands_in_place_of_a_key_is_not_taken_out_of_replies(
     endpoint: Endpoint, client: Client, monkeypatch: pytest.MonkeyPatch, key: str
@@ -525,7 +537,7 @@ def test_a_cap_on_requests_is_exact_stops_cleanly_and_goes_on_when_raised(
         asked(client(terms={"max_calls": 10}, concurrency=concurrency), MANY, into=got)
     assert re.search(
         r"cap judge\.max_calls=10 is reached: this stage has sent 10 requests; 20 prompts are left \(.*\); raise "
-        r"judge\.max_calls and give the same command again",
+        r"judge\.max_calls; .*give the same command again",
         str(error.value),
     )
     assert len(got) == len(endpoint.bodies) == 10

@@ -1,4 +1,4 @@
-"""Laws of several processes on one store: nothing is made twice, and nothing half-written is read."""
+"""Laws of several processes on one store: no unit is made twice, and no incomplete unit is read."""
 
 from __future__ import annotations
 

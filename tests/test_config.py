@@ -70,7 +70,10 @@ def composed(*overrides: str) -> Config:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [each for each in parsed if each.type is OverrideType.CHANGE and not _is_choice(each.key_or_group)]
     choices = [each.input_line or "" for each in parsed if each not in values]
-    config = copy.deepcopy(_of_choices(tuple(choices)))
+    config = _of_choices(tuple(choices))
+    if not values:
+        return load_config(config)
+    config = copy.deepcopy(config)
     try:
         for each in values:
             OmegaConf.update(config, each.key_or_group, each.value(), merge=True)
@@ -164,11 +167,11 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["data.dedup_threshold=nan"], "data.dedup_threshold=nan is out of range"),
         (
             ["selector=facility_location", "alpha=0.3"],
-            "selector.candidates=0.2 lets fewer examples enter than alpha=0.3",
+            "selector.candidates=0.2 gives fewer candidates than alpha=0.3",
         ),
         (
             ["selector=facility_location", "stop_after=selection", "audit.enabled=true", "audit.alphas=[0.05,0.3]"],
-            "selector.candidates=0.2 lets fewer examples enter than audit.alphas=0.3",
+            "selector.candidates=0.2 gives fewer candidates than audit.alphas=0.3",
         ),
         (["selector=facility_location", "selector.candidates=2"], "selector.candidates=2.0 is out of range"),
         (["selector=facility_location", "selector.similarity=dot"], "choose one of: exp_distance, cosine"),
@@ -190,8 +193,9 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["benchmark.sets=[nowhere]"], "'nowhere', not in benchmark.catalog"),
         (["benchmark=vicuna", "target=smollm2"], "judge=verifier needs reference answers"),
         (["benchmark=vicuna", "judge=openai"], "target=nano knows the embedded world's words alone"),
-        (["benchmark.sets=[verifiable,verifiable]"], "has a name twice"),
-        (["benchmark.general=[bbh_navigate,bbh_navigate]"], "has a name twice"),
+        (["benchmark.sets=[]"], "benchmark.sets=[] must name at least one"),
+        (["benchmark.sets=[verifiable,verifiable]"], "and each once"),
+        (["benchmark.general=[bbh_navigate,bbh_navigate]"], "and each once"),
         (["benchmark.general=[nowhere]"], "benchmark.general names 'nowhere', not in"),
         (["benchmark.general=[verifiable]"], "is in benchmark.sets too"),
         (["benchmark.general=[vicuna]"], "benchmark.general=['vicuna'] has no reference answers"),
@@ -270,6 +274,13 @@ def test_an_invalid_value_is_named_with_the_remedy(
         composed(*overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_constant_without_a_value_in_a_users_yaml_is_named() -> None:
+    config = copy.deepcopy(_of_choices(()))
+    config.scorer = {"_target_": "mine.scorer", "name": "mine", "constant": "???"}
+    with pytest.raises(ConfigError, match=r"scorer.constant is not set; give it as in scorer.constant=VALUE"):
+        load_config(config)
 
 
 def test_characters_of_any_data_can_be_counted_without_a_proxy() -> None:

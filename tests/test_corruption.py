@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections import Counter
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
+from test_load import runtime
 
-from gradsift.artifacts import Artifact, Store, fingerprint_of
-from gradsift.config import COPIES, CORRUPTIONS, ComputeConfig, CorruptionConfig, JsonDataConfig, VerifiableDataConfig
+from gradsift.artifacts import Artifact, fingerprint_of
+from gradsift.config import COPIES, CORRUPTIONS, CorruptionConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.corruption import (
     Corrupted,
     changes_of_text,
@@ -31,7 +30,6 @@ from gradsift.data.load import SPOILT, corruption_of, heldout_of, labels_of, loa
 from gradsift.data.load import VERSION as LOAD_VERSION
 from gradsift.data.verifiable import VOCABULARY, answers_match, task_of
 from gradsift.errors import ConfigError
-from gradsift.runtime import Display, Runtime
 
 IN_PLACE = tuple(kind for kind in CORRUPTIONS if kind not in COPIES)
 
@@ -238,10 +236,6 @@ def test_a_dataset_of_one_answer_has_none_to_mismatch() -> None:
 
 
 # -------------------------------------------------------------------------------------- load stage
-
-
-def runtime(store: Path) -> Runtime:
-    return Runtime(Store(store, say=lambda line: None), ComputeConfig(), Display(Console(file=io.StringIO())), seed=0)
 
 
 def loaded(tmp_path: Path, **changes: Any) -> Artifact:

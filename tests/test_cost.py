@@ -1,4 +1,4 @@
-"""Laws of the counters: forward tokens are the real tokens that pass through models."""
+"""Laws of the cost counters: forward tokens are the real tokens (no padding) that pass through models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counts(run: dict[str, Any], name: str) -> list[int]:
 
 @contextmanager
 def seen_by_models() -> Iterator[list[int]]:
-    """Return the slow, obvious count: the inputs of all token embeddings in this process, with padding."""
+    """Yield a list to which each token embedding in this process appends its number of input tokens, with padding."""
     seen: list[int] = []
 
     def note(module: torch.nn.Module, given: Any) -> None:
@@ -92,7 +92,7 @@ def test_a_unit_reports_its_tokens_once(tmp_path: Path) -> None:
 def test_reported_tokens_are_those_the_models_see(
     gradsift, monkeypatch, arguments: tuple[str, ...], stages: str
 ) -> None:
-    """Batches have one example, so that there is no padding."""
+    """Every batch has one example, so there is no padding."""
     monkeypatch.setattr("gradsift.scoring.superfilter._BATCH_TOKENS", {"cpu": 1})
     for module in ("gradsift.inputs", "gradsift.training.target"):  # a trial's tokens are no work on the data
         monkeypatch.setattr(f"{module}.require_adaptable", lambda *given, **options: None)
@@ -129,7 +129,7 @@ def test_neither_padding_nor_repeated_batches_count(tokens: int) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_counts_every_unit_where_it_was_made(gradsift, capsys) -> None:
-    """Members, statistics and scores count once each over scorer x M x snapshots; the second time nothing does."""
+    """A sweep makes members, statistics and scores once each; a repeated sweep makes nothing."""
     sweep = ("-m", *SMOKE, "data.size=64", "scorer=gsnr,random", "proxy.members=2,3")
     sweep += ("proxy.snapshots=[1,2],[1,3]", "stop_after=selection")
     assert gradsift(*sweep) == 0

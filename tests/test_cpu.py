@@ -48,7 +48,7 @@ from gradsift.training import lora
 from gradsift.training.head import OutputHead, ResponseLosses
 from gradsift.training.nano import nano_config
 from gradsift.training.numerics import expected_numerics, numerics_of, prepare
-from gradsift.training.residual import residual_in_float32
+from gradsift.training.residual import residual_in_float32, residual_precision
 
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 compiled = pytest.mark.skipif(not available(), reason="kernels.cpp cannot be compiled here")
@@ -752,7 +752,8 @@ def exact_model(architecture: str, width: int = WIDTH, **options: Any) -> Any:
 def in_bfloat16(model: Any) -> Any:
     """Return a copy in bfloat16; buffers, such as rotary frequencies, keep their precision."""
     half = copy.deepcopy(model, {id(p): nn.Parameter(p.bfloat16(), requires_grad=False) for p in model.parameters()})
-    assert residual_in_float32(half)
+    residual_in_float32(half)
+    assert residual_precision(half) == "float32"
     half.set_attn_implementation("eager")
     return half
 

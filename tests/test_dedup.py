@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -16,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
+from test_load import runtime
 
-from gradsift.artifacts import Artifact, Store, fingerprint_of
-from gradsift.config import COPIES, ComputeConfig, FieldsConfig, JsonDataConfig, VerifiableDataConfig
+from gradsift.artifacts import Artifact, fingerprint_of
+from gradsift.config import COPIES, FieldsConfig, JsonDataConfig, VerifiableDataConfig
 from gradsift.data.dedup import bands_of, deduplicated, jaccard, near_duplicates, shingles
 from gradsift.data.examples import Example, Turn
 from gradsift.data.files import file_kind, hash_of, read_rows
@@ -27,7 +26,6 @@ from gradsift.data.formats import parse_rows
 from gradsift.data.load import ROWS_VERSION, heldout_of, labels_of, load, pool_of
 from gradsift.data.verifiable import generate, task_of
 from gradsift.errors import ConfigError
-from gradsift.runtime import Display, Runtime
 
 WORDS = re.findall(r"\w+", "the a red bird sings of seven small rivers and never asks why they run so fast")
 
@@ -63,11 +61,11 @@ def slow_drops(examples: Sequence[Example], threshold: float) -> dict[int, int]:
         words = re.split(r"\s+", f"{example.instruction} {example.input} {example.output}".strip())
         return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
+    all_grams = [grams(example) for example in examples]
     stays: list[int] = []
     drops: dict[int, int] = {}
-    for position, example in enumerate(examples):
-        own = grams(example)
-        likeness = [len(own & grams(examples[o])) / len(own | grams(examples[o])) for o in stays]
+    for position, own in enumerate(all_grams):
+        likeness = [len(own & all_grams[o]) / len(own | all_grams[o]) for o in stays]
         if likeness and max(likeness) >= threshold:
             drops[position] = stays[likeness.index(max(likeness))]
         else:
@@ -178,10 +176,6 @@ def test_real_rows_lose_their_exact_duplicates_and_those_of_all_pairs() -> None:
 # ------------------------------------------------------------------------------------------ the load stage
 
 
-def runtime(folder: Path) -> Runtime:
-    return Runtime(Store(folder, say=lambda line: None), ComputeConfig(), Display(Console(file=io.StringIO())), seed=0)
-
-
 def loaded(folder: Path, rows: list[dict[str, str]] | None = None, **changes: Any) -> Artifact:
     path = folder / "rows.json"
     if rows is not None:
@@ -223,7 +217,7 @@ def test_duplicates_go_before_limit_and_holdout_are_drawn(tmp_path: Path) -> Non
 def test_a_holdout_that_duplicates_leave_nothing_for_is_refused(tmp_path: Path) -> None:
     rows = [{"instruction": "say", "output": "yes"}] * 5
     assert len(pool_of(loaded(tmp_path, rows, dedup="exact"))) == 1
-    with pytest.raises(ConfigError, match=r"data.dedup=exact drops 4 of the 5 rows, and data.holdout=2 leaves none"):
+    with pytest.raises(ConfigError, match=r"data\.holdout=2, but only 1 rows"):
         loaded(tmp_path, dedup="exact", holdout=2)
 
 

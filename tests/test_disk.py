@@ -1,4 +1,4 @@
-"""Laws of a disk that fails during a run: the unit is named, nothing is damaged, the same command continues."""
+"""Laws of a disk that fails during a run: the error names the unit, nothing is damaged, the same command continues."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def build(root: Path, during: Callable[[Path], object] = lambda folder: None) -> Store:
-    """Make one unit of work in the store, with something that happens meanwhile."""
+    """Make one unit of work in the store, and call a function while it is made."""
     store = Store(root, say=lambda line: None)
 
     def make(folder: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type is accepted, and what it points to is there."""
+"""Laws of the documentation: its commands are accepted, and the targets of its links exist."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 
 from gradsift.composition import conf_folder, in_full, register_schemas
 from gradsift.config import SCHEMAS, Config, load_config
-from gradsift.sweep import begin, values_of
+from gradsift.sweep import begin
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,7 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (conf_folder() / "experiment").glob("
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """The overrides of each `python run.py` that is written out whole; what follows two spaces is a remark."""
+    """Return the overrides of each complete `python run.py` command; text after two spaces is a remark."""
     written = re.findall(r"(?:^ {4,}|^\$ |`)python run\.py ([^`\n]+)", text, re.M)
     lines = [line.split("  ")[0].strip() for line in written]
     lines = [
@@ -45,10 +46,17 @@ COMMANDS = [
 
 
 def _first(overrides: list[str]) -> list[str]:
-    """The overrides, of a sweep the first value of each."""
+    """Return the overrides, with only the first value of those that list several."""
     values = []
     for override in OverridesParser.create().parse_overrides(overrides):
-        values.append(f"{override.get_key_element()}={values_of(override)[0]}")
+        value = override.value()
+        if isinstance(value, IntervalSweep):
+            first = str(value.start)
+        elif override.is_sweep_override():
+            first = next(override.sweep_string_iterator())
+        else:
+            first = override.get_value_element_as_str()
+        values.append(f"{override.get_key_element()}={first}")
     return values
 
 
@@ -114,7 +122,7 @@ def test_every_option_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> Non
     rows = [row for prefix, schema in schemas for row in tables.options_of(prefix, schema)]
     assert {option for option, _, _, meaning, _ in rows if not meaning} == set()
     page = tables.options_page()
-    assert "| `proxy.members` | `int` | `5` | M of the paper | at least 1 |" in page
+    assert "| `proxy.members` | `int` | `5` | number of members, M in the paper | at least 1 |" in page
     assert "| `data.path` | `Any` | required |" in page
     # the warm-up's own default, not the class's
     assert "| `features.warmup.lora.rank` | `int` | `128` | rank of A and B | at least 1 |" in page
@@ -132,6 +140,6 @@ def test_the_citation_and_the_package_name_the_same_version_and_licence() -> Non
 
 
 def _anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes from headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

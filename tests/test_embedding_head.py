@@ -11,7 +11,7 @@ import torch
 from conftest import SMOKE
 from exactness import assert_close_by_norm, exact_copy
 from test_engine import capped_model
-from test_ensembles import inputs, parents
+from test_ensembles import given
 from test_finetuning import proxy_config, runtime
 from test_norms import adapted_model, ragged_examples, tiny_model
 
@@ -234,8 +234,9 @@ def test_the_stage_reads_one_members_first_epoch_and_is_done_once(tmp_path: Path
     run, config, encoded = runtime(tmp_path), proxy_config(members=1), ragged_examples(8)
 
     def stage(count: int = 9) -> Artifact:
-        ((member,),) = train_members(run, config, *parents(run), lambda: inputs(encoded), [0], 1).values()
-        return embedding_gradients(run, member, config.lora, lambda: inputs(encoded), count)
+        made_from = given(run, config, encoded)
+        ((member,),) = train_members(made_from, [0], 1).values()
+        return embedding_gradients(made_from, member, count)
 
     made = stage()
     values = read_embedding_gradients(made)
@@ -262,6 +263,6 @@ def test_a_scorer_that_asks_for_them_trains_one_epoch_of_one_member(gradsift, mo
     made = [(s["name"], s["optimizer_steps"]) for s in gradsift.runs()[-1]["stages"] if not s["reused"]]
     assert [name for name, _ in made] == ["load", "member", "embedding_gradients", "score", "select"]
     assert sum(steps for _, steps in made) == 4  # 120 rows in batches of 32, once
-    assert gradsift(*own[:-3], "scorer=late_loss", "stop_after=scores") == 0
+    assert gradsift(*own[:-3], "scorer=late_loss", "proxy.members=1", "stop_after=scores") == 0
     again = [s["name"] for s in gradsift.runs()[-1]["stages"] if not s["reused"]]
-    assert again.count("member") == 3  # two members of two epochs, one of which was there
+    assert again.count("member") == 1  # the second epoch; the first is reused

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMOKE
+from conftest import SMOKE, made_once
 from safetensors.numpy import load_file
 from test_finetuning import proxy_config, runtime
 from test_norms import assert_norms_close, loop_norms, ragged_examples, tiny_model
@@ -24,8 +26,8 @@ from gradsift.gradients.callback import COLUMNS
 from gradsift.gradients.statistics import compute_statistics, read_norms
 from gradsift.journal import Journal
 from gradsift.proxy.collection import collect_norms, ensemble_norms
-from gradsift.proxy.ensemble import epoch_plan, member_settings, train_adapters
-from gradsift.proxy.epochs import Epoch, ProxyInputs, train_epoch
+from gradsift.proxy.ensemble import epoch_plan, member_settings, train_adapters, train_members
+from gradsift.proxy.epochs import Ensemble, Epoch, ProxyInputs, train_epoch
 from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
@@ -34,6 +36,7 @@ from gradsift.training.device import TokenBudget
 pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 CPU = ComputeConfig(device="cpu")
+Norms = dict[int, list[list[Artifact]]]  # {epoch: [member][shard]}
 MODES = {"lora_seeds": 0.0, "bootstrap": 0.0, "mc_dropout": 0.3}  # with a lora.dropout that suits them
 NEW = ["bootstrap", "mc_dropout"]
 
@@ -52,23 +55,24 @@ def inputs(encoded: list[Encoded]) -> ProxyInputs:
     return ProxyInputs(Backbone(tiny_model("gpt2"), tokenizer), encoded, TokenBudget(4096))
 
 
+def given(run: Runtime, settings: ProxyConfig, encoded: list[Encoded] | None = None) -> Ensemble:
+    """Return what an ensemble of ten examples, or of `encoded`, is made from."""
+    return Ensemble(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10)))
+
+
 def trained(
     store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
 ) -> tuple[list[list[Artifact]], Runtime]:
     """Return the adapters as [adapter][epoch - 1]."""
     run = runtime(store)
-    return train_adapters(run, settings, *parents(run), lambda: inputs(encoded or ragged_examples(10))), run
+    return train_adapters(given(run, settings, encoded)), run
 
 
-def ensemble(
-    store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None
-) -> tuple[dict[int, list[list[Artifact]]], Runtime]:
-    """Return the norms after each epoch, as {epoch: [member][shard]}."""
+def ensemble(store: Path, settings: ProxyConfig, encoded: list[Encoded] | None = None) -> tuple[Norms, Runtime]:
+    """Return the norms after each epoch."""
     adapters, run = trained(store, settings, encoded)
-    examples = encoded or ragged_examples(10)
-    return {
-        epoch: ensemble_norms(run, settings, adapters, lambda: inputs(examples), epoch) for epoch in settings.snapshots
-    }, run
+    made_from = given(run, settings, encoded)
+    return {epoch: ensemble_norms(made_from, adapters, epoch) for epoch in settings.snapshots}, run
 
 
 def made(run: Runtime) -> Counter[str]:
@@ -80,49 +84,67 @@ def norms_of(members: list[list[Artifact]]) -> np.ndarray:
     return np.stack([read_norms(shards)["norm_B"] for shards in members])
 
 
-def flat(computed: dict[int, list[list[Artifact]]]) -> list[Artifact]:
-    return [shard for members in computed.values() for shards in members for shard in shards]
+def flat(computed: Norms, members: int | None = None) -> list[Artifact]:
+    """Return the tables of the first `members` members, or of all."""
+    return [shard for of_epoch in computed.values() for shards in of_epoch[:members] for shard in shards]
+
+
+@pytest.fixture(scope="session")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Norms, Runtime]]:
+    """Returns the norms of five members of a mode, trained once a session. Tests must not write to the run's store."""
+
+    def of_mode(mode: str) -> tuple[Norms, Runtime]:
+        settings = config(mode, members=5)
+        root = made_once(tmp_path_factory, f"five-{mode}", lambda folder: ensemble(folder / "store", settings))
+        return ensemble(root / "store", settings)
+
+    return of_mode
+
+
+def copied(run: Runtime, folder: Path, *without: str) -> Path:
+    """Copy the store of a run, but for the stages `without`."""
+    return shutil.copytree(run.store.root, folder / "copy", ignore=shutil.ignore_patterns(*without))
 
 
 # ------------------------------------------------------------------------------------------ every kind
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_members_differ_and_fewer_of_them_are_the_first_of_more(mode: str, tmp_path: Path) -> None:
-    five, run = ensemble(tmp_path, config(mode, members=5))
-    assert made(run)["member"] == (2 if mode == "mc_dropout" else 10)
-    assert made(run)["norms"] == 10
+def test_members_differ_and_fewer_of_them_are_the_first_of_more(mode: str, five: Any) -> None:
+    all_five, run = five(mode)
+    assert not made(run)
+    assert len(list(run.store.root.glob("member/*/manifest.json"))) == (2 if mode == "mc_dropout" else 10)
+    assert len(list(run.store.root.glob("norms/*/manifest.json"))) == 10
     for epoch in (1, 2):
-        norms = norms_of(five[epoch])
+        norms = norms_of(all_five[epoch])
         assert norms.shape == (5, 10)
         assert (norms.var(0) > 1e-8).all()
     for scope in ("all", "scaled"):
-        computed = compute_statistics(five[1], five[2], scope, 11)
+        computed = compute_statistics(all_five[1], all_five[2], scope, 11)
         assert np.isnan(computed.V_t[10])  # the pool's last example was not encoded
         assert (computed.V_t[:10] > 0).all()
         assert (computed.G_s[:10] > 0).all()
-    three, again = ensemble(tmp_path, config(mode, members=3))
+    three, again = ensemble(run.store.root, config(mode, members=3))
     assert not made(again)
-    assert [a.path for a in flat(three)] == [a.path for a in flat({epoch: five[epoch][:3] for epoch in (1, 2)})]
+    assert [a.path for a in flat(three)] == [a.path for a in flat(all_five, 3)]
 
 
 @pytest.mark.parametrize("mode", NEW)
-def test_equal_commands_give_equal_bytes_and_other_seeds_do_not(mode: str, tmp_path: Path) -> None:
-    first, again = (ensemble(tmp_path / name, config(mode, members=2))[0] for name in "ab")
-    for left, right in zip(flat(first), flat(again), strict=True):
+def test_equal_commands_give_equal_bytes_and_other_seeds_do_not(mode: str, five: Any, tmp_path: Path) -> None:
+    first, again = five(mode)[0], ensemble(tmp_path / "b", config(mode, members=2))[0]
+    for left, right in zip(flat(first, 2), flat(again), strict=True):
         assert left.fingerprint == right.fingerprint
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
-    other = runtime(tmp_path / "c", seed=1)
-    adapters = train_adapters(other, config(mode, members=2), *parents(other), lambda: inputs(ragged_examples(10)))
-    computed = ensemble_norms(other, config(mode, members=2), adapters, lambda: inputs(ragged_examples(10)), 2)
-    assert not np.allclose(norms_of(first[2]), norms_of(computed), rtol=1e-3)
+    other = given(runtime(tmp_path / "c", seed=1), config(mode, members=2))
+    computed = ensemble_norms(other, train_adapters(other), 2)
+    assert not np.allclose(norms_of(again[2]), norms_of(computed), rtol=1e-3)
 
 
 @pytest.mark.parametrize("mode", NEW)
-def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: Path, monkeypatch: Any) -> None:
-    settings = config(mode, members=2)
-    whole, _ = ensemble(tmp_path / "whole", settings)
-    calls = 0
+def test_an_interrupted_ensemble_goes_on_where_it_stopped(
+    mode: str, five: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, calls = config(mode, members=2), 0
 
     def stops(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -137,7 +159,7 @@ def test_an_interrupted_ensemble_goes_on_where_it_stopped(mode: str, tmp_path: P
             ensemble(tmp_path / "stopped", settings)
     computed, run = ensemble(tmp_path / "stopped", settings)
     assert made(run) == {"norms": 1}  # the fourth of them
-    for left, right in zip(flat(computed), flat(whole), strict=True):
+    for left, right in zip(flat(computed), flat(five(mode)[0], 2), strict=True):
         assert left.file("gradient_norms.parquet").read_bytes() == right.file("gradient_norms.parquet").read_bytes()
 
 
@@ -156,16 +178,16 @@ def test_the_line_runs_to_a_selection_with_its_diagnostics(gradsift, mode: str) 
     assert {s["name"] for s in gradsift.runs()[-1]["stages"] if not s["reused"]} == {"score", "select"}
 
 
-def test_a_member_whose_adapter_is_damaged_is_trained_again(tmp_path: Path) -> None:
-    settings = config("lora_seeds", members=2)
-    adapters, _ = trained(tmp_path, settings)
+def test_a_member_whose_adapter_is_damaged_is_trained_again(five: Any, tmp_path: Path) -> None:
+    settings, store = config("lora_seeds", members=2), copied(five("lora_seeds")[1], tmp_path)
+    adapters, _ = trained(store, settings)
     file = adapters[0][0].file(lora.ADAPTER_FILE)
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\0\0\0\1")  # a weight, or some, of an equally large file
-    again, run = trained(tmp_path, settings)
+    again, run = trained(store, settings)
     assert made(run) == {"member": 1}
     assert again[0][0].file(lora.ADAPTER_FILE).read_bytes() == whole
-    assert len(list(tmp_path.glob("member/*.damaged-*"))) == 1
+    assert len(list(store.glob("member/*.damaged-*"))) == 1
 
 
 # ---------------------------------------------------------------------------------------- lora_seeds
@@ -217,7 +239,9 @@ def test_dropout_is_drawn_anew_in_each_member_and_epoch(tmp_path: Path, monkeypa
     assert len({epoch.dropout_seed for epoch in epochs}) == len(epochs) == 4
 
 
-def test_masks_are_other_ones_in_each_member_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_other_ones_in_each_member_and_epoch(
+    five: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     masks: list[int] = []
 
     def noted(*arguments: Any, **options: Any) -> dict[str, np.ndarray]:
@@ -225,7 +249,7 @@ def test_masks_are_other_ones_in_each_member_and_epoch(tmp_path: Path, monkeypat
         return collect_norms(*arguments, **options)
 
     monkeypatch.setattr("gradsift.proxy.collection.collect_norms", noted)
-    ensemble(tmp_path, config("mc_dropout", members=2))
+    ensemble(copied(five("mc_dropout")[1], tmp_path, "norms"), config("mc_dropout", members=2))
     assert len(set(masks)) == len(masks) == 4
 
 
@@ -243,9 +267,10 @@ def test_a_bootstrap_member_sees_its_own_resample_in_every_epoch() -> None:
 
 def test_bootstrap_members_start_from_one_adapter_and_others_do_not(tmp_path: Path) -> None:
     still = {"members": 2, "learning_rate": 1e-12, "weight_decay": 0.0}
+    run = runtime(tmp_path)
     for mode, same in (("bootstrap", True), ("lora_seeds", False)):
-        adapters, _ = trained(tmp_path, config(mode, **still))
-        first, second = (load_file(chain[0].file(lora.ADAPTER_FILE)) for chain in adapters)
+        adapters = train_members(given(run, config(mode, **still)), [0, 1], epochs=1)
+        first, second = (load_file(chain[0].file(lora.ADAPTER_FILE)) for chain in adapters.values())
         for name in first:
             if "lora_A" in name:
                 assert np.allclose(first[name], second[name], atol=1e-9) is same
@@ -323,12 +348,12 @@ def test_the_variance_vanishes_with_the_dropout() -> None:
     assert variances[2] < 1e-12
 
 
-def test_training_is_member_0_of_lora_seeds_and_is_shared_with_it(tmp_path: Path) -> None:
-    dropping = config("mc_dropout", members=2)
-    norms, _ = ensemble(tmp_path, dropping)
-    adapters, _ = trained(tmp_path, dropping)
+def test_training_is_member_0_of_lora_seeds_and_is_shared_with_it(five: Any, tmp_path: Path) -> None:
+    dropping, store = config("mc_dropout", members=2), copied(five("mc_dropout")[1], tmp_path)
+    norms, _ = ensemble(store, dropping)
+    adapters, _ = trained(store, dropping)
     assert len(adapters) == 1
-    seeds, again = trained(tmp_path, proxy_config(members=2, lora=dropping.lora))
+    seeds, again = trained(store, proxy_config(members=2, lora=dropping.lora))
     assert made(again) == {"member": 2}  # its member 1 alone
     assert [a.path for a in seeds[0]] == [a.path for a in adapters[0]]
     assert norms[2][1][0].manifest["parents"] == [adapters[0][1].fingerprint]

@@ -1,4 +1,4 @@
-"""The scripts for open questions: results by hand, against brute force, and in the smallest world."""
+"""The scripts of experiments/: results by hand, against brute force, and runs in the smallest embedded world."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import SMOKE
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments import (
     audit_table,
@@ -63,7 +63,7 @@ def test_the_optimum_is_that_of_brute_force(seed: int) -> None:
 
 def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_conflicts() -> None:
     target = Features(np.array([[1, 0]], dtype=np.float32))
-    angles = np.radians([0, 60, -40, 20, -70])  # the anchor's nearest is 20, then 60: which rules -40 out
+    angles = np.radians([0, 60, -40, 20, -70])  # the walk goes from 0 to 20, then to 60, which conflicts with -40
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     took, most, walk, best = compared(vectors, core_knowledge(target, 0.5), share=3, keep=0.0)
     assert (took, most) == (3, 3)
@@ -74,21 +74,32 @@ def test_the_walk_is_never_above_the_optimum_and_reaches_it_where_nothing_confli
     assert (took, most, walk) == (6, 6, pytest.approx(best))
 
 
-@pytest.mark.parametrize(
-    ("script", "options", "said"),
-    [
-        (heldout_variance.main, ("proxy.members=4",), "| members that left the row out | "),
-        (contrast_variants.main, ("proxy.members=4", "proxy.ensemble=bootstrap"), "| held out | "),
-        (delayed_credit.main, (), "| progress in the best epoch | "),
-        (walk_optimum.main, ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3"), "| 1 | 2 | "),
-    ],
-)
-def test_a_script_runs_in_the_smallest_world(
-    script: Callable[[], None], options: tuple[str, ...], said: str, gradsift, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["script", *options, *SMOKE])
-    script()
-    assert said in capsys.readouterr().out
+@pytest.fixture
+def output_of(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a script with options in this process, and returns what it prints."""
+
+    def run(script: ModuleType, *options: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["script", *options])
+        script.main()
+        return str(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_scripts_for_bootstrap_members_run_in_the_smallest_world(gradsift, output_of) -> None:
+    options = ("proxy.members=4", "proxy.ensemble=bootstrap", *SMOKE)  # the second script reuses the members
+    assert "| members that left the row out | " in output_of(heldout_variance, *options)
+    assert "| held out | " in output_of(contrast_variants, *options)
+
+
+def test_delayed_credit_runs_in_the_smallest_world(gradsift, output_of) -> None:
+    assert "| progress in the best epoch | " in output_of(delayed_credit, *SMOKE)
+
+
+def test_the_walk_and_its_optimum_run_in_the_smallest_world(after_smoke, output_of) -> None:
+    options = ("--rows=20", "--draws=2", "features.dimensions=32", "target_set.limit=3")
+    assert "| 1 | 2 | " in output_of(walk_optimum, *options, *SMOKE)
 
 
 def test_the_parts_of_g_snr_and_their_agreement_by_hand() -> None:
@@ -101,22 +112,17 @@ def test_the_parts_of_g_snr_and_their_agreement_by_hand() -> None:
     assert precision.agreement(scores, -scores) == pytest.approx((-1.0, 0.0))
 
 
-def test_precision_compares_the_members_own_norms_with_those_in_bfloat16(gradsift, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["precision", *SMOKE, "scorer=gsnr", "--draws", "20"])
-    precision.main()
-    said = capsys.readouterr().out
-    assert "120 rows, 2 members: a norm is off by 0." in said
-    correlation = float(said.split("| G-SNR | ")[1].split()[0])
-    assert 0.9 < correlation < 1  # rounded, or it would be 1
+def test_precision_compares_norms_in_float32_with_norms_in_bfloat16(after_smoke, output_of) -> None:
+    printed = output_of(precision, *SMOKE, "scorer=gsnr", "--draws", "20")
+    assert "120 rows, 2 members: the relative error of a norm is 0." in printed
+    correlation = float(printed.split("| G-SNR | ")[1].split()[0])
+    assert 0.9 < correlation < 1  # without the rounding of bfloat16 it would be 1
 
 
-def test_scores_of_a_norm_table_are_those_of_the_store(gradsift, tmp_path, monkeypatch, capsys) -> None:
+def test_scores_of_a_norm_table_are_those_of_the_store(after_smoke, tmp_path, output_of) -> None:
     file, overrides = tmp_path / "norms.npz", ["scorer=gsnr", *SMOKE]
-    monkeypatch.setattr(sys, "argv", ["norm_tables", "write", str(file), *overrides])
-    norm_tables.main()
-    monkeypatch.setattr(sys, "argv", ["norm_tables", "read", str(file)])
-    norm_tables.main()
-    assert "| gsnr, eps 1e-08 | 2 | " in capsys.readouterr().out
+    output_of(norm_tables, "write", str(file), *overrides)
+    assert "| gsnr, eps 1e-08 | 2 | " in output_of(norm_tables, "read", str(file))
     line = line_of(overrides)
     with np.load(file, allow_pickle=False) as stored:
         scores = dict(norm_tables.scores_of(dict(stored), members=2))
@@ -128,7 +134,7 @@ def test_scores_of_a_norm_table_are_those_of_the_store(gradsift, tmp_path, monke
     assert best_spoilt == "| spoilt first | 2 | 1.000 / 1.000 / 1.000 | 0.000 | 0.000 |"
 
 
-def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, output_of) -> None:
     for number, (members, seed, spoilt) in enumerate([("3", 0, 0.1), ("5", 0, 0.2), ("3", 1, 0.3)]):
         run = tmp_path / f"{number}-gsnr-0.1"
         run.mkdir()
@@ -138,20 +144,17 @@ def test_the_audits_of_a_sweep_are_averaged_over_its_seeds(tmp_path: Path, monke
         kinds = {"truncated": {"rows": 9, "auroc": 0.5 + spoilt}}
         audit = {"selections": selections, "auroc_spoilt": 0.5 + seed / 10, "kinds": kinds}
         (run / "audit.json").write_text(json.dumps(audit))
-    monkeypatch.setattr(sys, "argv", ["audit_table", str(tmp_path), "proxy.members"])
-    audit_table.main()
-    assert capsys.readouterr().out.splitlines() == [
+    assert output_of(audit_table, str(tmp_path), "proxy.members").splitlines() == [
         "| scorer | proxy.members | runs | spoilt at 5% / 10% | families | AUROC | truncated |",
         "|---|---|---|---|---|---|---|",
         "| gsnr | 3 | 2 | 0.250 / 0.300 | 10.5 | 0.550 | 0.70 |",
         "| gsnr | 5 | 1 | 0.250 / 0.300 | 10.0 | 0.500 | 0.70 |",
     ]
-    monkeypatch.setattr(sys, "argv", ["audit_table", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no run with an audit"):
-        audit_table.main()
+        output_of(audit_table, str(tmp_path / "none"))
 
 
-def test_the_variants_begin_with_the_contrast_as_it_ships(gradsift) -> None:
+def test_the_first_variants_are_the_scorer_contrast_itself(after_smoke) -> None:
     overrides = ["scorer=contrast", "scorer.neighbours=50", *SMOKE]
     line = line_of(overrides)
     shipped = read_scores(score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose).file(SCORES_FILE))
@@ -161,26 +164,26 @@ def test_the_variants_begin_with_the_contrast_as_it_ships(gradsift) -> None:
     np.testing.assert_allclose(scores["contrast, not saturated"], shipped.parts["bound"], rtol=1e-6)
 
 
-def test_the_pool_of_real_rows_has_every_bad_row_once_as_it_was_before_cleaning(tmp_path: Path) -> None:
+def test_the_pool_of_real_rows_has_every_bad_row_once_and_as_before_cleaning(tmp_path: Path) -> None:
     rows = [{"instruction": f"Question {i}", "input": "", "output": f"Answer {i}"} for i in range(20)]
     labels = ["output_edited", "removed_or_rewritten", "input_edited", "output_edited"]
     originals = [rows[3], {**rows[3], "output": "N/A"}, rows[4], {**rows[5], "output": " "}]
     changes = [{"label": label, "original": row} for label, row in zip(labels, originals, strict=True)]
     (tmp_path / "alpaca_5000.json").write_text(json.dumps(rows))
     (tmp_path / "alpaca_cleaning_diff.jsonl").write_text("".join(json.dumps(change) + "\n" for change in changes))
-    pool = real_pool.pool(tmp_path, 19)  # all rows but the third, which the cleaners edited
+    pool = real_pool.pool(tmp_path, 19)  # all rows except row 3, which the cleaners edited
     bad = sorted((row["output"], row["cleaning"]) for row in pool if row["cleaning"])
     assert bad == [("Answer 3", "output_edited"), ("N/A", "removed_or_rewritten")]
     plain = sorted(row["output"] for row in pool if not row["cleaning"])
     assert plain == sorted(row["output"] for row in rows if row is not rows[3])
 
 
-def test_a_row_is_judged_by_its_best_epoch_in_units_of_that_epochs_progress() -> None:
+def test_a_row_is_scored_by_its_best_epoch_in_units_of_the_mean_progress_of_this_epoch() -> None:
     losses = np.array([[4.0, 4.0, 4.0], [2.0, 4.0, 4.0], [2.0, 3.5, 4.0]])  # learnt at once, later, never
     np.testing.assert_allclose(delayed_credit.best_epoch(losses), [2 / (2 / 3), 0.5 / (0.5 / 3), 0])
 
 
-def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None:
+def test_untouched_rows_share_no_prompt_with_the_other_pool(tmp_path: Path) -> None:
     rows = [{"instruction": f"Question {i}", "input": "", "output": "Yes"} for i in range(20)]
     (tmp_path / "alpaca_5000.json").write_text(json.dumps(rows[:8]))
     with gzip.open(tmp_path / "alpaca_cleaned_51k.json.gz", "wt") as stream:
@@ -191,51 +194,43 @@ def test_untouched_rows_have_no_prompt_of_the_other_pool(tmp_path: Path) -> None
     assert sorted(row["instruction"] for row in drawn) == sorted(row["instruction"] for row in (rows[8], *rows[10:]))
 
 
-def test_rows_of_the_cleaners_by_hand() -> None:
+def test_a_row_of_the_table_of_cleaned_rows_by_hand() -> None:
     scores = np.array([6.0, 5.0, 4.0, 3.0, 2.0, np.nan])
     cleaned = np.array([True, False, False, True, False, True])
     words = np.array([1, 2, 3, 4, 5, 6])
     line = cleaned_rows.row_of("random", scores, cleaned, ~cleaned & (words < 5), words)
-    # pairs of another row (2nd, 3rd) and a cleaners' row: 2 of 6 lose, to the first; 2 of 3 lie in the rejected half
+    # of the six pairs of an other row (2nd, 3rd) and a cleaned row, the cleaned row is above in two, as the 1st; two of
+    # the three cleaned rows are in the lower half
     assert line == "| random | 0.667 | 0.67 [0.09, 0.99] | 1.000 | 1 | -1.00 |"
 
 
-def test_held_out_losses_of_tuned_targets_are_compared_row_by_row(
-    gradsift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, byte_tokenizer
+def test_held_out_losses_of_finetuned_targets_are_compared_row_by_row(
+    after_smoke, smoke_store: Path, tmp_path: Path, output_of
 ) -> None:
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(byte_tokenizer), **shape)).save_pretrained(tmp_path / "tiny")
-    byte_tokenizer.save_pretrained(tmp_path / "tiny")
-    rows = [{"instruction": f"Repeat {i}", "input": "", "output": f"word {i % 7}"} for i in range(40)]
-    (tmp_path / "pool.json").write_text(json.dumps(rows))
-    data = ("data=json", "data.path=pool.json", "data.holdout=10", "proxy=tiny_bytes", "stop_after=finetune")
-    target = ("target=hf", "target.model=tiny", "target.epochs=1", "target.max_length=64", "alpha=0.2")
-    runs = [tmp_path / scorer for scorer in ("random", "length")]
-    for run in runs:
-        quiet = ("tracker=none", "report=false", "compute.threads=1", f"hydra.run.dir={run}")
-        assert gradsift(*data, *target, *quiet, f"scorer={run.name}") == 0
-    stored = [json.loads((run / "run.json").read_text())["heldout_loss"]["model"] for run in runs]
-
-    def table(*options: str) -> list[str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["heldout_losses", *map(str, runs), *options])
-        heldout_losses.main()
-        return capsys.readouterr().out.splitlines()
-
-    lines = table()
-    assert "10 rows" in lines
+    finished = {
+        json.loads(file.read_text())["scorer"]: file for file in smoke_store.parent.glob("multirun/*/*/*/run.json")
+    }
+    records = {scorer: json.loads(finished[scorer].read_text()) for scorer in ("random", "gsnr")}
+    for scorer, record in records.items():
+        (tmp_path / scorer).mkdir()
+        (tmp_path / scorer / "run.json").write_text(json.dumps(record))
+    stored = [record["heldout_loss"]["model"] for record in records.values()]
+    rows = line_of(records["gsnr"]["overrides"]).loaded.info["heldout"]
+    lines = output_of(heldout_losses, "random", "gsnr").splitlines()
+    assert f"{rows} rows" in lines
     assert f"| random | {stored[0]:.3f} | - |" in lines
-    assert lines[-1].startswith(f"| length | {stored[1]:.3f} | {stored[1] - stored[0]:+.3f} [")
-    others = [*rows[:5], {"instruction": "New", "output": "word"}, {"instruction": "New ", "output": "other"}]
+    assert lines[-1].startswith(f"| gsnr | {stored[1]:.3f} | {stored[1] - stored[0]:+.3f} [")
+    pool = line_of(records["gsnr"]["overrides"]).pool[:5]
+    others = [{"instruction": row.instruction, "input": row.input, "output": row.output} for row in pool]
+    others += [{"instruction": "New", "output": "word"}, {"instruction": "New ", "output": "other"}]
     (tmp_path / "others.json").write_text(json.dumps(others))
-    assert "1 rows" in table("--rows", "others.json")
-    record = json.loads((runs[1] / "run.json").read_text())
-    (runs[1] / "run.json").write_text(json.dumps(record | {"stages": []}))
-    with pytest.raises(SystemExit, match=r"length has not made .*the defaults or the data have changed since"):
-        table()
+    assert "1 rows" in output_of(heldout_losses, "random", "gsnr", "--rows", "others.json").splitlines()
+    (tmp_path / "gsnr" / "run.json").write_text(json.dumps(records["gsnr"] | {"stages": []}))
+    with pytest.raises(SystemExit, match=r"gsnr has not made .*the defaults or the data have changed since"):
+        output_of(heldout_losses, "random", "gsnr")
 
 
-def test_rows_that_were_trained_on_are_no_held_out_rows() -> None:
+def test_rows_of_the_training_data_are_not_held_out_rows() -> None:
     rows = [{"instruction": name, "input": "", "output": "x"} for name in ("a", "b ", "c", "b", "d", "e")]
     seen = heldout_losses.unseen_rows(rows[:1], [], 9)
     assert [example.instruction for example in heldout_losses.unseen_rows(rows, seen, 3)] == ["b ", "c", "d"]

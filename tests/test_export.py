@@ -22,10 +22,8 @@ from gradsift.evaluation.benchmarks import Item
 from gradsift.evaluation.export import export, slug
 from gradsift.evaluation.generation import ModelOutput, model_outputs, write_model_outputs
 from gradsift.evaluation.human.pairs import PairFiles
-from gradsift.evaluation.judges.alpaca_eval import NAMES
 from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.evaluation.pws import outcomes_of, summarise
-from gradsift.evaluation.records import describe, main, read_all
 
 ITEMS = [Item("set", str(n), f"question {n}", "with this" if n == 2 else "", None) for n in range(6)]
 OURS = model_outputs(ITEMS, [f"ours {n}" for n in range(6)], "ours-m")
@@ -88,31 +86,13 @@ def test_an_export_without_draws_or_invalid_items_is_read_too(files: PairFiles, 
     assert theirs["win_rate"] == pytest.approx(50 * pooled(judgments(scores=decided))["pws"])
 
 
-def test_the_files_of_one_order_come_back_as_the_same_judgments(files: PairFiles, tmp_path: Path) -> None:
+def test_a_row_of_the_annotations_by_hand(files: PairFiles, tmp_path: Path) -> None:
     export(files, tmp_path / "to")
-    folder = tmp_path / "to" / "ours-m" / "openai_m"
-    records = read_all([folder / "annotations_reverse.json", folder / "annotations_forward.json"])
-    assert records.model == "ours-m"
-    again = describe(records, 0.95)
-    before = describe(read_all([files.judgments]), 0.95)  # type: ignore[list-item]
-    assert again["pooled"] == before["pooled"]
-    assert again["position_bias"] == before["position_bias"]
-    row = json.loads((folder / "annotations_forward.json").read_text())[2]
+    row = json.loads((tmp_path / "to" / "ours-m" / "openai_m" / "annotations.json").read_text())[2]
     assert row["instruction"] == "question 2\n\nwith this"
-    assert (row["output_1"], row["generator_1"], row["generator_2"]) == ("ours 2", "ours-m", "theirs/m")
-    assert (row["annotator"], row["raw_completion"], row["preference"]) == ("openai/m", "raw 2", 1.5)
-
-
-def test_an_annotators_own_preferences_are_kept(files: PairFiles, tmp_path: Path) -> None:
-    """Probability of the answer shown second: .25 (ours first), .9 (ours second)."""
-    scores = [((0.75, 0.25), (0.9, 0.1))] * 6
-    write_judgments(files, judgments(f"{NAMES}weighted/m", scores))
-    export(files, tmp_path / "to")
-    folder = tmp_path / "to" / "ours-m" / "alpaca_eval_weighted_m"
-    for order, preference in (("forward", 1.25), ("reverse", 1.9)):
-        rows = json.loads((folder / f"annotations_{order}.json").read_text())
-        assert {row["preference"] for row in rows} == {preference}
-    assert main([str(folder / "annotations_reverse.json"), str(folder / "annotations_forward.json")]) == 0
+    assert (row["output_1"], row["generator_1"]) == ("theirs 2", "theirs/m")
+    assert (row["output_2"], row["generator_2"]) == ("ours 2", "ours-m")
+    assert (row["dataset"], row["item_id"], row["annotator"], row["preference"]) == ("set", "2", "openai/m", 1.5)
 
 
 def test_exported_answers_run_through_alpaca_eval_itself(
@@ -149,20 +129,20 @@ def test_what_cannot_be_exported_is_refused(files: PairFiles, tmp_path: Path) ->
     export(files, tmp_path / "to")
     export(files, tmp_path / "to")  # the same again is no change
     write_judgments(files, judgments(scores=SCORES[::-1]))
-    with pytest.raises(DataError, match=r"annotations.*\.json is there with other content.*--to"):
+    with pytest.raises(DataError, match=r"annotations.*\.json exists with different content.*--to"):
         export(files, tmp_path / "to")
     write_judgments(files, [*judgments(), *judgments("other/m")])
-    with pytest.raises(DataError, match="judgments of one judge, and holds openai/m, other/m"):
+    with pytest.raises(DataError, match="judgments of one judge, but has those of openai/m, other/m"):
         export(files, tmp_path / "new")
     write_judgments(files, [Judgment("set", "77", "forward", "h", "j", "", 1, 2, True, None)])
-    with pytest.raises(DataError, match="the item set/77, which the answers lack"):
+    with pytest.raises(DataError, match="item set/77 has judgments but no answers"):
         export(files, tmp_path / "new")
     write_model_outputs(files.reference, OURS)
-    with pytest.raises(DataError, match="both by the generator 'ours-m'"):
+    with pytest.raises(DataError, match="would share the folder ours-m"):
         export(files, tmp_path / "new")
     write_model_outputs(files.reference, [{**row, "generator": "ours/m"} for row in OURS])
     write_model_outputs(files.model, [{**row, "generator": "ours m"} for row in OURS])
-    with pytest.raises(DataError, match="'ours m' and 'ours/m' would share the folder ours_m"):
+    with pytest.raises(DataError, match=r"'ours m' .* and 'ours/m' .* would share the folder ours_m"):
         export(files, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -191,14 +171,14 @@ def test_a_run_that_alpaca_evals_annotator_judged_is_exported(
     capsys.readouterr()
     assert export_module.main([str(run), "--to", "published"]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(printed) == 5 and all(path.is_file() for path in printed)
+    assert len(printed) == 3 and all(path.is_file() for path in printed)
     verdicts = json.loads(next(path for path in printed if path.name == "annotations.json").read_text())
     counts = after_smoke.runs()[0]["pooled"]
     assert [sum(row["preference"] == p for row in verdicts) for p in (2, 1.5, 1)] == [
         counts[kind] for kind in ("win", "tie", "lose")
     ]
     assert export_module.main([str(after_smoke.folder), "--to", "published"]) == 2
-    assert "cannot be read as a run's" in capsys.readouterr().err
+    assert "cannot be read as the record of a run" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- compare
@@ -247,7 +227,7 @@ def test_two_files_have_a_pws_from_any_judge(compared: Any, endpoint: Endpoint, 
     )
     assert found["cost"]["calls"] == len(endpoint.bodies) == 12
     assert len(read_judgments(Path(found["files"]["judgments"]))) == 12
-    assert len(list((tmp_path / "to").rglob("*.json"))) == 5
+    assert len(list((tmp_path / "to").rglob("*.json"))) == 3
     assert compared(plain(OURS), plain(THEIRS), "--to", "to", *options, "judge.retries=0", judge=judge) == found
     assert len(endpoint.bodies) == 12
 
@@ -287,8 +267,8 @@ def test_wrong_options_are_refused(compared: Any, options: tuple[str, ...], word
 def test_answers_to_other_questions_are_refused_by_row(compared: Any, endpoint: Endpoint) -> None:
     other = plain(THEIRS)
     other[3]["instruction"] = "something else"
-    assert "set/4 (other instruction)" in compared(plain(OURS), other)
-    assert "set/6 (only in the model's)" in compared(plain(OURS), plain(THEIRS)[:5])
+    assert "set/4 (different instruction)" in compared(plain(OURS), other)
+    assert "set/6 (only in the model's answers)" in compared(plain(OURS), plain(THEIRS)[:5])
     assert "a.json, row 2: output is missing" in compared([*plain(OURS)[:1], {"instruction": "x"}], plain(THEIRS))
     assert not endpoint.bodies
 

@@ -1,4 +1,4 @@
-"""The figures draw the values of the artifacts, computed here from the files in another way."""
+"""The figures draw the artifacts' values, which these tests compute from the files in another way."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ from gradsift.report.figures.style import (
     panels,
     styled,
 )
+from gradsift.report.headline import headline
 from gradsift.report.material import Material, Missing, Run, read
 from gradsift.report.paper_tables import TABLES
 from gradsift.scoring.scores import UNDEFINED, Scores
@@ -67,7 +68,7 @@ def run_of(material: Material, name: str) -> Run:
 
 
 def stage_of(run: Run, stage: str, place: int = 0) -> Path:
-    """Return the folder of the artifact that `run.json` names, without `Material`."""
+    """Return the folder of an artifact as `run.json` names it, without use of `Material`."""
     stages = [entry for entry in run.record["stages"] if entry["name"] == stage]
     return Path(stages[place]["artifact"])
 
@@ -115,7 +116,7 @@ def test_files_are_written_and_reasons_told(material: Material, tmp_path: Path) 
 
 
 def test_a_page_can_give_the_neutral_colours_its_own(material: Material) -> None:
-    """Text and axes use only the four named colours, so that a dark page can replace them."""
+    """Text and axes have only the four neutral colours, which a dark page replaces."""
     assert len({INK, FAINT, RULE, PAPER}) == 4
     svg = bytes_of(training.convergence(material), "svg").decode()
     assert "#000000" not in svg and "#ffffff" not in svg
@@ -360,7 +361,7 @@ def test_without_pws_the_grid_holds_the_overlap_with_the_largest_setting(materia
     for name in ("0-gsnr-0.1", "4-members"):
         run = run_of(material, name)
         record = {key: value for key, value in run.record.items() if key not in ("pws", "heldout_loss")}
-        runs.append(Run(run.folder, record, run.config, run.method, run.stores))
+        runs.append(replace(run, record=record))
     records = sensitivity.settings_grid(Material(material.folder, runs, True))
     one, other = (set(kept(run)) for run in runs)
     assert {record["measure"] for record in records} == {"overlap with M=3, [1, 2]"}
@@ -399,7 +400,7 @@ def test_ways_are_drawn_from_where_they_begin_to_the_adapters_end(material: Mate
 
 
 def test_the_members_distance_is_about_that_of_their_updates(material: Material) -> None:
-    """A projection to 64 dimensions keeps distances up to about a tenth; the diagnostics have the exact distance."""
+    """The projection to 64 dimensions changes distances by about a tenth; the diagnostics have the exact distance."""
     run = run_of(material, "0-gsnr-0.1")
     steps, spread = training.spread_over_steps(material.trajectories(run))
     assert np.isnan(spread[0]) and steps[-1] == 8
@@ -477,8 +478,7 @@ def test_biases_are_summed_over_seeds(material: Material) -> None:
     assert outcomes.longer_shares({"gsnr": pair}) == {}  # a verifier prefers no length
     counts = [{"items": 10, "longer_wins": 6}, {"items": 30, "longer_wins": 12}]
     of_a_judge = [
-        Run(run.folder, {**run.record, "length_bias": count}, run.config, run.method, run.stores)
-        for run, count in zip(pair, counts, strict=True)
+        replace(run, record={**run.record, "length_bias": count}) for run, count in zip(pair, counts, strict=True)
     ]
     assert outcomes.longer_shares({"gsnr": of_a_judge}) == {"gsnr": (18 / 40, 40)}
     flips = [run.record["position_bias"]["to_second"] for run in pair]
@@ -488,7 +488,7 @@ def test_biases_are_summed_over_seeds(material: Material) -> None:
 def test_a_judge_that_prefers_a_place_is_shown_to(material: Material) -> None:
     run = run_of(material, "2-random-0.1")
     bias = {"items": 20, "flips": 8, "to_first": 2, "to_second": 6, "flip_share": 0.4, "first_share": 0.4}
-    biased = Run(run.folder, {**run.record, "position_bias": bias}, run.config, run.method, run.stores)
+    biased = replace(run, record={**run.record, "position_bias": bias})
     (axes,) = outcomes.position_bias(Material(material.folder, [biased], True)).axes
     widths = {bars.get_label(): bars[0].get_width() for bars in axes.containers}
     assert widths == {"flips to the first place": -0.1, "flips to the second place": pytest.approx(0.3)}
@@ -513,9 +513,7 @@ def test_costs_add_up_to_the_runs_stages(material: Material) -> None:
         mine = [stage for stage in stages if stage["name"] == name]
         assert its["made"] + its["reused"] == len(mine)
         assert its["seconds"] == pytest.approx(sum(stage["seconds"] for stage in mine if not stage["reused"]))
-    assert (
-        costs["member"]["made"] == 2 * 3 * 2 and costs["member"]["reused"] > 0
-    )  # two seeds, three members, two epochs
+    assert costs["member"]["made"] == 2 * 3 * 2 and costs["member"]["reused"] > 0  # seeds, members, epochs
     assert costs["member"]["saved"] > 0 and costs["finetune"]["tokens"] > 0
 
 
@@ -553,13 +551,17 @@ def test_a_store_that_moved_is_found_where_it_is_said_to_be(
     assert moved.scores(run_of(moved, "0-gsnr-0.1")).score.shape == (120,)
 
 
-def test_a_run_that_stopped_early_shows_what_it_has(material: Material, tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_shows_what_it_has(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [one for one in FIGURES if one.name in ("early_late_norms", "convergence", "judge_outcomes")]
+    monkeypatch.setattr("gradsift.report.figures.FIGURES", few)
     run = run_of(material, "0-gsnr-0.1")
     names = [stage["name"] for stage in run.record["stages"]]
     absent = ("pws", "pooled", "benchmarks", "accuracy", "metrics", "heldout_loss", "position_bias", "length_bias")
     record = {key: value for key, value in run.record.items() if key not in absent}
     record |= {"status": "stopped", "stages": run.record["stages"][: names.index("finetune")]}
-    one = Run(run.folder, record, {**run.config, "stop_after": "selection"}, run.method, run.stores)
+    one = replace(run, record=record, config={**run.config, "stop_after": "selection"})
     reasons = write_figures(Material(material.folder, [one], False), tmp_path / "figures", ["svg"])
     assert (tmp_path / "figures" / "early_late_norms.svg").is_file()
     assert reasons["convergence"] == "0-gsnr-0.1: there is no stage finetune (it was stopped after selection)"
@@ -586,6 +588,8 @@ def test_a_job_that_was_killed_is_told_and_a_folder_without_runs_refused(tmp_pat
     assert set(reasons) == {entry.name for entry in FIGURES}
     lone = read(hydra.parent)
     assert not lone.is_sweep and [run.outcome for run in lone.runs] == [killed.runs[0].outcome]
+    (hydra / "overrides.yaml").write_text("- scorer=gsnr\n- alpha=much\n")
+    assert headline(read(hydra.parent)).title == "One run: gsnr"
 
 
 # ------------------------------------------------------------------------------------ full size
@@ -600,14 +604,9 @@ def test_a_cloud_of_52_000_rows_stays_small() -> None:
         scores.cloud(axes, x, y, np.flatnonzero(marked))
     counts = axes.collections[0].get_array()
     assert counts.sum() == 52_000
-    assert len(lines_of(axes).popitem()[1][0]) == scores.MOST_POINTS
+    drawn = lines_of(axes).popitem()[1][0]
+    assert len(set(drawn.tolist())) == scores.MOST_POINTS and set(drawn.tolist()) <= set(x[marked].tolist())
     assert len(bytes_of(figure, "svg")) < 1_000_000
-
-
-def test_thinning_keeps_the_order_and_all_of_few() -> None:
-    assert scores.thinned(np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
-    few = scores.thinned(np.arange(100), 10)
-    assert len(set(few.tolist())) == 10 and (np.diff(few) > 0).all()
 
 
 @pytest.mark.numerics
@@ -638,8 +637,3 @@ def test_the_numbers_behind_the_figures_are_written(material: Material, tmp_path
     assert len(with_records) == 10 and written == {*TABLES, *with_records} - set(reasons)
     rows = list(csv.DictReader((tmp_path / "cost.csv").read_text().splitlines()))
     assert {row["stage"]: int(row["made"]) for row in rows}["member"] == 12
-    rows = list(csv.DictReader((tmp_path / "overlap.csv").read_text().splitlines()))
-    one, other = run_of(material, "0-gsnr-0.1"), run_of(material, "2-random-0.1")
-    (row,) = [row for row in rows if {row["method"], row["other"]} == {one.method, other.method}]
-    sets = set(kept(one)), set(kept(other))
-    assert float(row["jaccard"]) == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1]))

@@ -83,8 +83,8 @@ def test_single_line_and_wrapped_json(tmp_path: Path) -> None:
     assert contents(write(tmp_path / "a.json", json.dumps(talk))) == [talk]
     assert contents(write(tmp_path / "a.json", json.dumps({"data": ROWS}))) == ROWS
     assert contents(write(tmp_path / "a.json", json.dumps({"data": ROWS}, indent=1))) == ROWS
-    with pytest.raises(DataError, match="one object with the keys version, numbers"):
-        contents(write(tmp_path / "a.json", json.dumps({"version": 1, "numbers": [1]}, indent=1)))
+    other = {"version": 1, "numbers": [1]}
+    assert contents(write(tmp_path / "a.json", json.dumps(other, indent=1))) == [other]
     with pytest.raises(DataError, match="holds a number; it must hold an array"):
         contents(write(tmp_path / "a.json", "12"))
 
@@ -155,17 +155,16 @@ def test_parquet_keeps_columns_of_any_type(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "line 2: byte 0xff is not UTF-8"),
         ("a.json", b'[\n"\xe9"]', "line 2: byte 0xe9 is not UTF-8"),
         ("a.json", "[]".encode("utf-16"), "is empty"),
-        ("a.json", "[]".encode("utf-16-le"), "holds NUL bytes.*save the file in UTF-8"),
+        ("a.json", "[]".encode("utf-16-le"), "begins with NUL bytes.*save the file in UTF-8"),
         ("a.csv", "a,b".encode("utf-16")[:-1], "byte 6 is not UTF-16.*save the file in UTF-8"),
         ("a.json", b'[{"a": 1},\n // no\n {"a": 2}]', "line 2, column 2: .*JSON has no comments: delete them"),
         ("a.jsonl", b'# no\n{"a": 2}', "line 1, column 1: .*JSON has no comments: delete them"),
-        ("a.json", b'[{"a": 1,}]', "line 1, column 10: .*delete the comma before that place"),
-        ("a.json", b'[{"a": 1},]', "line 1, column 11: .*delete the comma before that place"),
-        ("a.jsonl", b'{"a": 1},\n{"a": 2}', "line 1, column 9: .*delete the commas between the objects"),
-        ("a.jsonl", b'{"a": 1}]', "line 1, column 9: .*mend that place"),
+        ("a.json", b'[{"a": 1,}]', "line 1, column 10: .*delete the comma before it"),
+        ("a.json", b'[{"a": 1},]', "line 1, column 11: .*delete the comma before it"),
+        ("a.jsonl", b'{"a": 1},\n{"a": 2}', "line 1, column 9: .*correct the JSON there"),
+        ("a.jsonl", b'{"a": 1}]', "line 1, column 9: .*correct the JSON there"),
         ("a.jsonl", b'{\n"a": 1\n}\n', r"line 1.*let its name end in \.json if its objects span lines"),
         ("a.jsonl", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),
-        ("a.json", b'{"a": 1}\n{"a": 2, "a": 3}', "line 2: the key 'a' stands twice in one object"),
         ("a.json", b'[{"a": 1},\n {"a": 2, "a": 3}]', r"a\.json: the key 'a' stands twice in one object"),
         ("a.json", b'{"train": [{"q": 1}], "test": [{"q": 2}]}', r"several lists of objects \(train, test\)"),
         ("a.json", b'[{"q": 1}] {"q": 2}', "holds 2 values; it must hold an array"),
@@ -174,8 +173,8 @@ def test_parquet_keeps_columns_of_any_type(tmp_path: Path) -> None:
         ("a.json", b"[" + b"1" * 5000 + b"]", r"broken JSON \(Exceeds the limit"),
         ("a.csv", b'a,b\n1,2\n"3', "line 3.*half-written"),
         ("a.csv", b"a,b\n1,2\n3\n", "line 3: 1 cells for 2 columns"),
-        ("a.csv", b"a,a\n1,2\n", "column names must differ"),
-        ("a.parquet", b"PAR1 nonsense", "no whole parquet file"),
+        ("a.csv", b"a,a\n1,2\n", "two columns have the same name"),
+        ("a.parquet", b"PAR1 nonsense", "not a complete parquet file"),
     ],
 )
 def test_broken_files_are_named_with_place_and_remedy(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -197,9 +196,9 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     for name in ("pipe.jsonl", "device.jsonl"):
-        with pytest.raises(DataError, match=f"{name} is no regular file.*write the rows to a file first"):
+        with pytest.raises(DataError, match=f"{name} is a pipe, a socket or a device; write the rows to a file"):
             file_kind(tmp_path / name)
-        with pytest.raises(DataError, match="is no regular file"):
+        with pytest.raises(DataError, match="is a pipe"):
             next(read_rows(tmp_path / name))
     (tmp_path / "link.jsonl").symlink_to(write(tmp_path / "a.jsonl", lines(ROWS)))
     assert contents(tmp_path / "link.jsonl") == ROWS
@@ -209,10 +208,10 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
 def test_half_a_gzip_is_an_error(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines(ROWS * 50).encode())[:keep])
-    with pytest.raises(DataError, match=r"gzip.*half-written"):
+    with pytest.raises(DataError, match=r"no \.gz file .*half-written"):
         contents(path)
     path.write_text(lines(ROWS), encoding="utf-8")
-    with pytest.raises(DataError, match="is not gzip"):
+    with pytest.raises(DataError, match=r"broken or no \.gz file .*incorrect header"):
         contents(path)
 
 
@@ -317,9 +316,9 @@ def test_prompt_and_completion_as_text() -> None:
     ("messages", "expected"),
     [
         ("a", "is a text, not a list of turns"),
-        ([], "no turn is the assistant's"),
-        (turns(("user", "a")), "no turn is the assistant's"),
-        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; a tool's turns would be lost"),
+        ([], "there is no assistant turn"),
+        (turns(("user", "a")), "there is no assistant turn"),
+        (turns(("tool", "a"), ("assistant", "b")), "turn 1 has the role 'tool'; tool turns cannot be used"),
         (
             turns(("narrator", "a"), ("assistant", "b")),
             "turn 1 has the role 'narrator'; known: system, developer, user",
@@ -329,10 +328,10 @@ def test_prompt_and_completion_as_text() -> None:
         (turns(("user", "a"), ("assistant", None)), "'content' of turn 2 is null"),
         (turns(("user", [{"type": "text"}]), ("assistant", "b")), "'text' in part 1 of 'content' of turn 1 is missing"),
         (turns(("user", {"text": "a"}), ("assistant", "b")), "'content' of turn 1 is an object"),
-        (turns(("assistant", "b")), "a turn of the assistant where the user's is due"),
-        (turns(("user", "a"), ("user", "b"), ("assistant", "c")), "a turn of the user where the assistant's is due"),
-        (turns(("user", "a"), ("assistant", "b"), ("system", "c"), ("assistant", "d")), "a turn of the system"),
-        (["a"], "no turn is the assistant's"),
+        (turns(("assistant", "b")), "assistant turn instead of user turn"),
+        (turns(("user", "a"), ("user", "b"), ("assistant", "c")), "user turn instead of assistant turn"),
+        (turns(("user", "a"), ("assistant", "b"), ("system", "c"), ("assistant", "d")), "system turn instead of user"),
+        (["a"], "there is no assistant turn"),
         (["a", {"role": "assistant", "content": "b"}], "turn 1 is a text, not an object"),
         ([{"role": "user"}], "'content' of turn 1 is missing"),
     ],
@@ -361,14 +360,16 @@ def test_auto_takes_the_first_row_that_has_the_columns_of_a_format() -> None:
 
 
 def test_unknown_columns_are_listed_with_the_options_to_set(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"q, a, .*data\.format.*data\.fields\.instruction=NAME data\.fields\.output"):
+    with pytest.raises(
+        DataError, match=r"are q, a; .*data\.format.*data\.fields\.instruction=NAME data\.fields\.output"
+    ):
         parse({"q": "x", "a": "y"})
     with pytest.raises(DataError, match=r"none of its 1 rows.*'output' is missing.*instruction, q, a; .*data\.fields"):
         parse({"instruction": "z", "q": "x", "a": "y"}, format="alpaca")
     for fields in (FieldsConfig(output="reply"), FieldsConfig(instruction="q")):
-        with pytest.raises(DataError, match="its columns are instruction, input, output, a format needs"):
+        with pytest.raises(DataError, match="its columns are instruction, input, output; a format needs"):
             parse_rows(read_rows(write(tmp_path / "a.json", json.dumps(ROWS))), "auto", fields)
-    with pytest.raises(DataError, match="rows are no objects"):
+    with pytest.raises(DataError, match="rows are not objects"):
         parse("a", 1)
     with pytest.raises(DataError, match="is empty"):
         parse()

@@ -1,4 +1,4 @@
-"""Answers: batching must not show in them; and the model_outputs file."""
+"""Greedy answers, compared with a slow definition, and the model_outputs file."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 VOCABULARY = 40
 CONTEXT = 48
-LEAST_MARGIN = 1e-4  # of the best logit over the second; rounding moves logits of a few units by less than 1e-5
+LEAST_MARGIN = 1e-4  # of the best logit over the second; rounding errors of these logits are below 1e-5
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w2..w39; end and pad are one and the same token."""
+    """A tokenizer of the words w2 to w39, whose end token is also its padding token."""
     words = {"<end>": 0, "<unk>": 1} | {f"w{n}": n for n in range(2, VOCABULARY)}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
@@ -63,7 +63,7 @@ def tiny_model(architecture: str) -> Any:
             eos_token_id=0,
         )
         model = LlamaForCausalLM(config)
-    # the usual initialisation is so small that a random model repeats its last word
+    # with the usual, smaller initialisation a random model repeats its last word
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -77,9 +77,9 @@ def ragged_prompts(count: int = 13) -> list[list[int]]:
 
 
 def slow_answer(exact: Any, prompt: list[int], new_tokens: int) -> str:
-    """The definition: one prompt, no padding, no cache, the likeliest token in float64 until the end token.
+    """Return the answer by its definition: one prompt, no padding, no cache, the most likely token in float64.
 
-    Two words that are equally likely would make the answer a matter of rounding, so the first has to be ahead.
+    Fails if the two most likely tokens are so close that rounding could decide between them.
     """
     tokens = list(prompt)[-(CONTEXT - new_tokens) :]
     answer = []
@@ -101,7 +101,7 @@ def test_batch_size_and_padding_do_not_change_greedy_answers(architecture: str) 
     prompts = [*ragged_prompts(), list(range(2, VOCABULARY)) * 2]  # the last one exceeds the context
     exact = exact_copy(model.eval())
     expected = [slow_answer(exact, prompt, 10) for prompt in prompts]
-    assert len(set(expected)) > 5  # the random models do say different things
+    assert len(set(expected)) > 5  # the answers differ between prompts
     for batch_size in (1, 3, 14, 50):
         answers = generate_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size)
         assert answers == expected
@@ -112,12 +112,14 @@ def test_an_answer_ends_before_the_end_token() -> None:
     prompts = ragged_prompts()
     free = generate_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=4)
     last = int(free[0].split()[-1][1:])
-    model.generation_config.eos_token_id = [0, last]  # chat models name several
+    model.generation_config.eos_token_id = [0, last]  # chat models can have several end tokens
     cut = generate_answers(model, tokenizer, prompts, max_new_tokens=10, batch_size=4)
     assert cut == [" ".join(takewhile(lambda word: word != f"w{last}", text.split())) for text in free]
 
 
-def test_answers_are_greedy_and_silent_whatever_the_model_was_saved_with(capfd: pytest.CaptureFixture[str]) -> None:
+def test_answers_are_greedy_and_silent_whatever_options_the_model_was_saved_with(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     prompts = ragged_prompts()
     expected = generate_answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=4)
@@ -131,7 +133,7 @@ def test_answers_are_greedy_and_silent_whatever_the_model_was_saved_with(capfd: 
     assert model.generation_config is saved
 
 
-def test_every_module_is_in_its_mode_again_and_dropout_is_off() -> None:
+def test_every_modules_training_mode_is_restored_and_dropout_is_off() -> None:
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     model.train()
     model.transformer.h[0].eval()
@@ -141,7 +143,7 @@ def test_every_module_is_in_its_mode_again_and_dropout_is_off() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-def test_lora_adapters_take_part() -> None:
+def test_lora_adapters_are_applied() -> None:
     from peft import LoraConfig, get_peft_model
 
     tokenizer, prompts = tiny_tokenizer(), ragged_prompts()
@@ -173,7 +175,7 @@ def test_impossible_lengths_are_refused() -> None:
     done: list[int] = []
     with pytest.raises(DataError, match="prompt 2 of 2 has no token"):
         generate_answers(model, tokenizer, [[2], []], max_new_tokens=2, batch_size=1, progress=done.append)
-    assert not done  # nor is anything made before
+    assert not done  # no answer was generated before the error
 
 
 # ------------------------------------------------------------------------------------- model_outputs
@@ -181,7 +183,7 @@ def test_impossible_lengths_are_refused() -> None:
 ITEMS = [Item("vicuna", "1", "Say hi \u05d0\ud800", "", None), Item("sums", "1", "Add", "2 3", "5")]
 
 
-def test_model_outputs_survive_the_file_and_have_alpaca_evals_keys(tmp_path: Path) -> None:
+def test_model_outputs_are_read_as_written_and_have_alpaca_evals_keys(tmp_path: Path) -> None:
     rows = model_outputs(ITEMS, ["hi\u2028", "5"], "gradsift-a")
     write_model_outputs(tmp_path / "model_outputs.json", rows)
     assert read_model_outputs(tmp_path / "model_outputs.json") == rows
@@ -192,13 +194,11 @@ def test_model_outputs_survive_the_file_and_have_alpaca_evals_keys(tmp_path: Pat
 def test_pairs_that_do_not_match_are_refused_with_the_differing_rows(tmp_path: Path) -> None:
     rows = model_outputs(ITEMS, ["hi", "5"], "a")
     other = model_outputs([ITEMS[1], Item("vicuna", "1", "Say bye", "", None)], ["5", "bye"], "b")
-    with pytest.raises(DataError, match=r"vicuna/1 \(other instruction\)") as error:
+    with pytest.raises(DataError, match=r"vicuna/1 \(different instruction\)") as error:
         check_pairs(rows, other)
     assert "sums/1" not in str(error.value)
-    with pytest.raises(DataError, match=r"sums/1 \(only in the model's\)"):
+    with pytest.raises(DataError, match=r"sums/1 \(only in the model's answers\)"):
         check_pairs(rows, rows[:1])
-    with pytest.raises(DataError, match="twice"):
-        check_pairs([*rows, rows[0]], rows)
     write_model_outputs(tmp_path / "a.json", rows)
     write_model_outputs(tmp_path / "b.json", other)
     with pytest.raises(DataError, match=r"a\.json and .*b\.json.*vicuna/1"):
@@ -215,14 +215,14 @@ def test_an_id_may_be_a_whole_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"instruction": "x", "outp', "not whole JSON"),
-        ("[]", "no list of answers"),
+        ('[{"instruction": "x", "outp', "not valid JSON"),
+        ("[]", "not a list of answers"),
         ('[{"instruction": "x"}]', "row 1: output is missing"),
         ('[{"instruction": "x", "output": "y", "item_id": true}]', "row 1: item_id"),
         ("[4]", "row 1 is of type int"),
         (
             json.dumps([{"instruction": "x", "output": "y", "item_id": "a"}] * 2),
-            "twice",
+            "same item",
         ),
     ],
 )

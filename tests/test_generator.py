@@ -17,18 +17,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradsift.config import TERSE, EndpointGeneratorConfig, GeneratorConfig
 from gradsift.errors import ConfigError, GradsiftError
+from gradsift.evaluation import remote
 from gradsift.evaluation.remote import check_generator, serving, vllm_arguments
+
+
+@pytest.fixture(autouse=True)
+def short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_POLL", 0.02)
+
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("server_stand_in.py"))]
 
 
-def greedy_server(store: Path, name: str, endpoint: Endpoint) -> None:
+def greedy_server(base: Path, tuned: Path, endpoint: Endpoint) -> None:
     """Let the endpoint answer token ids with the greedy decoding of transformers and peft, by the name of a model."""
-    (base,) = store.glob("backbone/nano-llama-*")
     tokenizer = AutoTokenizer.from_pretrained(base)
     models: dict[str, Any] = {"base": AutoModelForCausalLM.from_pretrained(base)}
     plain = AutoModelForCausalLM.from_pretrained(base)
-    models[name] = peft.PeftModel.from_pretrained(plain, str(store / "finetune" / name / "adapter"))
+    models[tuned.name] = peft.PeftModel.from_pretrained(plain, str(tuned / "adapter"))
 
     def behave(prompt: str, attempt: int) -> tuple[int, str, dict[str, str]]:
         body = endpoint.bodies[-1]
@@ -48,52 +54,58 @@ def greedy_server(store: Path, name: str, endpoint: Endpoint) -> None:
     endpoint.behave = behave
 
 
-def outputs_of(store: Path) -> list[dict[str, list[str]]]:
-    """Return the answers of each artifact of the stage, by the generator's name, oldest first."""
-    files = sorted(store.glob("generate/*/model_outputs.json"), key=lambda file: file.stat().st_mtime_ns)
-    rows = [json.loads(file.read_text()) for file in files]
-    return [{each[0]["generator"]: [row["output"] for row in each]} for each in rows]
+def made_by(gradsift: Any, stage: str) -> list[Path]:
+    """Return the folders of a stage's artifacts in the last run."""
+    stages = gradsift.runs()[-1]["stages"]
+    return [gradsift.store / stage / each["artifact"] for each in stages if each["name"] == stage]
 
 
-def test_a_server_gives_the_answers_of_greedy_decoding(gradsift: Any, endpoint: Endpoint) -> None:
+def answers_of(gradsift: Any) -> list[tuple[str, list[str]]]:
+    """Return the generator and the answers of each artifact of the stage in the last run."""
+    rows = [json.loads((folder / "model_outputs.json").read_text()) for folder in made_by(gradsift, "generate")]
+    return [(each[0]["generator"], [row["output"] for row in each]) for each in rows]
+
+
+def test_a_server_gives_the_answers_of_greedy_decoding(after_smoke: Any, endpoint: Endpoint) -> None:
     run = (*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=6", f"benchmark.general=[{TERSE}]")
-    assert gradsift(*run) == 0  # the finetuned target answers both sets, the untuned one the general set
-    local = outputs_of(gradsift.store)
-    (tuned,) = gradsift.store.glob("finetune/*/adapter")
-    greedy_server(gradsift.store, tuned.parent.name, endpoint)
-    remote = ("generator=openai", f"generator.base_url={endpoint.address}", "generator.model=base")
+    assert after_smoke(*run) == 0  # the finetuned target answers both sets, the untuned one the general set
+    local = answers_of(after_smoke)
+    (base,), (tuned,) = after_smoke.store.glob("backbone/nano-llama-*"), made_by(after_smoke, "finetune")
+    greedy_server(base, tuned, endpoint)
+    served_by = ("generator=openai", f"generator.base_url={endpoint.address}", "generator.model=base")
     # one request at a time: the server reads its latest
-    assert gradsift(*run, *remote, "generator.concurrency=1") == 0
-    served = outputs_of(gradsift.store)[len(local) :]
+    assert after_smoke(*run, *served_by, "generator.concurrency=1") == 0
+    served = answers_of(after_smoke)
     assert len(served) == 3
-    assert served == local and any(text for answers in local for texts in answers.values() for text in texts)
-    assert {body["model"] for body in endpoint.bodies} == {"base", tuned.parent.name}
+    assert served == local and any(text for _, texts in local for text in texts)
+    assert {body["model"] for body in endpoint.bodies} == {"base", tuned.name}
     assert set(endpoint.paths) == {"/v1/completions"}
     asked = len(endpoint.bodies)
-    assert gradsift(*run, *remote, "generator.concurrency=2", "generator.retries=1") == 0
+    assert after_smoke(*run, *served_by, "generator.concurrency=2", "generator.retries=1") == 0
     assert len(endpoint.bodies) == asked  # the artifact does not depend on them
 
 
-def test_a_server_that_does_not_know_the_adapter_is_told_apart(gradsift: Any, endpoint: Endpoint, capfd: Any) -> None:
+def test_a_server_that_does_not_know_the_adapter_is_told_apart(
+    after_smoke: Any, endpoint: Endpoint, capfd: Any
+) -> None:
     endpoint.behave = lambda text, attempt: (404, "no such model", {})
-    remote = ("generator=openai", f"generator.base_url={endpoint.address}", "generator.prompt=chat")
-    assert gradsift(*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=2", *remote) == 2
+    served_by = ("generator=openai", f"generator.base_url={endpoint.address}", "generator.prompt=chat")
+    assert after_smoke(*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=2", *served_by) == 2
     message = capfd.readouterr().err
     assert "check generator.model=" in message and "the LoRA adapter in" in message and "judge." not in message
     assert set(endpoint.paths) == {"/v1/chat/completions"}
 
 
-def test_a_started_server_gets_vllms_arguments(gradsift: Any) -> None:
+def test_a_started_server_gets_vllms_arguments(after_smoke: Any) -> None:
     serve = f"generator.serve=[{','.join(STAND_IN)}]"
     run = (*SMOKE, "scorer=random", "stop_after=generate", "benchmark.limit=1", "generator=vllm", serve)
-    assert gradsift(*run, "generator.serve_arguments=[--seed,'3']") == 0
-    said = [json.loads(texts[0]) for answers in outputs_of(gradsift.store) for texts in answers.values()]
-    (base,) = gradsift.store.glob("backbone/nano-llama-*")
-    (tuned,) = gradsift.store.glob("finetune/*/adapter")
+    assert after_smoke(*run, "generator.serve_arguments=[--seed,'3']") == 0
+    said = [json.loads(texts[0]) for _, texts in answers_of(after_smoke)]
+    (base,), (tuned,) = after_smoke.store.glob("backbone/nano-llama-*"), made_by(after_smoke, "finetune")
     with_adapter = next(each for each in said if "--enable-lora" in each["arguments"])
     arguments = with_adapter["arguments"]
-    assert arguments[0] == str(base) and with_adapter["body"]["model"] == tuned.parent.name
-    assert f"{tuned.parent.name}={tuned}" in arguments
+    assert arguments[0] == str(base) and with_adapter["body"]["model"] == tuned.name
+    assert f"{tuned.name}={tuned / 'adapter'}" in arguments
     assert arguments[arguments.index("--dtype") + 1] == "float32"
     assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
     assert arguments[-6:-4] == ["--seed", "3"]
@@ -136,6 +148,6 @@ def test_what_cannot_be_asked_is_refused() -> None:
         EndpointGeneratorConfig(name="openai", base_url="http://127.0.0.1:1/v1", max_usd=1.0)
     with pytest.raises(ConfigError, match="there is no program no-such-program here"):
         check_generator(EndpointGeneratorConfig(name="vllm", serve=["no-such-program", "serve"]))
-    remote = EndpointGeneratorConfig(name="openai", base_url="https://host/v1", api_key_env="NO_SUCH_KEY")
+    config = EndpointGeneratorConfig(name="openai", base_url="https://host/v1", api_key_env="NO_SUCH_KEY")
     with pytest.raises(ConfigError, match=r"NO_SUCH_KEY \(generator\.api_key_env\).*generator\.base_url"):
-        check_generator(remote)
+        check_generator(config)

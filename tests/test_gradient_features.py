@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import made_once
 from exactness import assert_close_by_norm
 from safetensors.torch import load_file
 from test_config import composed
@@ -18,13 +19,14 @@ from test_per_sample import assert_rows_close, loop_gradients
 
 from gradsift.artifacts import Store
 from gradsift.config import WarmupConfig
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import GradsiftError
 from gradsift.features import gradients as module
-from gradsift.features.gradients import checkpoint_weights, draw_rows, gradient_features, warmup_rows
+from gradsift.features.gradients import checkpoint_weights, draw_rows, gradient_features, require_room, warmup_rows
 from gradsift.features.vectors import read_features
 from gradsift.gradients.projection import Projection
 from gradsift.gradients.statistics import read_norms
 from gradsift.line import Line
+from gradsift.planning import Planner
 from gradsift.proxy.epochs import adapter
 from gradsift.runtime import Display, Runtime
 from gradsift.scoring.less import less
@@ -51,16 +53,17 @@ OPTIONS = (
 )
 
 
-def line_of(store: Path, *options: str) -> Line:
+def line_of(store: Path, *options: str, kind: type[Store] = Store) -> Line:
     config = composed(*OPTIONS, *options)
-    return Line(config, Runtime(Store(store, lambda text: None), config.compute, Display(), seed=0))
+    return Line(config, Runtime(kind(store, lambda text: None), config.compute, Display(), seed=0))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("features") / "store"
-    shutil.copytree(backbones, root)
-    return root
+    """A store that all tests add to."""
+    return (
+        made_once(tmp_path_factory, "features", lambda folder: shutil.copytree(backbones, folder / "store")) / "store"
+    )
 
 
 @pytest.fixture
@@ -254,24 +257,15 @@ def test_an_example_without_a_response_has_a_row_of_zeros_and_no_score(line: Lin
 # ----------------------------------------------------------------------------------- what is refused
 
 
-def test_a_full_disk_is_seen_before_the_warm_up(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_seen_before_the_warm_up(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = line_of(fresh)
     usage = shutil.disk_usage(fresh)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=4 * 40 * 2 * 48 - 1))
     with pytest.raises(GradsiftError, match=r"40 rows x 2 checkpoints x 48 dimensions.* lower features\.dimensions"):
         _ = line.gradients
     assert not list((fresh / "warmup").glob("*/manifest.json"))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
-    _ = line.gradients
-    assert "40 rows x 2 checkpoints x 48 dimensions x 4 bytes = 0.00 GB on disk" in capsys.readouterr().out
-
-
-def test_unprojected_gradients_beyond_the_stated_size_are_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_UNPROJECTED", 1000)
-    with pytest.raises(ConfigError, match=r"features\.dimensions=null .* more than 1,000 numbers"):
-        _ = line_of(fresh, "features.dimensions=null").gradients
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=4 * 40 * 2 * 48))
+    require_room(line.runtime, line.config.features, line._pool_inputs(), 2)
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_row(line: Line, fresh: Path) -> None:
@@ -295,7 +289,7 @@ def test_the_seed_determines_rows_and_weights_of_the_warm_up(line: Line, store: 
     config = line.config.features.warmup
     assert len(draw_rows(config, 40, 0)) == len(set(draw_rows(config, 40, 0).tolist())) == 12
     assert draw_rows(config, 40, 0).tolist() != draw_rows(config, 40, 1).tolist()
-    other = line_of(store, "features.warmup.seed=1")
+    other = line_of(store, "features.warmup.seed=1", kind=Planner)  # trains nothing
     assert other.checkpoints[0].fingerprint != line.checkpoints[0].fingerprint
     same = line_of(store, "features.warmup.seed=0")  # the run's own
     assert same.checkpoints[1].fingerprint == line.checkpoints[1].fingerprint
@@ -305,7 +299,7 @@ def test_the_number_of_warm_up_rows() -> None:
     assert warmup_rows(WarmupConfig(share=0.05), 1000) == 50
     assert warmup_rows(WarmupConfig(share=0.29), 100) == 29  # .29 * 100 is 28.999999999999996
     assert warmup_rows(WarmupConfig(share=None, rows=5000), 300) == 300
-    with pytest.raises(GradsiftError, match=r"features\.warmup\.share=0.05 of 19 rows is not a single one"):
+    with pytest.raises(GradsiftError, match=r"features\.warmup\.share=0.05 of 19 rows is less than one row"):
         warmup_rows(WarmupConfig(share=0.05), 19)
 
 

@@ -255,4 +255,4 @@ def test_the_embedded_worlds_features_are_refused_for_other_models(gradsift, cap
     assert gradsift(*SMOKE, "scorer=less", *options) == 2
     assert "choose features=less or features=g2is" in capsys.readouterr().err
     assert gradsift(*SMOKE, "scorer=less", "target_set=verifiable", "features.warmup.share=0.001") == 2
-    assert "of 120 rows is not a single one" in capsys.readouterr().err
+    assert "of 120 rows is less than one row" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from test_config import composed
 from gradsift.config import FieldsConfig, GradsConfig
 from gradsift.data.examples import Example
 from gradsift.data.formats import parse_rows
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.scoring import grads as module
@@ -236,13 +236,10 @@ def test_ranks_are_scipys_and_ties_count_half() -> None:
 
 
 def test_neighbours_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"scorer.neighbours=3: 3 examples have an embedding"):
+    with pytest.raises(
+        ConfigError, match=r"scorer.neighbours=3 compares .* 3 others, but only 3 examples have an embedding"
+    ):
         scored(random_gradients(4), vectors([1, 0], [0, 1], [1, 1], [0, 0]), neighbours=3)
-
-
-def test_embeddings_of_another_pool_are_refused() -> None:
-    with pytest.raises(GradsiftError, match="2 embeddings for 4 examples"):
-        scored(random_gradients(4), vectors([1, 0], [0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +248,9 @@ def test_embeddings_of_another_pool_are_refused() -> None:
         ("weights", [1, 1], "scorer.weights=[1, 1] must be three numbers"),
         ("weights", [0, 0, 0], "must be three numbers, w_g, w_d and w_s, not all 0"),
         ("weights", [1, -1, 1], "scorer.weights=-1 is out of range"),
-        ("bandwidth", "silverman", "scorer.bandwidth='silverman' is no number; give one above 0, or scott"),
+        ("bandwidth", "silverman", "scorer.bandwidth='silverman' is not a number; give one above 0, or scott"),
         ("bandwidth", 0, "scorer.bandwidth=0 is out of range"),
-        ("bandwidth", True, "scorer.bandwidth=True is no number"),
+        ("bandwidth", True, "scorer.bandwidth=True is not a number"),
         ("combine", "sum", "choose one of: statistics, norms, norm"),
         ("region", "middle", "choose one of: high, low"),
         ("diversity", "none", "choose one of: spread, words"),

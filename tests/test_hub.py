@@ -37,13 +37,18 @@ for line in sys.stdin:
 """
 EARLY = """
 import json, sys
-sys.modules["gradsift.pipeline"] = None  # a run that comes this far fails: it imports torch and all else
+sys.modules["gradsift.pipeline"] = None  # so a run that gets past the check fails where it would import torch
 sys.stderr = sys.stdout
 from gradsift import cli
+from gradsift.data.hub import require_dataset
+from gradsift.errors import DataError
 for line in sys.stdin:
-    sys.argv = ["run.py", "data=hub", *json.loads(line)]
+    given = json.loads(line)
+    sys.argv = ["run.py", "data=hub", *given]
     try:
-        cli.main()
+        require_dataset(*given) if len(given) == 2 else cli.main()
+    except DataError as error:
+        print(error)
     except SystemExit:
         pass
     assert "torch" not in sys.modules and "datasets" not in sys.modules
@@ -135,7 +140,7 @@ def test_the_rows_of_a_dataset_or_of_a_subset(asked: str, rows: list[object], an
         "no such split": "data.split=dev",
         "another revision": "at data.revision=v9 is no dataset",
         "a source": "data.sources.a.id=owner/several: it has several subsets; give data.sources.a.subset=NAME, one",
-        "a split of a source": "check it, or give its rows with data.sources.a.path=FILE",
+        "a split of a source": "correct it, or give its rows with data.sources.a.path=FILE",
         "a missing source": "data.sources.a.id=owner/missing at data.sources.a.revision=v9 is no dataset",
         "gated": "is gated: accept its terms",
         "missing": "is no dataset of the hub",
@@ -172,41 +177,49 @@ def test_a_dataset_that_cannot_be_read_is_refused_before_the_slow_imports(tmp_pa
     written(tmp_path / "hub/owner/gated/data.jsonl", RIVERS)
     (tmp_path / "hub/owner/gated/.gated").touch()
     options = ["proxy=tiny_bytes", "target=smollm2", "stop_after=selection", "tracker=none", "report=false"]
-    words = {
-        "owner/missing": "error: data.id=owner/missing is no dataset of the hub",
-        "owner/gated": "error: data.id=owner/gated is gated: accept its terms",
-        "owner/two--one": "error: data.id=owner/two--one is no name of a hub dataset; give it as OWNER/NAME",
-        "owner/missing data.scores=none.csv": "error: data.scores=none.csv is no file",
-        "owner/one data.revision=v9": "error: data.id=owner/one at data.revision=v9 is no dataset",
-        "owner/one": "gradsift.pipeline",
-    }
+    asked = [  # options of a run or (id, revision), and what is printed
+        (["data.id=owner/missing", *options], "error: data.id=owner/missing is no dataset of the hub"),
+        (["data.id=owner/missing", "data.scores=none.csv", *options], "error: data.scores=none.csv is no file"),
+        (["data.id=owner/one", *options], "gradsift.pipeline"),
+        (["owner/gated", None], "data.id=owner/gated is gated: accept its terms"),
+        (["owner/two--one", None], "data.id=owner/two--one is no name of a hub dataset; give it as OWNER/NAME"),
+        (["owner/one", "v9"], "data.id=owner/one at data.revision=v9 is no dataset"),
+    ]
     with serving(tmp_path / "hub") as address:
-        asked = [[*f"data.id={each}".split(), *options] for each in words]
-        lines = printed_by_client(EARLY, address, tmp_path, asked).splitlines()
-    for line, expected in zip(lines, words.values(), strict=True):
+        lines = printed_by_client(EARLY, address, tmp_path, [given for given, _ in asked]).splitlines()
+    for line, (_, expected) in zip(lines, asked, strict=True):
         assert expected in line
 
 
 REQUIRE = """
-import sys
+import json, sys
+from pathlib import Path
 from gradsift.data.hub import require_dataset
 from gradsift.errors import DataError
-try:
-    print(require_dataset(sys.argv[1], None))
-except DataError as error:
-    print(error)
+for line in sys.stdin:
+    id, cached = json.loads(line)
+    Path("cache", cached).mkdir(parents=True, exist_ok=True)
+    try:
+        print(require_dataset(id, None))
+    except DataError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("cached", ["hub/datasets--owner--one", "datasets/owner___one_in_another_case"])
-def test_without_a_network_only_what_may_be_cached_goes_on(cached: str, tmp_path: Path) -> None:
+def test_without_a_network_only_a_dataset_that_may_be_cached_is_accepted(tmp_path: Path) -> None:
     with serving(tmp_path) as address:
-        pass  # nobody serves there any more
-    gone = "data.id=owner/one is not in the local cache and the hub cannot be reached"
-    assert printed_by_client(REQUIRE, address, tmp_path, (), "owner/one").startswith(gone)
-    (tmp_path / "cache" / cached).mkdir(parents=True)
-    assert printed_by_client(REQUIRE, address, tmp_path, (), "owner/one") == "None\n"
-    assert "cannot be reached" in printed_by_client(REQUIRE, address, tmp_path, (), "other/one")
+        pass  # the server has stopped
+    asked = {  # dataset and the folder of the cache that is made before: accepted or not
+        ("owner/one", ""): False,
+        ("owner/one", "hub/datasets--owner--one"): True,
+        ("owner/two", ""): False,
+        ("owner/two", "datasets/owner___two_in_another_case"): True,
+        ("other/one", ""): False,
+    }
+    lines = printed_by_client(REQUIRE, address, tmp_path, asked).splitlines()
+    for (id, _), is_accepted, line in zip(asked, asked.values(), lines, strict=True):
+        refusal = f"data.id={id} is not in the local cache and the hub cannot be reached"
+        assert line == "None" if is_accepted else line.startswith(refusal)
 
 
 def test_offline_a_dataset_that_is_nowhere_or_a_folder_here_is_refused(
@@ -230,7 +243,7 @@ def test_offline_a_dataset_that_is_nowhere_or_a_folder_here_is_refused(
 def test_a_page_instead_of_an_answer_is_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     """As from a network that wants a login first."""
     with serving(tmp_path, page="<html>Log in.</html>") as address:
-        printed = printed_by_client(REQUIRE, address, tmp_path, (), "owner/one")
+        printed = printed_by_client(REQUIRE, address, tmp_path, [("owner/one", "")])
     assert printed.startswith("data.id=owner/one is not in the local cache and the hub cannot be reached")
 
 

@@ -1,4 +1,4 @@
-"""People as judges: blind, safe against what answers hold and other pages send, and no vote is ever lost."""
+"""Human evaluation: blinding, safety against hostile texts and foreign pages, and no vote is lost."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from browsing import NEEDS_CHROMIUM, Watched
 from conftest import SMOKE
-from endpoint import Endpoint
+from starlette.testclient import TestClient
 
 from gradsift.errors import DataError
 from gradsift.evaluation.human.__main__ import main
 from gradsift.evaluation.human.pairs import PairFiles, files_of_run, read_pairs
-from gradsift.evaluation.human.server import CUT, listen
+from gradsift.evaluation.human.server import Pages, listen
 from gradsift.evaluation.human.votes import Vote, Votes, describe, fleiss_kappa, majority
 from gradsift.evaluation.judgments import Judgment
 from gradsift.pages import presentable
@@ -37,7 +37,10 @@ HOSTILE = "<script>window.stolen = 1</script><img src=x onerror='window.stolen =
 
 
 def outputs(folder: Path, count: int = 6, **texts: str) -> PairFiles:
-    """Two files of answers "good N" and "bad N"; `texts` replace answers of the first item, or its instruction."""
+    """Write two files with the answers "good N" and "bad N".
+
+    `texts` replaces the answers (`good`, `bad`) or the `instruction` of the first item.
+    """
     rows: dict[str, list[dict[str, str]]] = {"good": [], "bad": []}
     for kind, found in rows.items():
         for number in range(1, count + 1):
@@ -55,6 +58,38 @@ def arguments(files: PairFiles, *more: str) -> list[str]:
     return [*(part for name, path in named.items() for part in (f"--{name}", str(path))), "--plain", *more]
 
 
+@contextmanager
+def joined(client: httpx.Client, root: str, name: str | None) -> Iterator[httpx.Client]:
+    """Open a client, and join as a rater if a name is given."""
+    with client:
+        if name is not None:
+            assert client.post(f"{root}/raters", data={"name": name}).status_code == 200
+        yield client
+
+
+class Direct:
+    """The pages in this process, without a socket."""
+
+    origin = "http://127.0.0.1:8765"
+
+    def __init__(
+        self,
+        files: PairFiles,
+        *,
+        items: int | None = None,
+        invited: tuple[str, ...] = (),
+        unblind: bool = False,
+        plain: bool = True,
+    ) -> None:
+        pairs = read_pairs(files)
+        self.votes = Votes.create(files.model.parent / "votes.sqlite", pairs, items, seed=0)
+        pages = Pages(self.votes, pairs, invited=invited, unblind=unblind, plain=plain)
+        self.app, self.root, self.url = pages.app(), pages.root, f"{self.origin}{pages.root}/"
+
+    def client(self, name: str | None = None) -> Any:
+        return joined(TestClient(self.app, base_url=self.origin), self.root, name)
+
+
 class Served:
     """The command in a process of its own."""
 
@@ -66,12 +101,9 @@ class Served:
         self.url = self.lines[1].removeprefix("open ").strip()
         self.origin, self.root = self.url[: self.url.index("/", 8)], self.url[self.url.index("/", 8) : -1]
 
-    @contextmanager
-    def client(self, name: str | None = None) -> Iterator[httpx.Client]:
-        with httpx.Client(base_url=self.origin, follow_redirects=True, trust_env=False, timeout=30) as client:
-            if name is not None:
-                assert client.post(f"{self.root}/raters", data={"name": name}).status_code == 200
-            yield client
+    def client(self, name: str | None = None) -> Any:
+        client = httpx.Client(base_url=self.origin, follow_redirects=True, trust_env=False, timeout=30)
+        return joined(client, self.root, name)
 
     def kill(self) -> None:
         self.process.kill()
@@ -94,12 +126,12 @@ def serve() -> Iterator[Callable[..., Served]]:
 
 
 def texts_of(page: str) -> list[str]:
-    """Instruction, input if there is one, first and second answer, as a browser would show them."""
+    """Return the texts of a page as a browser shows them: instruction, input if there is one, both answers."""
     return [html.unescape(text) for text in re.findall(r'<div class="text"[^>]*>(.*?)</div>', page, re.DOTALL)]
 
 
 def vote_all(client: httpx.Client, page: httpx.Response, choose: Callable[[str, str], str]) -> httpx.Response:
-    """Vote on whatever is shown until nothing is left; `choose` is given the two answers."""
+    """Vote on all remaining pairs; `choose` gets the two answers and returns a choice."""
     while not page.url.path.endswith("/done"):
         _, first, second = texts_of(page.text)
         page = client.post(page.url.path, data={"choice": choose(first, second)})
@@ -129,11 +161,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 # --------------------------------------------------------------------------------- votes by plain forms
 
 
-def test_votes_by_plain_forms_end_in_the_counts_they_stand_for(
-    tmp_path: Path, serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_votes_by_plain_forms_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = outputs(tmp_path)
-    served = serve(*arguments(files, "--items", "5"))
+    served = Direct(files, items=5)
     plan = {"1": "model", "2": "model", "3": "tie", "4": "model", "5": "reference", "6": "reference"}
 
     def choose(first: str, second: str) -> str:
@@ -144,9 +174,9 @@ def test_votes_by_plain_forms_end_in_the_counts_they_stand_for(
     with served.client("Ann") as client:
         done = vote_all(client, client.get(f"{served.root}/r/1"), choose)
         assert "Finish" in done.text
-        assert 'id="win"' not in done.text  # no counts as long as votes can change: they would tell the sides
+        assert 'id="win"' not in done.text  # counts before Finish would reveal which answers are the model's
         counts = client.post(f"{served.root}/r/1/done").text
-    drawn = [key[1] for key in Votes(tmp_path / "votes.sqlite").keys.values()]
+    drawn = [key[1] for key in served.votes.keys.values()]
     expected = [[plan[item] for item in drawn].count(kind) for kind in ("model", "tie", "reference")]
     assert [int(n) for n in re.findall(r'<td id="\w+">(\d)</td>', counts)] == expected
     assert MODEL not in counts
@@ -159,15 +189,15 @@ def test_votes_by_plain_forms_end_in_the_counts_they_stand_for(
     assert found["judge"] is None
 
 
-def test_a_vote_can_be_changed_until_the_rater_finishes(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    served = serve(*arguments(outputs(tmp_path, 3), "--unblind"))
-    votes = Votes(tmp_path / "votes.sqlite")
+def test_a_vote_can_be_changed_until_the_rater_finishes(tmp_path: Path) -> None:
+    served = Direct(outputs(tmp_path, 3), unblind=True)
+    votes = served.votes
     with served.client("Ann") as client:
         page = client.post(f"{served.root}/r/1/1", data={"choice": "tie"})
         assert page.url.path.endswith("/r/1/2")
         assert client.post(f"{served.root}/r/1/done").url.path.endswith("/r/1/2")  # two votes are missing
         page = client.post(f"{served.root}/r/1/1", data={"choice": "second"})
-        assert page.url.path.endswith("/r/1/2")  # on to the next without a vote
+        assert page.url.path.endswith("/r/1/2")  # the next pair without a vote
         (rater,) = votes.raters()
         assert [vote.choice for vote in votes.of(rater)] == ["second", None, None]
         assert 'class="chosen"' in client.get(f"{served.root}/r/1/1").text
@@ -184,8 +214,10 @@ def test_a_vote_can_be_changed_until_the_rater_finishes(tmp_path: Path, serve: C
     assert votes.all() == before
 
 
-def test_kill_9_loses_no_vote_and_the_address_stays(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    options = arguments(outputs(tmp_path))
+def test_kill_9_loses_no_vote_and_the_address_and_the_options_stay(
+    tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    options = arguments(outputs(tmp_path), "--items", "4", "--raters", "Ann,Bob", "--unblind")
     first = serve(*options)
     with first.client("Ann") as client:
         page = client.get(f"{first.root}/r/1")
@@ -194,9 +226,12 @@ def test_kill_9_loses_no_vote_and_the_address_stays(tmp_path: Path, serve: Calla
         first.kill()
     second = serve(*options)
     assert second.root == first.root
-    with second.client("  ann ") as client:  # the same person
-        assert client.get(f"{second.root}/r/1").url.path.endswith("/r/1/4")
-        assert "Pair 4 of 6, 3 rated" in client.get(f"{second.root}/r/1/4").text
+    with second.client("Ann") as client:
+        assert client.post(f"{second.root}/raters", data={"name": "Eve"}).status_code == 400
+        page = client.get(f"{second.root}/r/1")
+        assert page.url.path.endswith("/r/1/4") and "Pair 4 of 4, 3 rated" in page.text
+        vote_all(client, page, for_model)
+        assert MODEL in client.post(f"{second.root}/r/1/done").text
 
 
 def test_raters_and_processes_at_once_keep_every_vote(
@@ -233,13 +268,13 @@ def test_raters_and_processes_at_once_keep_every_vote(
     assert only["majority"]["pooled"]["split"] == 8
 
 
-def test_a_vote_that_cannot_be_kept_is_said(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    served = serve(*arguments(outputs(tmp_path)))
+def test_a_vote_that_cannot_be_stored_is_reported(tmp_path: Path) -> None:
+    served = Direct(outputs(tmp_path))
     place, vote = f"{served.root}/r/1/1", {"choice": "tie"}
     with served.client("Ann") as client, closing(sqlite3.connect(tmp_path / "votes.sqlite")) as connection:
         connection.execute("ALTER TABLE shown RENAME TO elsewhere")
         answer = client.post(place, data=vote)
-        assert (answer.status_code, "This click was not stored" in answer.text) == (503, True)
+        assert (answer.status_code, "Your click was not stored" in answer.text) == (503, True)
         connection.execute("ALTER TABLE elsewhere RENAME TO shown")
         assert client.post(place, data=vote).url.path.endswith("/r/1/2")
 
@@ -247,13 +282,13 @@ def test_a_vote_that_cannot_be_kept_is_said(tmp_path: Path, serve: Callable[...,
 # --------------------------------------------------------------------------------------------- blinding
 
 
-def test_a_page_tells_nothing_of_the_sides_but_the_texts(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    """Two raters who see one pair in the two orders get the same page, up to the two texts."""
-    served = serve(*arguments(outputs(tmp_path)))
-    votes = Votes(tmp_path / "votes.sqlite")
+def test_a_page_does_not_reveal_which_answer_is_the_models(tmp_path: Path) -> None:
+    """Two raters who see one pair in opposite orders get the same page except for the two texts."""
+    served = Direct(outputs(tmp_path))
+    votes = served.votes
     with served.client("Ann") as client:
         names = iter(f"rater {number}" for number in range(50))
-        while True:  # someone for whom the first pair is the other way round
+        while True:  # until a rater sees the first pair in the other order
             client.post(f"{served.root}/raters", data={"name": next(names)})
             raters = votes.raters()
             if votes.of(raters[-1])[0].model_first != votes.of(raters[0])[0].model_first:
@@ -288,14 +323,14 @@ def test_half_of_the_items_show_the_model_first_by_seed_and_name(tmp_path: Path,
     assert sorted(keys[0]) == sorted(keys[1]) == sorted(pairs.items)
 
 
-# --------------------------------------------------------------------------------- what answers may hold
+# ------------------------------------------------------------------------------------- hostile answers
 
 
-def test_hostile_broken_and_huge_texts_are_shown_as_text(tmp_path: Path, serve: Callable[..., Served]) -> None:
+def test_hostile_broken_and_huge_texts_are_shown_as_text(tmp_path: Path) -> None:
     huge = "word " * 250_000 + "END"
     strange = "\u202eright to left\u202c \x00\x1b[31m \ud800 \ud83d\ude00\r\nline"
     files = outputs(tmp_path, 1, good=HOSTILE + strange, bad=huge, instruction="{{ 7 * 7 }} {% raw %} </textarea>")
-    served = serve(*arguments(files))
+    served = Direct(files)
     with served.client("<b>Ann</b>") as client:
         page = client.get(f"{served.root}/r/1/1")
         shown = set(texts_of(page.text))
@@ -303,20 +338,22 @@ def test_hostile_broken_and_huge_texts_are_shown_as_text(tmp_path: Path, serve: 
         assert f"{HOSTILE}\u202eright to left\u202c \ufffd\ufffd[31m \ufffd \U0001f600\nline" in shown
         assert "<script>window" not in page.text
         assert "<b>Ann" not in page.text
-        assert huge[:CUT] in shown
-        assert f"{len(huge) - CUT:,} more characters" in page.text
-        assert len(page.content) < 20_000
-        (link,) = re.findall(r'<a href="([^"]*text=whole)">', page.text)
-        assert huge in texts_of(client.get(link).text)
+        assert huge in shown
 
 
-def test_markdown_is_rendered_and_no_html_link_or_image_comes_of_an_answer(
-    tmp_path: Path, serve: Callable[..., Served]
-) -> None:
+def test_the_files_that_a_page_refers_to_are_served(tmp_path: Path) -> None:
+    served = Direct(outputs(tmp_path))
+    with served.client() as client:
+        files = re.findall(r'<(?:link|script)[^>]* (?:href|src)="([^"]+)"', client.get(served.url).text)
+        kinds = [client.get(file).headers["content-type"].split(";")[0] for file in files]
+    assert kinds == ["image/svg+xml", "text/css", "text/javascript"]
+
+
+def test_markdown_is_rendered_without_the_html_links_and_images_of_an_answer(tmp_path: Path) -> None:
     text = "# Title\n\n- **bold** `a<b`\n\n```py\nx = '<i>'\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
     hostile = f"{HOSTILE}\n\n[x](javascript:alert(1)) ![y](http://evil.example/z.png) <http://evil.example> <b>no</b>"
     files = outputs(tmp_path, 1, good=text + hostile, bad="plain <u>text</u>")
-    served = serve(*[each for each in arguments(files) if each != "--plain"])
+    served = Direct(files, plain=False)
     with served.client("Ann") as client:
         page = client.get(f"{served.root}/r/1/1").text
     for part in ("<h1>Title</h1>", "<strong>bold</strong>", "a&lt;b", "<td>1</td>", "plain &lt;u&gt;text"):
@@ -325,11 +362,11 @@ def test_markdown_is_rendered_and_no_html_link_or_image_comes_of_an_answer(
     assert not re.search(r"<(script|img|a|b|u|i|iframe|svg|style)\b|<[^>]*(\bon\w+=|javascript:)", shown)
 
 
-def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_kept_with_the_vote(
-    tmp_path: Path, serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]
+def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_stored_with_the_vote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = outputs(tmp_path, 2)
-    served = serve(*arguments(files))
+    served = Direct(files)
     with served.client("Ann") as client:
         vote = {"choice": "bad", "comment": "<b>Neither</b> \u00e4\x00 " + "x" * 2000}
         assert client.post(f"{served.root}/r/1/1", data=vote).status_code == 200
@@ -337,7 +374,7 @@ def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_kept_with_the_vote(
         assert "&lt;b&gt;Neither" in page and "<b>Neither" not in page
         assert re.search(r'<button id="bad"[^>]*class="chosen"', page)
         client.post(f"{served.root}/r/1/2", data={"choice": "tie"})
-    votes = Votes(tmp_path / "votes.sqlite")
+    votes = served.votes
     first, second = votes.of(votes.raters()[0])
     assert (first.choice, first.bad, first.outcome, len(first.comment)) == ("tie", True, "tie", 1000)
     assert (second.bad, second.comment) == (False, "")
@@ -346,7 +383,7 @@ def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_kept_with_the_vote(
     assert [(one["rater"], one["comment"][:14]) for one in found["comments"]] == [("Ann", "<b>Neither</b>")]
 
 
-def test_split_votes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_votes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = outputs(tmp_path, 2)
     votes = Votes.create(tmp_path / "votes.sqlite", read_pairs(files), None, 0)
     for name, choice in (("Ann", "first"), ("Bob", "tie")):
@@ -354,21 +391,19 @@ def test_split_votes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         for item in (1, 2):
             votes.vote(rater, item, choice if item == 1 else "tie")  # type: ignore[arg-type]
     assert main([*arguments(files), "--results"]) == 0
-    assert "note: 1 of 2 pairs are split" in capsys.readouterr().err
+    assert "note: 1 of 2 pairs have no outcome that more than half of their raters chose" in capsys.readouterr().err
 
 
-def test_presentable_keeps_what_a_page_can_hold() -> None:
+def test_presentable_replaces_only_control_characters_and_lone_surrogates() -> None:
     assert presentable("a\tb\nc\rd\r\ne ü 漢 \U0001f600") == "a\tb\nc\nd\ne ü 漢 \U0001f600"
     assert presentable("\x00\x0b\ud800x") == "\ufffd\ufffd\ufffdx"
 
 
-# ---------------------------------------------------------------------------------- who may ask for what
+# ---------------------------------------------------------------------------------------- access
 
 
-def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(
-    tmp_path: Path, serve: Callable[..., Served]
-) -> None:
-    served = serve(*arguments(outputs(tmp_path)))
+def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(tmp_path: Path) -> None:
+    served = Direct(outputs(tmp_path))
     port = served.origin.rsplit(":", 1)[1]
     place = f"{served.root}/r/1/1"
     vote = {"choice": "first"}
@@ -381,6 +416,7 @@ def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(
             (client.get("/r/1/1"), 404),
             (client.get(f"{served.root[:-1]}/r/1/1"), 404),
             (client.get(f"{served.root}/../votes.sqlite"), 404),
+            (client.get(f"{served.root}/pages/..%2Fserver.py"), 404),
             (client.get(f"{served.root}/r/2/1"), 404),
             (client.get(f"{served.root}/r/1/7"), 404),
             (client.get(f"{served.root}/r/1/{10**30}"), 404),
@@ -403,8 +439,7 @@ def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(
             assert response.headers["content-security-policy"].startswith("default-src 'none'")
             assert response.headers["cache-control"] == "no-store"
             assert served.root not in response.text or response.request.url.path.startswith(served.root)
-        (rater,) = Votes(tmp_path / "votes.sqlite").raters()
-        assert {one.choice for one in Votes(tmp_path / "votes.sqlite").of(rater)} == {None}
+        assert {vote.choice for vote in served.votes.all()} == {None}
         own = {"origin": served.origin, "sec-fetch-site": "same-origin"}
         assert client.post(place, data=vote, headers=own).status_code == 303
     with listen(0) as listener:
@@ -412,12 +447,17 @@ def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(
     assert (tmp_path / "votes.sqlite").stat().st_mode & 0o077 == 0
 
 
-def test_only_invited_raters_where_names_are_given(tmp_path: Path, serve: Callable[..., Served]) -> None:
-    served = serve(*arguments(outputs(tmp_path), "--raters", "Ann,Bob Ray"))
+def test_a_name_in_other_case_and_spacing_is_the_same_rater(tmp_path: Path) -> None:
+    votes = Direct(outputs(tmp_path)).votes
+    assert votes.join("Ann Lee") == votes.join("  ann   LEE ")
+
+
+def test_only_invited_raters_where_names_are_given(tmp_path: Path) -> None:
+    served = Direct(outputs(tmp_path), invited=("Ann", "Bob Ray"))
     with served.client("Bob Ray") as client:
         assert '<input id="name"' not in client.get(served.url).text
         assert client.post(f"{served.root}/raters", data={"name": "Eve"}).status_code == 400
-    assert [rater.name for rater in Votes(tmp_path / "votes.sqlite").raters()] == ["Ann", "Bob Ray"]
+    assert [rater.name for rater in served.votes.raters()] == ["Ann", "Bob Ray"]
 
 
 # -------------------------------------------------------------------------------------------- the counts
@@ -443,7 +483,7 @@ def test_fleiss_kappa_equals_the_count_of_agreeing_pairs() -> None:
 
 
 def cast(rater: str, *outcomes: str, first: bool = True) -> list[Vote]:
-    """Votes with these outcomes on items 1, 2 ..., all seen with the model on one side; "" is no vote."""
+    """Return votes with these outcomes on items 1, 2 ...; "" is no vote. `first`: the model's answer is shown first."""
     choices = {"win": "first" if first else "second", "lose": "second" if first else "first", "tie": "tie", "": None}
     return [
         Vote(rater, item, ("set", str(item)), first, choices[outcome])  # type: ignore[arg-type]
@@ -463,33 +503,25 @@ def test_majority_agreement_and_judge_by_hand() -> None:
     judged["set", "5"] = "invalid"
     judged["set", "99"] = "lose"  # not voted on
     found = describe(votes, judged, 0.9)
-    # win, three ways, tie, lose, and one vote alone
+    # majorities: win, none (three outcomes), tie, lose, and win by a single vote
     kinds = ("n", "win", "tie", "lose", "split")
     assert [found["majority"]["pooled"][kind] for kind in kinds] == [5, 2, 1, 1, 1]
     assert found["majority"]["pooled"]["pws"] == 1.25
     assert found["majority"]["benchmarks"]["set"]["win"] == 2
     assert [found["raters"]["Bob"][kind] for kind in kinds[:4]] == [4, 1, 2, 1]
-    assert found["raters"]["Ann"]["position"] == {
-        "first": 3,
-        "tie": 1,
-        "second": 1,
-        "first_share": 0.75,
-        "p_value": 0.625,
-    }
-    assert found["raters"]["Bob"]["position"]["first_share"] == 0.5
     ann_bob = found["agreement"]["pairwise"][0]
-    # three of four alike; chance: wins 2/4 x 1/4, ties 1/4 x 2/4, losses 1/4 x 1/4
+    # equal on three of four items; by chance: wins 2/4 x 1/4, ties 1/4 x 2/4, losses 1/4 x 1/4
     assert (ann_bob["items"], ann_bob["accuracy"]) == (4, 0.75)
     assert ann_bob["kappa"] == pytest.approx((0.75 - 5 / 16) / (1 - 5 / 16))
     # agreeing pairs of raters: 1, 0, 3, 1 of 3; shares of win, tie, lose: 4, 4, 4 of 12
     assert found["agreement"]["fleiss"] == {"raters": 3, "items": 4, "kappa": pytest.approx((5 / 12 - 1 / 3) / (2 / 3))}
-    # the judge and the majority both decided items 1, 3 and 4, alike on two
+    # both the judge and the majority have an outcome on items 1, 3 and 4, and the same one on two of them
     assert (found["judge"]["majority"]["items"], found["judge"]["majority"]["accuracy"]) == (3, pytest.approx(2 / 3))
     assert found["judge"]["raters"]["Ann"]["items"] == 4
     assert [found["judge"]["pooled"][kind] for kind in ("n", "win", "tie", "lose", "invalid")] == [5, 3, 1, 0, 1]
 
 
-def test_without_votes_there_is_no_figure() -> None:
+def test_without_votes_all_figures_are_none() -> None:
     found = describe([], None, 0.9)
     assert found["majority"]["pooled"]["pws"] is None
     assert found["agreement"] == {"pairwise": [], "fleiss": {"raters": 0, "items": 0, "kappa": None}}
@@ -535,7 +567,7 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
 
         return runtime.store.obtain("generate", path.stem, {"of": path.stem}, [], make, version=1)
 
-    reference, model = answers(files.reference), answers(files.model)  # their order in run.json says nothing
+    reference, model = answers(files.reference), answers(files.model)  # the order in run.json must not matter
     run = tmp_path / "run"
     run.mkdir()
 
@@ -557,22 +589,17 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
     assert found["raters"]["Ann"]["win"] == 3
     assert found["judge"]["majority"] == {"items": 3, "accuracy": 1.0, "kappa": None}
     shutil.rmtree(model.path)
-    shutil.rmtree(reference.path)
-    assert printed(capsys, str(run)) == found  # votes outlive the answers
     assert "model_outputs.json cannot be read" in refused(capsys, str(run), "--port", "0")
 
 
-def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
-    after_smoke: Any, endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_ended_before_its_judge_has_the_answers_of_two_models(
+    after_smoke: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A whole run with questions about forgetting, which two models answer too: before and after the finetune."""
-    endpoint.behave = lambda text, attempt: (401, "no such key", {})
-    judge = ("judge=openai", f"judge.base_url={endpoint.address}", "judge.model=m")
-    assert (
-        after_smoke(*SMOKE, "scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5", *judge) == 2
-    )
+    """The questions about forgetting are answered by two models too: before and after the finetune."""
+    options = ("scorer=random", "benchmark.general=[verifiable_terse]", "benchmark.limit=5")
+    judge = ("judge=openai", "judge.model=m", "judge.base_url=http://127.0.0.1:9/v1", "judge.dry_run=true")
+    assert after_smoke(*SMOKE, *options, *judge) == 0
     (run,) = after_smoke.folder.glob("outputs/*/*")
-    assert json.loads((run / "run.json").read_text())["status"] == "failed"
     files = files_of_run(run)
     assert files.judgments is None
     pairs = read_pairs(files)
@@ -592,22 +619,24 @@ def test_a_run_whose_judge_never_finished_has_its_answers_all_the_same(
 
 def test_bad_input_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = outputs(tmp_path)
-    assert "folder of a finished run" in refused(capsys, str(tmp_path / "nowhere"))
+    assert "give the folder of a run" in refused(capsys, str(tmp_path / "nowhere"))
     for content in ('{"stages": [{"name": "judge"}]}', '{"stages": {"judge": 1}}', "[1]", '{"stages": null}'):
         (tmp_path / "run.json").write_text(content)
-        assert "folder of a finished run" in refused(capsys, str(tmp_path))
+        assert "give the folder of a run" in refused(capsys, str(tmp_path))
     assert "either the folder of a run, or two files" in refused(capsys, "--model", str(files.model))
     assert "nobody has voted" in refused(capsys, *arguments(files, "--results"))
     assert "--items 7: there are 6 pairs" in refused(capsys, *arguments(files, "--items", "7", "--port", "0"))
     assert not (tmp_path / "votes.sqlite").exists()
-    assert "an empty name" in refused(capsys, *arguments(files, "--raters", "Ann,,Bob", "--port", "0"))
+    assert "must have 1 to 60 printable characters" in refused(
+        capsys, *arguments(files, "--raters", "Ann,,Bob", "--port", "0")
+    )
     with listen(0) as listener:
         port = str(listener.getsockname()[1])
         message = refused(capsys, *arguments(files, "--port", port))
-        assert f"--port {port}: Address already in use; give another" in message
+        assert f"--port {port}: " in message and "Address already in use" in message
     assert "--port 70000" in refused(capsys, *arguments(files, "--port", "70000"))
-    assert "begun with 6" in refused(capsys, *arguments(files, "--items", "5", "--port", "0"))
-    assert "begun with 0" in refused(capsys, *arguments(files, "--seed", "1", "--port", "0"))
+    assert "created with 6" in refused(capsys, *arguments(files, "--items", "5", "--port", "0"))
+    assert "created with 0" in refused(capsys, *arguments(files, "--seed", "1", "--port", "0"))
     assert "is more than 4,294,967,295" in refused(capsys, *arguments(files, "--seed", "4294967296", "--port", "0"))
     assert "nobody called Eve" in refused(capsys, *arguments(files, "--results", "--raters", "Eve"))
 
@@ -620,8 +649,8 @@ def test_outputs_that_do_not_match_are_refused_with_their_rows(
     rows[2]["instruction"] = "another"
     files.reference.write_text(json.dumps(rows[:5]))
     error = refused(capsys, *arguments(files))
-    assert "set/3 (other instruction)" in error
-    assert "set/6 (only in the model's)" in error
+    assert "set/3 (different instruction)" in error
+    assert "set/6 (only in the model's answers)" in error
 
 
 def test_a_file_of_other_votes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -629,7 +658,7 @@ def test_a_file_of_other_votes_is_refused(tmp_path: Path, capsys: pytest.Capture
     Votes.create(tmp_path / "votes.sqlite", read_pairs(files), None, 0).close()
     outputs(tmp_path, bad="another answer")
     for more in ((), ("--results",)):
-        assert "votes about other answers (secret-model against" in refused(
+        assert "votes on other answers (secret-model against" in refused(
             capsys, *arguments(files, *more, "--port", "0")
         )
     (tmp_path / "text.sqlite").write_text("these are no votes, but they fill more than one hundred bytes " * 4)
@@ -638,25 +667,21 @@ def test_a_file_of_other_votes_is_refused(tmp_path: Path, capsys: pytest.Capture
     before = (tmp_path / "other.sqlite").read_bytes()
     for name, words in (
         ("text.sqlite", "cannot be opened as a file of votes"),
-        ("other.sqlite", "another kind of"),
+        ("other.sqlite", "is not a file of votes"),
     ):
         options = [*arguments(files)[:4], "--database", str(tmp_path / name), "--port", "0"]
         assert words in refused(capsys, *options)
     assert (tmp_path / "other.sqlite").read_bytes() == before
     half = read_pairs(outputs(tmp_path, 2))
-    with pytest.raises(DataError, match="cannot be made a file of votes"):
+    with pytest.raises(DataError, match="cannot be written as a file of votes"):
         Votes.create(tmp_path / "nowhere" / "votes.sqlite", half, None, 0)
 
 
 def test_the_page_names_its_missing_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import importlib.util
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find(name, *rest)
-    )
+    monkeypatch.delitem(sys.modules, "gradsift.evaluation.human.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     error = refused(capsys, *arguments(outputs(tmp_path)))
     assert "the package uvicorn" in error
     assert "'.[human]'" in error
@@ -677,7 +702,7 @@ def test_ctrl_c_ends_quietly(tmp_path: Path, serve: Callable[..., Served]) -> No
 def begin(watched: Watched, served: Served, name: str) -> None:
     watched.page.goto(served.url)
     watched.page.get_by_label("Your name").fill(name)
-    watched.page.get_by_role("button", name="Begin or go on").click()
+    watched.page.get_by_role("button", name="Begin or continue").click()
 
 
 @NEEDS_CHROMIUM
@@ -686,7 +711,7 @@ def test_keys_and_clicks_in_a_browser(tmp_path: Path, serve: Callable[..., Serve
     votes = Votes(tmp_path / "votes.sqlite")
     watched = Watched(browser)
     page = watched.page
-    begin(watched, served, "Ann 1t2")  # letters in the field are no votes
+    begin(watched, served, "Ann 1t2")  # keys in the field for the name are not votes
     watched.is_at(1)
     for item, key in enumerate(["1", "ArrowRight", "t"], start=1):
         watched.is_at(item)
@@ -699,7 +724,7 @@ def test_keys_and_clicks_in_a_browser(tmp_path: Path, serve: Callable[..., Serve
     watched.is_at(4)
     page.reload()
     watched.is_at(4)
-    page.go_back()  # the browser's own way back; keys work there too
+    page.go_back()  # keys must work after the browser's own navigation too
     page.go_forward()
     watched.is_at(4)
     page.get_by_role("button", name="Tie").click()
@@ -729,7 +754,7 @@ def test_without_a_script_on_a_telephone(tmp_path: Path, serve: Callable[..., Se
     for item in (1, 2):
         watched.is_at(item)
         boxes = [page.locator(f"#{name}").bounding_box() for name in ("first", "tie", "second")]
-        # the three buttons are in sight, side by side, tall enough for a thumb; no answer is wider than the screen
+        # the three buttons are visible, side by side and tall enough to tap; no answer is wider than the screen
         assert all(
             box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640 for box in boxes
         )
@@ -744,8 +769,8 @@ def test_without_a_script_on_a_telephone(tmp_path: Path, serve: Callable[..., Se
 
 
 @NEEDS_CHROMIUM
-def test_a_foreign_page_cannot_vote_or_look(tmp_path: Path, serve: Callable[..., Served], browser: Any) -> None:
-    """A page of another local server, which even knows the address, posts a form and embeds the page."""
+def test_a_foreign_page_cannot_vote(tmp_path: Path, serve: Callable[..., Served], browser: Any) -> None:
+    """A page of another local server, which knows the secret address, posts a form."""
     served, other = serve(*arguments(outputs(tmp_path))), tmp_path / "other"
     other.mkdir()
     foreign = serve(*arguments(outputs(other)))

@@ -14,7 +14,7 @@ def name_of(file: Path) -> str:
 
 
 def imported_from(module: ast.Module, modules: set[str]) -> set[str]:
-    """Return the modules of gradsift that a module imports anywhere; of a package only those that it names."""
+    """Return the modules of gradsift that a module imports, also within functions; of a package only those it names."""
     names = set()
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -36,7 +36,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_every_run_loads_neither_lightning_nor_the_kernels() -> None:
-    """Lightning takes seconds to import, and the kernels are optional: both are imported within functions alone."""
+    """Lightning takes seconds to import, and the kernels are optional, so both are imported only within functions."""
     files = {name_of(file): file for file in (SRC / "gradsift").rglob("*.py")}
     loaded, left = set(), {"gradsift.pipeline"}
     while left:

@@ -35,7 +35,7 @@ def test_the_interval_covers_the_true_mean_in_93_percent_of_all_samples_of_20_it
     assert covered >= 0.93
 
 
-def test_the_interval_has_a_width_where_all_items_have_one_outcome() -> None:
+def test_the_interval_has_a_width_if_all_items_have_the_same_outcome() -> None:
     low, high = mean_interval(np.ones((1, 10)))
     assert high == 1
     assert low == pytest.approx(1 - 2 * NORMAL**2 / (10 + NORMAL**2))  # Wilson's interval of 10 wins of 10
@@ -69,10 +69,10 @@ def test_the_p_value_of_one_seed_is_that_of_the_exact_sign_test() -> None:
 
 @pytest.mark.parametrize(("items", "decided"), [(26, 1.0), (20, 0.6), (80, 0.6), (80, 0.9)])
 def test_at_most_5_percent_of_all_sweeps_of_24_equal_cells_call_one_different(items: int, decided: float) -> None:
-    """By enumeration of the wins and losses of a cell; of 26 items without a tie the score test gives 5.8 %."""
-    claimed = 0.0  # probability that a cell's p-value is below Holm's first bound
+    """Enumerates the wins and losses of a cell. For 26 items without ties, the score test would give 5.8 %."""
+    claimed = 0.0  # probability that the p-value of a cell is below Holm's first bound
     for count in range(1, items + 1):
-        wins = 0  # the smallest number that is no claim
+        wins = 0  # the smallest number of wins that is not called different
         while 2 * wins < count and p_value(np.repeat([1, -1], [wins, count - wins])[None]) < 0.05 / 24:
             wins += 1
         claimed += stats.binom.pmf(count, items, decided) * 2 * stats.binom.cdf(wins - 1, count, 0.5)
@@ -88,7 +88,7 @@ def test_equal_seeds_add_no_items_and_independent_ones_do() -> None:
 
 
 def test_the_variance_is_that_of_the_two_way_model() -> None:
-    """With effects of seeds, items and both, simulated means vary as the estimate says, on average."""
+    """In simulations with effects of seeds, items and both, the mean estimate equals the variance of the means."""
     rng = np.random.default_rng(2)
     means, variances = [], []
     for _ in range(2000):
@@ -100,9 +100,9 @@ def test_the_variance_is_that_of_the_two_way_model() -> None:
     assert np.mean(variances) == pytest.approx(truth, rel=0.1)
 
 
-def test_a_difference_of_two_models_uses_what_the_items_share() -> None:
+def test_a_difference_of_two_models_uses_the_pairing_of_the_items() -> None:
     rng = np.random.default_rng(3)
-    easy = rng.choice([-1, 1], size=(1, 60))  # the item decides for both models
+    easy = rng.choice([-1, 1], size=(1, 60))  # both models have the same outcome on an item
     first, second = easy.copy(), easy.copy()
     first[0, :6] = 1
     second[0, :6] = -1
@@ -119,7 +119,7 @@ def test_the_difference_of_several_seeds_counts_their_spread() -> None:
     items = np.random.default_rng(4).choice([-1, 0, 1], size=(1, 100))
     steady = np.repeat(items, 3, axis=0)
     shifted = steady.copy()
-    shifted[0, :60] = 1  # one seed alone is far better
+    shifted[0, :60] = 1  # a single seed is far better
     assert difference(shifted, steady).p_value > 0.05
     everywhere = steady.copy()
     everywhere[:, :60] = 1
@@ -130,7 +130,7 @@ def test_equal_models_do_not_differ() -> None:
     outcomes = np.random.default_rng(5).choice([-1, 0, 1], size=(2, 20))
     same = difference(outcomes, outcomes)
     assert (same.difference, same.p_value) == (0, 1)
-    least = NORMAL**2 / (20 + NORMAL**2)  # that of 20 ties
+    least = NORMAL**2 / (20 + NORMAL**2)  # the bound for 20 ties
     assert (same.low, same.high) == pytest.approx((-least, least))
     certain = difference(np.ones((1, 20)), -np.ones((1, 20)))
     assert certain.high == 2 and certain.low < 1.9

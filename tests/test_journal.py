@@ -1,4 +1,4 @@
-"""Laws of the journal: a kept result is not computed again, and no other result is ever returned in its place."""
+"""Laws of the journal: a kept result is not computed again, and is returned only for its own key."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_line_that_was_cut_is_computed_again(tmp_path: Path) -> None:
 
 
 def test_a_line_that_was_changed_is_reported_and_computed_again(tmp_path: Path) -> None:
-    """Holds for every byte of the line: one changed digit of a loss would be another loss."""
+    """Holds for every byte of the line, because one changed digit of a loss would be another loss."""
     first, _ = asked(tmp_path, ["a", "b", "c"])
     content = lines(tmp_path).read_bytes()
     second, third = content.index(b"\n") + 1, content.rindex(b"\n", 0, -1) + 1
@@ -141,7 +141,7 @@ def test_results_that_wait_on_a_gpu_are_written_with_the_next_that_is_due(tmp_pa
 
 
 class Stop(Exception):
-    """Plays the part of kill -9."""
+    """Stands for kill -9."""
 
 
 def test_a_pass_continues_with_the_remaining_groups(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sample of judged answers on the page."""
+"""The sample of judged answers on the report page."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def judgments() -> list[Judgment]:
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Material:
-    """Two runs of one method, and one of another, with the same judgments."""
+    """Two runs of one method and one run of another method, all with the same judgments."""
     store = Store(tmp_path / "store", say=lambda text: None)
     parents = [answers(store, "ours"), answers(store, "theirs")]
 
@@ -130,7 +130,7 @@ def test_a_broken_file_of_judgments_hides_no_other_run_and_is_named(judged: Mate
 @NEEDS_CHROMIUM
 def test_the_page_shows_them_as_text_and_filters_them(judged: Material, browser: Any, tmp_path: Path) -> None:
     tables = [(name, None, "none") for name in TABLES]
-    values = {"figures": [], "tables": tables, "work_file": None, "pools": [], "left_out": []}
+    values = {"figures": [], "tables": tables, "work_file": None, "pools": []}
     page_file = tmp_path / "report.html"
     values["judged"], values["no_pairs"] = judged_pairs(judged, 24)[0], ["a run: lost <b>answers</b>"]
     page_file.write_text(render(read(judged.folder), values), encoding="utf-8")

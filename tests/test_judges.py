@@ -651,7 +651,7 @@ def test_the_published_parser_asks_once_and_an_unreadable_reply_is_no_tie(
 
 
 def hang(text: str, attempt: int) -> Answer:
-    time.sleep(2.5)
+    time.sleep(1.5)
     return 200, "8 7", {}
 
 
@@ -686,16 +686,16 @@ def test_every_misbehaviour_ends_in_a_count_and_a_state_to_go_on_from(
     options = {
         "cache": "one",
         "retries": 0,
-        "give_up": 3,
+        "give_up": 2,
         "concurrency": 1,
-        "timeout": 1.0 if kind == "hanging" else 60.0,
+        "timeout": 0.7 if kind == "hanging" else 60.0,
     }
     with pytest.raises(JudgeError, match=rf"(?s){said}.*again.*\(5 of 16 requests are answered\)"):
         judge_pairs(openai_judge(**options), *pairs, path)
     assert not path.exists()
     endpoint.bodies.clear()
     endpoint.behave = lambda text, attempt: (200, "8 7", {})
-    judgments = judge_pairs(openai_judge(**options), *pairs, path)
+    judgments = judge_pairs(openai_judge(**{**options, "timeout": 60.0}), *pairs, path)
     assert len(judgments) == 16 and all(judgment.valid for judgment in judgments)
     assert len(endpoint.bodies) == 11
 

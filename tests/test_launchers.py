@@ -30,7 +30,7 @@ LAUNCHERS = [
 
 @pytest.fixture(autouse=True)
 def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make new workers start that import this checkout as the parent does."""
+    """Start new workers, which import this checkout like the parent process."""
     source = str(Path(__file__).parents[1] / "src")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import SMOKE
+from conftest import SMOKE, Cli, cli_on_one_thread
 
 from gradsift.composition import conf_folder
 from gradsift.config import GsnrConfig, LoraConfig, ModelConfig, ProxyConfig, TargetConfig
@@ -25,6 +25,13 @@ pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("one_thread")]
 
 EARLY, LATE = 1, 3
 SMALL = (*SMOKE, "data.size=80", "proxy.members=3", f"proxy.snapshots=[{EARLY},{LATE}]", "stop_after=selection")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, backbones: Path) -> Iterator[Cli]:
+    """The command line in a folder whose store keeps the ensemble for the next test."""
+    with cli_on_one_thread(tmp_path_factory.mktemp("laws"), backbones) as run:
+        yield run
 
 
 def stage_folders(run: dict[str, Any], stage: str) -> list[Path]:
@@ -65,10 +72,10 @@ ABLATIONS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = { 
 }
 
 
-def test_scores_are_eq_5_of_the_norm_files_with_g_s_early_and_g_t_and_v_t_late(gradsift) -> None:
+def test_scores_are_eq_5_of_the_norm_files_with_g_s_early_and_g_t_and_v_t_late(small: Cli) -> None:
     for scorer, formula in ABLATIONS.items():
-        assert gradsift(*SMALL, f"scorer={scorer}", "alpha=0.1") == 0
-        run = gradsift.runs()[-1]
+        assert small(*SMALL, f"scorer={scorer}", "alpha=0.1") == 0
+        run = small.runs()[-1]
         early, late = norms_on_disk(run, EARLY), norms_on_disk(run, LATE)
         assert early.shape == late.shape
         assert len(early) == 3
@@ -80,15 +87,15 @@ def test_scores_are_eq_5_of_the_norm_files_with_g_s_early_and_g_t_and_v_t_late(g
         assert not np.allclose(scores[known], swapped[known], rtol=0.01)  # or the law could not tell the epochs apart
 
 
-def test_the_selection_is_the_highest_alpha_of_the_scores_on_disk(gradsift) -> None:
+def test_the_selection_is_the_highest_alpha_of_the_scores_on_disk(small: Cli) -> None:
     for alpha in ("0.05", "0.29", "0.5"):
-        assert gradsift(*SMALL, "scorer=gsnr", f"alpha={alpha}") == 0
-        run = gradsift.runs()[-1]
+        assert small(*SMALL, "scorer=gsnr", f"alpha={alpha}") == 0
+        run = small.runs()[-1]
         table = scores_on_disk(run)
         scored = [place for place, status in enumerate(table["status"]) if status == "scored"]
         ranked = sorted(scored, key=lambda place: (-table["score"][place], place))
         expected = [table["example_id"][place] for place in ranked[: math.floor(Fraction(alpha) * len(table["score"]))]]
-        (file,) = sorted(gradsift.folder.glob("outputs/*/*/selection.jsonl"))[-1:]
+        (file,) = sorted(small.folder.glob("outputs/*/*/selection.jsonl"))[-1:]
         lines = [json.loads(line)["gradsift"] for line in file.read_text(encoding="utf-8").splitlines()]
         assert [line["example_id"] for line in lines] == expected
         assert [line["rank"] for line in lines] == list(range(1, len(expected) + 1))

@@ -114,22 +114,33 @@ def test_the_verifier_as_a_rater_selects_no_spoilt_row(gradsift, style: str) -> 
     (run,) = gradsift.runs()
     assert run["selection"]["spoilt_share"] == 0 < run["selection"]["spoilt_share_pool"]
     assert {stage["name"] for stage in run["stages"]} == {"load", "score", "select"}
+    (table,) = gradsift.store.glob("score/llm_rating-*/scores.parquet")
+    columns = pq.read_table(table)
+    parts = ["accuracy"] if style == "alpagasus" else ["complexity", "quality"]
+    product = np.prod([columns[part].to_numpy() for part in parts], axis=0)  # the score table holds the grades
+    assert columns["score"].to_numpy().tolist() == product.tolist()
 
 
 def at(endpoint: Endpoint, *options: str) -> tuple[str, ...]:
     return ("judge=openai", f"judge.base_url={endpoint.address}", "judge.model=m", *options)
 
 
-def test_a_dry_run_shows_the_ratings_and_the_run_then_sends_them_once(gradsift, endpoint: Endpoint, capsys) -> None:
+def test_a_dry_run_shows_the_ratings_a_cap_ends_the_run_and_each_rating_is_then_sent_once(
+    gradsift, endpoint: Endpoint, capsys
+) -> None:
     endpoint.behave = lambda text, attempt: (200, "3", {})
     assert gradsift(*RATE, *at(endpoint, "judge.dry_run=true")) == 0
     (run,) = gradsift.runs()
     assert run["status"] == "stopped" and "requests to send, 0 replies found" in run["dry_run"]
     assert "nothing was sent" in capsys.readouterr().out
     assert endpoint.bodies == []
-    assert gradsift(*RATE, *at(endpoint)) == 0
+    assert gradsift(*RATE, *at(endpoint, "judge.max_calls=20")) == 2
+    assert "judge.max_calls=20 is reached" in capsys.readouterr().err
+    assert len(endpoint.bodies) == 20
+    assert gradsift(*RATE, *at(endpoint, "judge.max_calls=200")) == 0
     prompts = len(endpoint.bodies)
-    assert 0 < prompts <= 120  # equal examples are asked about once
+    assert prompts == len({body["messages"][1]["content"] for body in endpoint.bodies})
+    assert 20 < prompts <= 120  # equal examples are asked about once
     cost = gradsift.runs()[-1]["diagnostics"]["unrated_share"]["values"]
     assert (cost["calls"], cost["usd"]) == (prompts, None)
     # options that change no rating, and one that does
@@ -139,15 +150,6 @@ def test_a_dry_run_shows_the_ratings_and_the_run_then_sends_them_once(gradsift, 
     assert gradsift(*RATE, *at(endpoint, "judge.model=n")) == 0
     assert not all(stage["reused"] for stage in gradsift.runs()[-1]["stages"])
     assert len(endpoint.bodies) == 2 * prompts
-
-
-def test_a_cap_ends_the_run_cleanly_and_the_same_command_goes_on(gradsift, endpoint: Endpoint, capsys) -> None:
-    endpoint.behave = lambda text, attempt: (200, "3", {})
-    assert gradsift(*RATE, *at(endpoint, "judge.max_calls=20")) == 2
-    assert "judge.max_calls=20 is reached" in capsys.readouterr().err
-    assert len(endpoint.bodies) == 20
-    assert gradsift(*RATE, *at(endpoint, "judge.max_calls=200")) == 0
-    assert len(endpoint.bodies) == len({body["messages"][1]["content"] for body in endpoint.bodies})
 
 
 def test_pairs_are_judged_within_the_cap_and_the_cost_is_in_the_run(after_smoke, endpoint: Endpoint, capsys) -> None:
@@ -178,15 +180,6 @@ def test_pairs_are_judged_within_the_cap_and_the_cost_is_in_the_run(after_smoke,
     }
     assert after_smoke(*run, "judge.dry_run=true") == 0  # judged before: there is nothing to plan
     assert after_smoke.runs()[-1]["status"] == "finished"
-
-
-def test_the_score_table_holds_the_grades(gradsift) -> None:
-    assert gradsift(*RATE, "scorer.style=deita", "stop_after=scores") == 0
-    (table,) = gradsift.store.glob("score/llm_rating-*/scores.parquet")
-    columns = pq.read_table(table)
-    assert {"complexity", "quality"} <= set(columns.column_names)
-    product = np.multiply(columns["complexity"].to_numpy(), columns["quality"].to_numpy())
-    assert columns["score"].to_numpy().tolist() == product.tolist()
 
 
 # -------------------------------------------------------------------------------------------- config

@@ -1,4 +1,4 @@
-"""Judges of different manners, played by a server on loopback: what is sent to them, and how they are read."""
+"""Laws of judges with different interfaces, played by a local server: what is sent, and how replies are read."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_unreadable_replies_in_a_row_end_the_asking_with_the_first_of_them(endpo
     endpoint.behave = lambda prompt, attempt: (200, "Beide sind gut.", {})
     message = (
         r"gave up after 10 unreadable replies in a row \(judge\.give_up_unreadable=10\); the first one: "
-        r"'Beide sind gut\.' \(no two scores.*judge\.parse.*same command again.*give_up_unreadable=null"
+        r"'Beide sind gut\.' \(no two scores.*judge\.parse.*give_up_unreadable=null.*same command again"
     )
     with pytest.raises(JudgeError, match=message):
         judged(30)

@@ -31,10 +31,7 @@ def test_the_merged_target_answers_as_adapter_and_target_do(rslora: bool, tmp_pa
     config = TargetConfig(name="own", model=model, lora=LoraConfig(rank=4, use_rslora=rslora), steps=1)
     target = backbone(runtime, model)
     adapted = lora.add_adapter(load_backbone(target, model, runtime.compute).model, config.lora, seed=1)
-    torch.manual_seed(2)
-    for name, factor in lora.trainable_parameters(adapted).items():
-        if "lora_B" in name:  # zeros before any training
-            torch.nn.init.normal_(factor, std=0.05)
+    with_effect(adapted)
     lora.save_adapter(adapted, tmp_path / "tuned" / "adapter")
     tuned = Artifact("finetune", tmp_path / "tuned", "x", {})
     write_merged(target, tuned, config, runtime.compute, tmp_path / "merged")
@@ -67,6 +64,7 @@ def tuned_target(folder: Path, architecture: str, **changes: Any) -> tuple[Runti
 
 
 def with_effect(adapted: Any) -> None:
+    """Draw B, which is zero before any training."""
     torch.manual_seed(2)
     for name, factor in lora.trainable_parameters(adapted).items():
         if "lora_B" in name:
@@ -74,8 +72,7 @@ def with_effect(adapted: Any) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("architecture", "rslora"), [("gpt2", True), ("llama", False)])
 def test_answers_of_a_model_merged_in_memory_are_those_of_target_and_adapter(
     architecture: str, rslora: bool, tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def test_a_mixture_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one of the two"):
         SourceConfig(path="a", id="b")
     taken = SourceConfig(path=written(tmp_path / "c.jsonl", [row | {"source": "x"} for row in RIVERS]))
-    with pytest.raises(DataError, match=r"has a column 'source' already.*data\.source_column"):
+    with pytest.raises(DataError, match=r"already has a column 'source'.*data\.source_column"):
         mixed(tmp_path, sources={"c": taken})
     pool = pool_of(mixed(tmp_path, sources={"c": taken}, source_column="from_file"))
     assert {(example.original["source"], example.original["from_file"]) for example in pool} == {("x", "c")}

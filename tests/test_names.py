@@ -68,12 +68,6 @@ def test_a_name_is_of_few_characters(name: str) -> None:
     require_name("data.name", safe[:LONGEST_NAME])  # what the message proposes is taken
 
 
-def test_a_long_name_is_not_repeated_in_full() -> None:
-    with pytest.raises(ConfigError, match=r"10,000 characters") as error:
-        require_name("data.name", "x" * 10_000)
-    assert len(str(error.value)) < 500
-
-
 @pytest.mark.parametrize("name", ["gsnr", "a-b.c_D9", "_x", "9", "x" * LONGEST_NAME])
 def test_valid_names_are_unchanged(name: str) -> None:
     require_name("data.name", name)
@@ -135,7 +129,7 @@ def test_work_is_not_written_through_a_link(tmp_path: Path, place: str) -> None:
         "lock": (path.parent / f".{path.name}.lock", outside / "theirs.txt"),
     }[place]
     link.symlink_to(to)
-    with pytest.raises(GradsiftError, match="is a link, and work is not written through links; remove it"):
+    with pytest.raises(GradsiftError, match="is a link, and gradsift does not write through links; remove it"):
         _obtain(root)
     assert [file.name for file in outside.iterdir()] == ["theirs.txt"]
     assert (outside / "theirs.txt").read_text() == "theirs"

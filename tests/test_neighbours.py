@@ -1,4 +1,4 @@
-"""Laws of cosines: blocks give those of the full matrix, and a row without direction is nobody's neighbour."""
+"""Laws of cosines: blocks give the values of the full matrix, and a zero vector is no row's neighbour."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_rows_with_a_direction_are_looked_for_once(monkeypatch: pytest.Monke
 
 
 def clusters() -> Features:
-    """Return ten orthogonal directions with thirty noisy copies each."""
+    """Return thirty noisy copies of each of ten orthogonal directions."""
     rng = np.random.default_rng(1)
     return Features(unit_rows((np.repeat(np.eye(10), 30, 0) + 0.02 * rng.normal(size=(300, 10))).astype(np.float32)))
 

@@ -1,4 +1,4 @@
-"""The paper's tables: a cell is a run's PWS, the best of a row is bold, and the counts of cells are checked by hand."""
+"""The paper's tables and the headline, for runs made by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradsift.report.table import Table
 
 
 def run(scorer: str, pws: float | None, alpha: float = 0.1, half: float = 0.1, **changes: Any) -> Run:
-    """Return a finished run with one benchmark, whose interval has the width 2 `half`."""
+    """Return a finished run with one benchmark; the interval of its PWS has the width 2 * `half`."""
     low, high = (None, None) if pws is None else (pws - half, pws + half)
     cell = {"pws": pws, "pws_low": low, "pws_high": high, "win": 3, "tie": 4, "lose": 3, "invalid": 0, "n": 10}
     record = {
@@ -97,7 +97,7 @@ def test_data_seeds_are_seeds_of_one_cell() -> None:
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 3)])
 def test_cells_with_other_seeds_are_not_paired(seeds: tuple[int, ...]) -> None:
-    """A job that failed leaves a cell with fewer seeds; the report is written all the same."""
+    """After a failed job a cell has fewer seeds than the others, and the report must still be written."""
     ours = [judged("gsnr", "w" * 40, seed=seed, variant="one") for seed in (0, 1, 2)]
     theirs = [judged("random", "l" * 40, seed=seed, variant="two") for seed in seeds]
     won = count(cells_of(sweep(*ours, *theirs)))

@@ -60,8 +60,7 @@ def test_a_run_ends_with_a_pws_and_a_second_run_computes_nothing(gradsift, capsy
 
 
 def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None:
-    arguments = ("-m", *SMALLER, "alpha=0.05,0.1", "scorer=gsnr,random")
-    assert gradsift(*arguments) == 0
+    assert gradsift("-m", *SMALLER, "target.steps=2", "alpha=0.05,0.1", "scorer=gsnr,random") == 0
     runs = gradsift.runs()
     assert len(runs) == 4
     done = [stage for run in runs for stage in run["stages"] if not stage["reused"]]
@@ -72,32 +71,20 @@ def test_a_sweep_trains_one_ensemble_and_one_reference(gradsift, capsys) -> None
     assert {run["selection"]["rows"] for run in runs} == {3, 6}
     assert "results.csv" in capsys.readouterr().out
 
-    assert gradsift(*arguments) == 0
-    assert sum(trained(run) for run in gradsift.runs()[4:]) == 0
 
+def test_members_epochs_and_norms_are_shared_between_ensembles_and_snapshots(gradsift) -> None:
+    def made(*options: str) -> list[str]:
+        assert gradsift(*SMALLER, "stop_after=scores", *options) == 0
+        return names(gradsift.runs()[-1], reused=False)
 
-def test_members_and_epochs_are_shared_between_ensembles_and_snapshots(gradsift) -> None:
-    smoke = (*SMALLER, "stop_after=scores")
-    assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[1,2]") == 0
-    assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,2]") == 0
-    assert names(gradsift.runs()[-1], reused=False).count("member") == 2  # the third member alone
-    assert gradsift(*smoke, "proxy.members=3", "proxy.snapshots=[1,3]") == 0
-    assert names(gradsift.runs()[-1], reused=False).count("member") == 3  # the third epoch alone
-    assert names(gradsift.runs()[-1], reused=False).count("norms") == 3
-    assert gradsift(*smoke, "proxy.members=2", "proxy.snapshots=[2,3]") == 0
-    assert names(gradsift.runs()[-1], reused=False) == ["statistics", "score"]
-
-
-def test_an_epoch_that_no_snapshot_needs_is_trained_and_not_collected(gradsift) -> None:
-    smoke = (*SMALLER, "stop_after=scores", "proxy.members=2")
-    assert gradsift(*smoke, "proxy.snapshots=[1,3]") == 0
-    made = names(gradsift.runs()[-1], reused=False)
-    assert (made.count("member"), made.count("norms")) == (6, 4)
-    assert gradsift(*smoke, "proxy.snapshots=[2,3]") == 0
-    assert names(gradsift.runs()[-1], reused=False) == ["norms", "norms", "statistics", "score"]
-    assert gradsift(*smoke, "proxy.snapshots=[3,4]", "scorer=late_loss") == 0  # asks for the late snapshot alone
-    made = names(gradsift.runs()[-1], reused=False)
-    assert (made.count("member"), made.count("norms")) == (2, 2)
+    first = made("proxy.members=2", "proxy.snapshots=[1,3]")
+    assert (first.count("member"), first.count("norms")) == (6, 4)  # no snapshot needs the norms of epoch 2
+    third = made("proxy.members=3", "proxy.snapshots=[1,3]")
+    assert (third.count("member"), third.count("norms")) == (3, 2)  # the third member alone
+    assert made("proxy.members=3", "proxy.snapshots=[2,3]") == ["norms"] * 3 + ["statistics", "score"]
+    assert made("proxy.members=2", "proxy.snapshots=[1,2]") == ["statistics", "score"]
+    late = made("proxy.members=2", "proxy.snapshots=[3,4]", "scorer=late_loss")
+    assert (late.count("member"), late.count("norms")) == (2, 2)  # the fourth epoch alone
 
 
 LAST_STAGES = {
@@ -126,18 +113,13 @@ def test_nothing_is_computed_that_the_scorer_does_not_ask_for(gradsift) -> None:
     assert {stage["name"] for stage in gradsift.runs()[-1]["stages"]} == {"load", "backbone", "score", "select"}
 
 
-def test_full_is_the_reference_and_needs_no_judge(after_smoke) -> None:
-    assert after_smoke(*SMOKE, "scorer=full", "alpha=0.05") == 0
+def test_full_is_the_reference_and_needs_no_judge(after_smoke, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert after_smoke(*SMOKE, "scorer=full", "alpha=0.05", "judge=openai", "stop_after=judge") == 0
     (run,) = after_smoke.runs()
     assert run["pws"] == 1.0
     assert run["selection"]["rows"] == 120  # alpha is ignored
     assert "judge" not in {stage["name"] for stage in run["stages"]}
-
-
-def test_full_runs_without_the_judges_key(after_smoke, monkeypatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert after_smoke(*SMOKE, "scorer=full", "judge=openai", "stop_after=judge") == 0
-    assert after_smoke.runs()[0]["pws"] == 1.0
 
 
 def test_an_empty_budget_is_no_error_in_a_run_that_ends_before_the_selection(gradsift) -> None:
@@ -290,21 +272,6 @@ def test_a_defect_is_reported_in_one_line_and_its_trace_is_kept(gradsift, capsys
     assert gradsift.runs()[0]["status"] == "failed"
 
 
-def test_a_users_scorer_has_the_same_interface(gradsift, monkeypatch) -> None:
-    (gradsift.folder / "my_scores.py").write_text(
-        "from gradsift.scoring.scores import Scores\n"
-        "import numpy as np\n"
-        "def shortest(examples, *, sign):\n"
-        "    return Scores(np.array([sign * len(e.output) for e in examples], dtype=float))\n"
-    )
-    monkeypatch.syspath_prepend(str(gradsift.folder))
-    own = ("~scorer", "+scorer={_target_: my_scores.shortest, name: shortest, sign: -1}")
-    assert gradsift(*SMOKE, *own, "stop_after=selection") == 0
-    (selection,) = gradsift.folder.glob("outputs/*/*/selection.jsonl")
-    lengths = [len(json.loads(line)["output"]) for line in selection.read_text().splitlines()]
-    assert lengths == sorted(lengths)
-
-
 def test_a_judge_without_a_key_is_refused_before_any_training(gradsift, capsys, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert gradsift(*SMOKE, "judge=openai") == 2
@@ -379,7 +346,7 @@ def test_an_edited_users_scorer_is_computed_again(gradsift) -> None:
 
 
 def test_a_sweep_given_again_runs_only_its_failed_job(gradsift, monkeypatch) -> None:
-    arguments = ("-m", *SMALLER, "alpha=0.1,0.2", "compute.save_every=0")
+    arguments = ("-m", *SMALLER, "scorer=random", "alpha=0.1,0.2", "compute.save_every=0")
     tunes = count()
 
     class BreaksDown(ShowProgress):
@@ -408,7 +375,7 @@ def test_a_sweep_given_again_runs_only_its_failed_job(gradsift, monkeypatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [("member", "judge"), ("norms", "finetune")])
 def test_kill_9_loses_nothing_and_changes_nothing(gradsift, stages: tuple[str, ...], tmp_path: Path) -> None:
-    """A command that was killed twice and given again ends with the same bytes as one that was never killed."""
+    """A command that was killed twice and given again ends with the same bytes as an undisturbed command."""
     command = [sys.executable, str(REPOSITORY / "run.py"), *SMOKE]
     killed, whole = tmp_path / "killed", gradsift.store
     shutil.copytree(whole, killed)

@@ -147,9 +147,9 @@ def test_what_a_scorer_did_not_score_stays_unscored(gradsift: Cli) -> None:
     {
         None: "is no file",
         '{"id": "a"}': "has no column text_hash and no column score: its columns are id",
-        '{"text_hash": "a", "score": "high"}': "row 1: score 'high' is no finite number",
+        '{"text_hash": "a", "score": "high"}': "row 1: score 'high' is not a finite number",
         '{"text_hash": "a", "score": 1, "status": "good"}': "row 1: status 'good' is none of scored",
-        '{"text_hash": 7, "score": 1}': "row 1: text_hash is no text",
+        '{"text_hash": 7, "score": 1}': "row 1: text_hash is not text",
         '{"text_hash": "a", "score": 1}': "none of the 43 rows has one of its 1 scores",
     }.items(),
 )

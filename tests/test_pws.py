@@ -115,7 +115,7 @@ def test_swapping_the_models_mirrors_pws_and_the_order_of_judgments_is_irrelevan
     shuffled = judgments.copy()
     random.Random(seed).shuffle(shuffled)
     assert summary(shuffled, combine) == result
-    # the other model's view: what was shown first to it was shown second to us
+    # the same judgments with model and reference exchanged: the order is reversed too
     swapped = [
         dataclasses.replace(
             j,
@@ -147,14 +147,14 @@ def test_the_interval_agrees_with_the_normal_approximation_and_narrows() -> None
         assert cell(count)["pws_high"] == pytest.approx(1.2 + 1.96 * spread, abs=0.15 * spread)
 
 
-def test_a_further_benchmark_leaves_the_interval_of_another_alone() -> None:
+def test_another_benchmark_does_not_change_the_interval_of_a_benchmark() -> None:
     judgments = [j for n in range(20) for j in pair(str(n), *(WIN, TIE, LOSE)[n % 3], "a")]
     first = summary(judgments)
     more = summary(judgments + pair("1", *WIN, "b"))
     assert more["benchmarks"]["a"] == first["benchmarks"]["a"]
 
 
-def test_outcome_strings_are_in_the_order_of_the_items_and_name_them() -> None:
+def test_outcome_strings_are_sorted_by_item_and_identify_the_items() -> None:
     outcomes = {("b", "2"): "lose", ("b", "1"): "win", ("a", "x"): "invalid", ("b", "3"): "tie"}
     strings = outcome_strings(outcomes)  # type: ignore[arg-type]
     assert {name: each["outcomes"] for name, each in strings.items()} == {"a": "i", "b": "wlt"}

@@ -247,7 +247,7 @@ def arguments(backbones: Path) -> tuple[Any, Any, Any]:
     proxy = proxy_config(model=model, template="plain", batch_size=3, collect="during_training", learning_rate=1e-3)
     backbone = load_backbone(made, model, run.compute)
     encoded, _ = encode(chosen, backbone.tokenizer, "plain", 64)
-    of_gpt2 = replace(config, model=ModelConfig(kind="nano", nano=NanoConfig(architecture="gpt2", steps=20)))
+    of_gpt2 = replace(config, epochs=1, model=ModelConfig(kind="nano", nano=NanoConfig(architecture="gpt2", steps=20)))
     rounded = replace(run, compute=replace(run.compute, **ROUNDED))
     other = (of_gpt2, nano_backbone(rounded, of_gpt2.model), chosen)
     return (config, made, chosen), (proxy, ProxyInputs(backbone, encoded, TokenBudget(64))), other
@@ -404,7 +404,7 @@ def walks(folder: Path, end: str) -> None:
 
     def own(part: Path) -> dict[str, Any]:
         events.append(parallel.size())
-        time.sleep(0.5)  # the other rank waits
+        time.sleep(0.2)  # the other rank waits
         if end == "rank 0 fails":
             raise GradsiftError("the disk is full")
         return {"rows": 2}

@@ -67,7 +67,7 @@ def lines(files: list[Path]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the table of `PWS` the recorded one."""
+    """Record the table of `PWS`."""
     sweep(tmp_path / "recorded")
     path = tmp_path / "conf" / RECORDED_FILE
     path.parent.mkdir(parents=True)
@@ -82,8 +82,8 @@ def test_the_same_table_agrees(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("shift", "agrees"), [(0.50, True), (-0.50, True), (0.52, False), (-0.52, False)])
 def test_means_may_differ_by_what_the_seeds_explain(tmp_path: Path, shift: float, agrees: bool) -> None:
-    """By hand: the standard error is sqrt(.01 / 3 + .01 / 3) = .0816; of Student's t with 4 degrees of freedom, 15
-    figures leave .05 / 30 above 6.25."""
+    """By hand: the standard error is sqrt(.01 / 3 + .01 / 3) = .0816. With 15 figures each tail has the probability
+    .05 / 30, above which Student's t with 4 degrees of freedom is 6.25."""
     here = PWS | {"gsnr": tuple(value + shift for value in PWS["gsnr"])}
     (line,) = lines(sweep(tmp_path / "here", here))
     if agrees:
@@ -155,21 +155,18 @@ def shipped() -> dict[str, Any]:
     return table
 
 
-def test_the_shipped_table_was_recorded_with_the_experiments_settings(tmp_path: Path) -> None:
+def test_the_shipped_table_was_recorded_with_the_experiments_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the experiment or a default has changed: run `make run` and record the table again."""
     register_schemas()
-    scorers = {entry.split()[0] for entry in shipped()["jobs"]}
-    files = []
+    configs = {}
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        for scorer in sorted(scorers):
-            dumped = dump_config(load_config(compose("config", ["experiment=world", f"scorer={scorer}", "alpha=0.1"])))
+        for scorer in sorted({entry.split()[0] for entry in shipped()["jobs"]}):
+            config = load_config(compose("config", ["experiment=world", f"scorer={scorer}", "alpha=0.1"]))
+            values = dump_config(config)["values"]
             for seed in (0, 1, 2):
-                dumped["values"]["data"]["seed"] = seed
-                folder = tmp_path / f"{scorer}-{seed}"
-                folder.mkdir()
-                (folder / "config.yaml").write_text(yaml.dump(dumped))
-                files.append(folder / "run.json")
-    assert module._settings(files) == shipped()["settings"]
+                configs[Path(f"{scorer}-{seed}")] = values | {"data": values["data"] | {"seed": seed}}
+    monkeypatch.setattr(module, "config_values", configs.__getitem__)
+    assert module._settings([folder / "run.json" for folder in configs]) == shipped()["settings"]
 
 
 def test_the_readme_shows_the_shipped_table() -> None:

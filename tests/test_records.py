@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from itertools import product
 from pathlib import Path
@@ -84,11 +84,15 @@ def test_the_published_annotations_give_the_published_win_rate(capsys: pytest.Ca
     assert (round(found["win_rate"], 6), round(found["standard_error"], 6)) == (26.459627, 1.535711)
 
 
-@NEEDS_DATA
-def test_the_command_prints_json(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gradsift.evaluation.records", *data("judge/cherry5_vs_alpaca_vicuna_gpt3.5.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["pooled"]["win"] == 16
+def test_the_command_prints_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = reviews(tmp_path, ([9, 8], [8, 9]))
+    monkeypatch.setattr(sys, "argv", ["records", file])
+    monkeypatch.delitem(sys.modules, "gradsift.evaluation.records")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("gradsift.evaluation.records", run_name="__main__")
+    assert end.value.code == 0 and json.loads(capsys.readouterr().out)["pooled"]["win"] == 1
 
 
 # ------------------------------------------------------------------------------------------ small files
@@ -141,7 +145,7 @@ def test_two_query_reviews_hold_the_models_score_first_in_both_orders(tmp_path: 
 
 def test_two_query_reviews_of_other_assistants_in_between_are_refused(tmp_path: Path) -> None:
     file = queries(tmp_path, ([9, 8], [9, 7]), ([9, 8], [9, 7]), assistant2_QUERY1="theirs")
-    with pytest.raises(DataError, match=r"row 2: the assistants are not \('ours', 'chat'\)"):
+    with pytest.raises(DataError, match=r"line 2: the assistants are not \('ours', 'chat'\)"):
         read_records(file)
 
 
@@ -352,8 +356,8 @@ JUDGMENT = (
             r"a.json, row 1: `scores_reverse` is missing, so .* one order",
         ),
         ("a.json", '{"data": [{}]}', r"a.json, row 1: `scores` is missing"),
-        ("a.jsonl", '{"eval_QUERY0": [1, 2]}', r"row 1: `eval_QUERY1` is missing, so the row holds one order"),
-        ("a.jsonl", '{"eval_QUERY0": [1, 2]}\n{', r"a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"eval_QUERY0": [1, 2]}', r"line 1: `eval_QUERY1` is missing, so the row holds only one order"),
+        ("a.jsonl", '{"eval_QUERY0": [1, 2], "eval_QUERY1": [1, 2]}\n{', r"a.jsonl, line 2 is not JSON"),
         ("a.json", '{"data": [{"scores": "[1]", "scores_reverse": "[1, 2]"}]}', r"row 1: '\[1\]' is not a pair"),
         ("a.json", '[{"preference": 1}, {"preference": 7}]', r"row 2: preference=7 is neither"),
         ("a.json", '[{"generator_2": "m", "preference": 1}, {"generator_2": "n", "preference": 1}]', r"row 2: neither"),

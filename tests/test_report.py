@@ -1,4 +1,4 @@
-"""The tables and summaries show what `run.json` holds, no more and no less; expected values by hand."""
+"""The tables and summaries show exactly what `run.json` has; the expected values were computed by hand."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from gradsift.report.run_tables import (
     untuned_rows,
     with_settings,
 )
-from gradsift.report.summary import one_line, summary
 from gradsift.report.table import write_records
-from gradsift.report.terminal import RunView, sweep_finished
+from gradsift.report.terminal import RunView, one_line, summary, sweep_finished
 from gradsift.run_folder import RUN_FILE
 from gradsift.run_record import RunRecord, composition
 from gradsift.runtime import Display
@@ -251,10 +250,6 @@ def test_runs_of_one_seed_that_differ_elsewhere_are_not_averaged() -> None:
     assert [row["settings"] for row in shown] == ["-", "proxy.collect=during_training"]
 
 
-def test_the_full_data_model_at_two_alphas_is_not_two_seeds() -> None:
-    assert "seeds" not in text_of(results_table([full(), full() | {"alpha": 0.1, "variant": "b"}, run()]))
-
-
 # ------------------------------------------------------------------------------------------- table
 
 
@@ -306,6 +301,7 @@ def test_the_csv_holds_every_row_of_every_run_unaveraged(tmp_path: Path) -> None
 def test_a_run_without_surprises_has_no_remarks() -> None:
     assert remarks(run(data={"rejected": 0}, scores={"rows": 9, "statuses": {"scored": 9}})) == []
     assert remarks({"status": "stopped"}) == []
+    assert remarks(run(selection={"shortfall": 0}, judge="local", status="stopped")) == []  # unfinished judgments
 
 
 @pytest.mark.parametrize(("scored", "why"), [(7, "no more rows have a score"), (8, "the selector stopped early")])
@@ -350,10 +346,6 @@ def test_what_a_raters_scores_are_worth_is_said(judge: str, word: str | None) ->
 def test_a_dry_run_is_remarked() -> None:
     (line,) = remarks(run(dry_run="5 requests to send", status="stopped", judge="openai"))
     assert "nothing was sent" in line
-
-
-def test_unfinished_local_judgments_need_no_remark() -> None:
-    assert remarks(run(selection={"shortfall": 0}, judge="local", status="stopped")) == []
 
 
 # ------------------------------------------------------------------------------------- composition
@@ -469,7 +461,7 @@ def whole_run(**changes: Any) -> dict[str, Any]:
 
 
 def shown(content: dict[str, Any], folder: Path, *, terminal: bool, width: int, report: Path | None = None) -> str:
-    """Return what is on the terminal or in the log after a run."""
+    """Return what a run prints at its end, on a terminal or in a log."""
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=terminal, no_color=True, highlight=False)
     (folder / RUN_FILE).write_text(json.dumps(content))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ class KillAfter(L.Callback):
 
 
 def train(
-    folder: Path, kill: KillAfter, encoded: Sequence[Encoded], dropout: float = 0.0, **options: Any
+    folder: Path | None, kill: KillAfter, encoded: Sequence[Encoded], dropout: float = 0.0, **options: Any
 ) -> tuple[ProxyMember, int]:
     adapted = lora.add_adapter(tiny_model("gpt2"), LoraConfig(rank=2, dropout=dropout), seed=1)
     rate = optimization(schedule="linear", warmup_steps=2, total_steps=len(PLAN) + 3)
@@ -70,11 +72,16 @@ def train(
     return module, taken
 
 
+@functools.cache
+def undisturbed(dropout: float = 0.0) -> ProxyMember:
+    """Return the module of a training that is neither saved nor killed."""
+    return train(None, KillAfter(), ragged_examples(10), dropout)[0]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("stops", [[1], [2, 5], [1, 2, 3]])
 def test_a_training_that_was_killed_ends_as_one_that_was_not(stops: list[int], dropout: float, tmp_path: Path) -> None:
-    encoded = ragged_examples(10)
-    whole, _ = train(tmp_path / "whole", KillAfter(), encoded, dropout)
+    encoded, whole = ragged_examples(10), undisturbed(dropout)
     seen, before = [], 0
     for stop in stops:
         killed = KillAfter(stop - before)
@@ -108,8 +115,7 @@ def test_restored_moments_are_on_the_device_of_their_parameter_and_step_counts_o
 
 def test_dropout_masks_are_those_of_the_seed(tmp_path: Path) -> None:
     """The counterpart of the law above: masks of another seed give another adapter."""
-    encoded = ragged_examples(10)
-    whole, _ = train(tmp_path / "whole", KillAfter(), encoded, 0.4)
+    encoded, whole = ragged_examples(10), undisturbed(0.4)
     with pytest.raises(Killed):
         train(tmp_path / "killed", KillAfter(3), encoded, 0.4)
     module, _ = train(tmp_path / "killed", KillAfter(), encoded, 0.4, dropout_seed=8)
@@ -125,14 +131,22 @@ def change_point(folder: Path, tensors: dict[str, torch.Tensor], sealed: bool = 
     save_file(changed, point, metadata={"about": text, **checksum})
 
 
+@functools.cache
+def saved_point() -> bytes:
+    """Return the save point of a training that was killed after three steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(Killed):
+            train(Path(folder), KillAfter(3), ragged_examples(10))
+        assert steps_saved(Path(folder)) == 3
+        return (Path(folder) / UNFINISHED / POINT_FILE).read_bytes()
+
+
 @pytest.mark.parametrize("damage", ["cut", "other format", "header", "about", "weights", "no checksum", "empty"])
 def test_a_point_that_cannot_be_used_costs_no_more_than_itself(damage: str, tmp_path: Path) -> None:
     encoded = ragged_examples(10)
-    whole, _ = train(tmp_path / "whole", KillAfter(), encoded)
-    with pytest.raises(Killed):
-        train(tmp_path / "killed", KillAfter(3), encoded)
+    content = bytearray(saved_point())
     point = tmp_path / "killed" / UNFINISHED / POINT_FILE
-    content = bytearray(point.read_bytes())
+    point.parent.mkdir(parents=True)
     places = {"header": 9, "about": content.index(b"steps"), "weights": len(content) - 3}
     if damage in places:
         content[places[damage]] ^= 1
@@ -146,7 +160,7 @@ def test_a_point_that_cannot_be_used_costs_no_more_than_itself(damage: str, tmp_
     said: list[str] = []
     module, taken = train(tmp_path / "killed", KillAfter(), encoded, budget=TokenBudget(4096, said.append))
     assert taken == len(PLAN)
-    assert module.curve == whole.curve
+    assert module.curve == undisturbed().curve
     assert said == ["  the save point of killed is damaged or of another version; its training begins anew"]
 
 

@@ -358,5 +358,5 @@ def test_a_selection_of_nothing_is_an_error_with_the_selectors_reason(bench: Ben
 
 
 def test_a_selector_must_take_scores_and_size_first(bench: Bench) -> None:
-    with pytest.raises(ConfigError, match="selector=mine must take scores, size first"):
+    with pytest.raises(ConfigError, match="selector=mine must take scores and size as its first parameters"):
         selected(bench, "takes_no_size")

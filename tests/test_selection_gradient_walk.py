@@ -191,7 +191,7 @@ def test_the_bar_of_a_walk_counts_the_examples_that_it_takes(graph: bool) -> Non
 def test_a_component_that_took_no_example_does_not_point_away() -> None:
     target = np.array([[3, 0, 1], [0, 2, 1], [0, 0, 1]], dtype=np.float32)
     found = said(unit_rows(target), target, 1, explained=1.0)["gradient_walk"]
-    assert (found.values["least_of_a_component"], found.values["most_of_a_component"]) == (0, 1)
+    assert "0 of 0" in found.message and "1 of 1" in found.message
     assert (found.verdict, found.values["turned_away"]) == ("ok", 0)
 
 
@@ -201,9 +201,6 @@ def test_past_all_neighbours_the_walk_goes_by_core_knowledge() -> None:
     target = np.array([[1, 0]], dtype=np.float32)
     # the only neighbour of 10 is 0, which is used: by core knowledge the walk goes on at 40
     assert walk(Scores(np.zeros(4)), 4, pool, target, neighbours=1) == [0, 1, 2, 3]
-    found = said(pool, target, 4, neighbours=1)["gradient_walk"]
-    assert found.values["by_core_knowledge"] == 1
-    assert said(pool, target, 4)["gradient_walk"].values["by_core_knowledge"] == 0
 
 
 def test_conflicts_stop_the_walk_and_are_reported() -> None:
@@ -211,7 +208,6 @@ def test_conflicts_stop_the_walk_and_are_reported() -> None:
     target = np.array([[1, 0]], dtype=np.float32)
     found = said(pool, target, 4)
     assert found["gradient_walk"].verdict == "warning"
-    assert found["gradient_walk"].values["ruled_out"] == 1.0
     assert found["gradient_walk"].values["selected"] == 1
     assert found["shortfall"].values == {"missing": 3, "budget": 4}
     assert "selector.fill=topup" in found["shortfall"].message
@@ -238,7 +234,6 @@ def test_core_knowledge_is_that_of_scikit_learn(rows: int, dimensions: int, expl
     np.testing.assert_allclose(aligned, 1, atol=1e-9)
     mean = target.astype(float).mean(0)
     assert (core.directions @ mean >= 0).all()
-    np.testing.assert_allclose(core.cosines, core.directions @ mean / np.linalg.norm(mean), atol=1e-9)
 
 
 def test_half_of_the_variance_is_one_of_two_equal_components() -> None:
@@ -262,7 +257,6 @@ def test_target_gradients_of_zero_are_left_out_and_nothing_else_is_an_error() ->
     with_zeros = np.concatenate([target, np.zeros((2, 7), dtype=np.float32)])
     one, other = core_knowledge(Features(target), 0.5), core_knowledge(Features(with_zeros), 0.5)
     np.testing.assert_allclose(one.directions, other.directions, atol=1e-9)
-    assert other.used == 5
     with pytest.raises(GradsiftError, match="every gradient of the target set is zero"):
         core_knowledge(Features(np.zeros((2, 7), dtype=np.float32)), 0.5)
 

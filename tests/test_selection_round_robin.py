@@ -80,8 +80,8 @@ def test_a_task_that_lacks_a_score_of_a_scored_example_is_refused() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 64]), st.integers(0, 3))
-def test_queries_taking_turns_are_the_loop(seed: int, count: int, queries: int, first: int, tasks: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 6), st.integers(0, 3))
+def test_queries_taking_turns_are_the_loop(seed: int, count: int, queries: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)
     vectors, target = (unit_rows(rng.integers(-2, 3, (rows, 3)).astype(float)) for rows in (count, queries))
     target[0] = [1, 0, 0]  # one of them has a direction
@@ -97,7 +97,6 @@ def test_queries_taking_turns_are_the_loop(seed: int, count: int, queries: int, 
     if len(used := list(dict.fromkeys(names[query] for query in asking if names))) > 1:
         turns = [cosines[[query for query in asking if names[query] == task]].max(0) for task in used]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_FIRST_PICKS", first)
         patch.setattr(module, "_AT_ONCE", 2)
         for size, (fidelity, slow) in product((1, max(1, count // 2), count), SLOW.items()):
             pool, towards = Features(vectors), Features(target, names)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMOKE
 from exactness import assert_close_by_norm
-from test_ensembles import config, ensemble, flat, made, trained
+from test_ensembles import config, copied, ensemble, five, flat, made, trained  # noqa: F401
 from test_finetuning import proxy_config
 from test_norms import assert_norms_close, loop_norms, ragged_examples, tiny_model
 
@@ -42,13 +42,13 @@ def test_shards_part_the_rows_by_like_work_and_keep_their_order(shards: int) -> 
 
 
 @pytest.mark.parametrize("mode", ["lora_seeds", "bootstrap"])
-def test_statistics_of_shards_are_those_of_the_whole(mode: str, tmp_path: Path) -> None:
-    whole, run = ensemble(tmp_path, config(mode, members=2))
-    parts, again = ensemble(tmp_path, config(mode, members=2, shards=3))
-    assert made(run)["norms"] == 4
+def test_statistics_of_shards_are_those_of_the_whole(mode: str, five: Any, tmp_path: Path) -> None:  # noqa: F811
+    store = copied(five(mode)[1], tmp_path)
+    whole, _ = ensemble(store, config(mode, members=2))
+    parts, again = ensemble(store, config(mode, members=2, shards=3))
     assert made(again) == {"norms": 12}  # the members are there
     adapted, late = lora.add_adapter(tiny_model("gpt2"), config(mode).lora, seed=0).eval(), []
-    for member, chain in enumerate(trained(tmp_path, config(mode, members=2))[0]):
+    for member, chain in enumerate(trained(store, config(mode, members=2))[0]):
         for epoch in (1, 2):
             lora.load_adapter(adapted, chain[epoch - 1].path)
             exact = loop_norms(adapted, ragged_examples(10))
@@ -74,8 +74,9 @@ def test_more_shards_than_rows_leave_some_empty_and_nothing_lost(tmp_path: Path)
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> list[Artifact]:
-    return flat(ensemble(tmp_path, config("lora_seeds", members=1, shards=3, snapshots=[1, 2]))[0])[:3]
+def shards(five: Any, tmp_path: Path) -> list[Artifact]:  # noqa: F811
+    store = copied(five("lora_seeds")[1], tmp_path)
+    return flat(ensemble(store, config("lora_seeds", members=1, shards=3))[0])[:3]
 
 
 def altered(shard: Artifact, folder: Path, rows: Any) -> Artifact:
@@ -88,7 +89,7 @@ def altered(shard: Artifact, folder: Path, rows: Any) -> Artifact:
 def test_missing_shards_missing_rows_and_rows_that_are_there_twice_are_refused(
     shards: list[Artifact], tmp_path: Path
 ) -> None:
-    with pytest.raises(GradsiftError, match=r"m0-e1-s0of3-\S+ \(4 of 4 rows\), m0-e1-s2of3-.* have 7 rows.* 10 once"):
+    with pytest.raises(GradsiftError, match=r"m0-e1-s0of3-\S+ \(4 of 4 rows\), m0-e1-s2of3-.* have 7 rows.* 10 rows"):
         read_norms([shards[0], shards[2]])
     short = altered(shards[1], tmp_path / "short", lambda table: table.slice(1))
     with pytest.raises(GradsiftError, match=r"short \(2 of 3 rows\).* have 9 rows"):
@@ -104,9 +105,9 @@ def test_missing_shards_missing_rows_and_rows_that_are_there_twice_are_refused(
         read_norms([*shards, shards[0]])
 
 
-def test_shards_of_different_tables_do_not_merge(shards: list[Artifact], tmp_path: Path) -> None:
-    (whole,) = flat(ensemble(tmp_path, config("lora_seeds", members=1))[0])[:1]
-    with pytest.raises(GradsiftError, match=r"have 20 rows, and must have each of 10 once"):
+def test_shards_of_different_tables_do_not_merge(shards: list[Artifact], five: Any) -> None:  # noqa: F811
+    (whole,) = flat(five("lora_seeds")[0])[:1]
+    with pytest.raises(GradsiftError, match=r"have 20 rows, but must have each of the 10 rows once"):
         read_norms([*shards, whole])
 
 

@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again ends with the bytes of one that never was (`benchmarks/soak.py`)."""
+"""A sweep that is killed several times ends with the same bytes as an undisturbed sweep (`benchmarks/soak.py`)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from benchmarks.soak import Forked, soak
 from gradsift.manifests import UNFINISHED
 
 ONE_RUN = (
-    *(*SMOKE, "data.size=60", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
+    *(*SMOKE, "data.size=60", "data.benchmark_items=13", "proxy.batch_size=4", "proxy.lora.dropout=0.1"),
     *("target.steps=8", "target.lora.dropout=0.1"),
 )
 
 
-def test_three_kills_within_epochs_and_the_judging_change_no_byte(tmp_path: Path) -> None:
-    outcome = soak(tmp_path, 3, 0, ONE_RUN, ("member", "member", "judge"), Forked)
-    assert len(outcome.hits) == 3  # whether two of them hit one epoch depends on the machine's load
-    assert outcome.hits[2].at["judge/replies"] > 0
+def test_kills_within_an_epoch_and_the_judging_change_no_byte(tmp_path: Path) -> None:
+    outcome = soak(tmp_path, 2, 0, ONE_RUN, ("member", "judge"), Forked)
+    assert len(outcome.hits) == 2
+    assert outcome.hits[1].at["judge/replies"] > 0
     assert outcome.differing == []
     assert outcome.files > 20
     assert not list(tmp_path.rglob(UNFINISHED))

@@ -73,7 +73,7 @@ def hydra_ready() -> Iterator[None]:
 
 
 def master(*overrides: str) -> DictConfig:
-    """Return what Hydra has composed when a sweep begins."""
+    """Return the config that Hydra passes to `on_multirun_start`."""
     composed = compose("config", return_hydra_config=True)
     composed.hydra.job.config_name = "config"
     composed.hydra.overrides.task = list(overrides)
@@ -123,7 +123,7 @@ def test_every_plugin_has_an_extra_that_installs_it() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hydra.sweeper.params.alpha='interval(0.1,2)'", "proxy.members=choice(2,1)"], "alpha=2.0 proxy.members=2"),
+        (["hydra.sweeper.params.alpha='interval(0.1,2)'", "proxy.members=choice(2,1)"], "alpha=2.0 proxy.members=1"),
         (["stop_after=scores"], "objective=pws is known after judge, but stop_after=scores"),
     ],
 )

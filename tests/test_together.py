@@ -22,7 +22,7 @@ from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
 from gradsift.data.tokens import Encoded
 from gradsift.gradients.statistics import NORMS_FILE, read_norms
 from gradsift.proxy.ensemble import train_adapters
-from gradsift.proxy.epochs import OPTIMIZER_FILE, ProxyInputs
+from gradsift.proxy.epochs import OPTIMIZER_FILE, Ensemble, ProxyInputs
 from gradsift.proxy.trajectory import Trajectory
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget
@@ -48,7 +48,7 @@ def trained(
         given.backbone.model.to(dtype)
         return given._replace(budget=TokenBudget(run.compute.tokens or 4096))
 
-    adapters = train_adapters(run, settings, *roots, load)
+    adapters = train_adapters(Ensemble(run, settings, *roots, load))
     records = [record for record in run.store.records if record.name == "member" and not record.reused]
     return adapters, sorted(Path(record.artifact).name[:5] for record in records)
 

@@ -1,4 +1,4 @@
-"""The tracker writes its file always, keeps W&B offline inside the run folder and finished, and writes no secret."""
+"""Laws of the tracker: it always writes its file, keeps offline W&B runs in the run's folder, and writes no secret."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def reached(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect the addresses outside this machine that are connected to, as a library may hide the guard's error."""
+    """Collect the addresses outside this machine that a test tries to reach; libraries may hide the guard's error."""
     addresses: list[Any] = []
     guarded = socket.socket.connect
 

@@ -11,9 +11,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from test_ensembles import config, inputs, parents, trained
+from test_ensembles import config, given, trained
 from test_finetuning import runtime
-from test_norms import ragged_examples, tiny_model
+from test_norms import tiny_model
 from torch import nn
 
 from gradsift.config import ComputeConfig, LoraConfig
@@ -136,11 +136,11 @@ def test_a_member_that_was_interrupted_has_the_trajectory_of_one_that_was_not(
             raise KeyboardInterrupt
 
     run = replace(runtime(tmp_path / "resumed"), compute=ComputeConfig(device="cpu", save_every=0))
-    arguments = (run, settings, *parents(run), lambda: inputs(ragged_examples(10)))
+    ensemble = given(run, settings)
     monkeypatch.setattr(Trajectory, "on_train_batch_end", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_adapters(*arguments)
-    (resumed,) = train_adapters(*arguments)
+        train_adapters(ensemble)
+    (resumed,) = train_adapters(ensemble)
     assert resumed[0].info["resumed_steps"] == 1
     for one, other in zip(whole, resumed, strict=True):
         assert one.file(TRAJECTORY_FILE).read_bytes() == other.file(TRAJECTORY_FILE).read_bytes()

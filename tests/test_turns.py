@@ -129,5 +129,5 @@ def test_a_second_turn_without_its_first_is_refused(after: Any, tmp_path: Path) 
     rows: list[Any] = [dict(row) for row in PAIR[0]]
     rows[2]["after"] = after
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"as the first turn before it|after is missing or is not text"):
+    with pytest.raises(DataError, match=r"is not its first turn|after is missing or is not text"):
         read_model_outputs(tmp_path / "x.json")

@@ -21,9 +21,11 @@ from gradsift.data.verifiable import (
     SPOILT,
     SYLLABLES,
     VOCABULARY,
+    Task,
     World,
     answers_match,
     effective_families,
+    further_rows,
     generate,
     plain_prompt,
     pretraining_rows,
@@ -54,7 +56,7 @@ def right_answer(row: dict[str, str], family: str) -> str:
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
 def world(request: pytest.FixtureRequest) -> World:
-    return generate(seed=request.param)
+    return generate(size=1500, benchmark_items=390, seed=request.param)
 
 
 def test_equal_seeds_give_equal_worlds_and_other_seeds_others() -> None:
@@ -268,6 +270,14 @@ def test_the_limit_on_tasks_can_be_reached() -> None:
     assert len(generate(size=4000, spoilt=0.0, duplicates=0.0, benchmark_items=800).rows) == 4000
 
 
+def test_a_family_whose_questions_are_all_taken_is_refused() -> None:
+    family = task_of("add the two numbers", "1 2").family
+    arguments = [f"{first} {second}" for first in range(20) for second in range(20)]
+    taken = {Task(family, each, wording).prompt for each in arguments for wording in family.wordings}
+    with pytest.raises(ConfigError, match="family='add' has no 1 questions left"):
+        further_rows("add", 1, taken, seed=0)
+
+
 def test_prompts_of_another_world_are_refused() -> None:
     with pytest.raises(ConfigError, match="write a poem"):
         task_of("write a poem", "")
@@ -326,6 +336,7 @@ def test_nano_models_are_small_seeded_and_leave_the_global_seed_alone(architectu
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_pretraining_lowers_the_loss_reports_progress_and_repeats_exactly(architecture: str) -> None:
     tokenizer = nano_tokenizer()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,9 @@ if TYPE_CHECKING:
     from gradsift.config import Config
     from gradsift.line import Line
 
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
-_KEYWORDS = ("null", "true", "false", "nan", "inf")  # words that Hydra does not read as text
-_FIXED = {  # options that `select` sets itself, and what to do instead
+_REFUSED = {  # options that `select` does not accept, and what to do instead
     "data": "the rows are the first argument",
     "data__path": "the rows are the first argument",
-    "method": "give method=...",
     "stop_after": "select() always ends at the selection",
     "plan": "a plan is made by the command line alone",
     "experiment": "give its options one by one",
@@ -127,7 +123,7 @@ def select(
             return _selected(_config(path, [_chosen(method)], options), progress, rows, None, {})
         constants = {name[8:]: options.pop(name) for name in list(options) if name.startswith("scorer__")}
         if not inspect.isfunction(method) or method.__name__ == "<lambda>":
-            raise ConfigError(f"method={method!r} is no function with a name; define one with def, and pass that")
+            raise ConfigError(f"method={method!r} is no function with a name; define a function with def, and pass it")
         name = _spelt("method", method.__name__)
         config = _config(path, ["~scorer", f"+scorer={{_target_: {name}, name: {name}}}"], options)
         return _selected(config, progress, rows, method, constants)
@@ -135,7 +131,7 @@ def select(
 
 def _config(path: Path, method: Sequence[str], options: Mapping[str, Any]) -> Config:
     for name in options:
-        if remedy := _FIXED.get(next((group for group in ("hydra", "export") if name.startswith(group)), name)):
+        if remedy := _REFUSED.get(next((group for group in ("hydra", "export") if name.startswith(group)), name)):
             raise ConfigError(f"{name} is no option of select(): {remedy}")
     fixed = ["data=json", f"data.path={_spelt('rows', path)}", "stop_after=selection", "tracker=none"]
     given = [f"{name.replace('__', '.')}={_spelt(name, value)}" for name, value in options.items()]
@@ -174,11 +170,11 @@ def _selected(config: Config, progress: bool, rows: Any, function: Any, constant
             scored = score(line.runtime, line.scorer, line.loaded, line.sources, line.diagnose)
             return _read(rows, line, scored, line.select(scored))
     finally:
-        torch.set_num_threads(threads)  # the number that the caller had
+        torch.set_num_threads(threads)  # as before the call
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
-    """Return the `Selection` of the run, read from the artifacts of its scores and of its selection."""
+    """Return a `Selection` that is read from the artifacts of the scores and of the selection."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -281,14 +277,11 @@ def _spelt(name: str, value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str | Path):
-        text = str(value)
-        if _WORD.fullmatch(text) and text.lower() not in _KEYWORDS:
-            return text
-        return quoted(text)
+        return quoted(str(value))
     if isinstance(value, list | tuple):
         return "[" + ",".join(_spelt(name, item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{_spelt(name, key)}:{_spelt(name, item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_spelt(name, item)}" for key, item in value.items()) + "}"
     raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give a number, a text, a list or a dict of these")
 
 

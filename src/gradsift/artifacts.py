@@ -5,10 +5,10 @@ the config that the stage reads, and the identities of the parents (the artifact
 A stage works in a folder whose name ends in `.part`. `manifest.json`, with the size and hash of every file, is written
 last, and then the folder is renamed. So an artifact is either complete or absent.
 
-While a stage works, `unfinished/` in that folder holds what an interrupted run continues from: the save point of a
-training (`gradsift.training.finetuning`) or the results of a pass (`gradsift.journal`).
+While a stage works, `unfinished/` in that folder holds the state from which an interrupted run continues: the save
+point of a training (`gradsift.training.finetuning`) or the results of a pass (`gradsift.journal`).
 
-Processes that share a store, on one machine or several, lock the units that they work on (`gradsift.disk`).
+Several processes, on one machine or several, may use one store: each locks the unit that it makes (`gradsift.disk`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gradsift.names import slug as safe_slug
 from gradsift.versions import code_hash, differences, git_sha, package_versions
 
 Make = Callable[[Path], Mapping[str, Any]]
-MADE_BY = "made_by.json"  # in `unfinished/`: the code and the packages of the run that started the work
+MADE_BY = "made_by.json"  # in `unfinished/`: the versions of the code and the packages that started the work
 _MODEL_STAGES = ("backbone", "sentence_encoder")
 
 
@@ -60,14 +60,14 @@ class Artifact:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """The counts and other values that the stage returned, such as rows; NotMade if it is only planned."""
+        """The counts and other values that the stage returned, such as rows; raises NotMade if it is only planned."""
         if self.planned:
             raise NotMade(f"{self.stage}/{self.path.name} is not made yet")
         return dict(self.manifest["info"])
 
     @property
     def identity(self) -> str:
-        """What later fingerprints contain: fingerprint, hash or revision of outside content, and numerics."""
+        """The part of later fingerprints that stands for this artifact: fingerprint, outside content, numerics."""
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"
@@ -113,7 +113,7 @@ class Store:
     done: Callable[[StageRecord], None] = lambda record: None  # called for every unit, reused or made
     at_work: Callable[[str], AbstractContextManager[Any]] = nullcontext  # entered while a unit is made or waited for
     records: list[StageRecord] = field(default_factory=list)
-    other_code: set[str] = field(default_factory=set)  # versions of the code that made what this run reused
+    other_code: set[str] = field(default_factory=set)  # other versions of the code that made units reused by this run
     other_numerics: set[str] = field(default_factory=set)  # differences in numerics that were already printed
     _inode: int | None = None  # of the root, once it exists
 
@@ -135,8 +135,8 @@ class Store:
 
         Args:
             config: everything that changes the result besides the parents; JSON values.
-            make: writes the files into the folder that it is called with, and returns the artifact's `info`. After a
-                training this has `optimizer_steps`, and `resumed_steps`, how many of them interrupted runs had taken.
+            make: writes the files into the folder that it is called with, and returns the artifact's `info`. The info
+                of a training has `optimizer_steps`, and `resumed_steps`: how many of them interrupted runs had taken.
                 `make` may continue from the folder's `unfinished/`, which is deleted afterwards. If it makes several
                 units at once, it also returns this unit's `seconds` and `forward_tokens`.
             version: version of the stage's code, increased whenever the stage's result changes.
@@ -186,8 +186,8 @@ class Store:
         inode = self.root.stat().st_ino  # not the device's number: automounters change it
         if self._inode not in (None, inode):
             raise GradsiftError(
-                f"{self.root} is not the folder that it was when this run began: was its disk unmounted? "
-                "Bring it back; the same command continues from there"
+                f"{self.root} is not the folder that it was when this run began (was its disk unmounted?); "
+                "mount it again, and the same command continues from there"
             )
         self._inode = inode
 
@@ -270,9 +270,9 @@ class Store:
         made_by = json.dumps({"code": code_hash(), "packages": package_versions()}, sort_keys=True)
         note = unfinished / MADE_BY
         if note.exists() and len(list(part.rglob("*"))) > 2:
-            self.say(f"  {path.name}: continuing from where an interrupted run was")
+            self.say(f"  {path.name}: continuing the work of an interrupted run")
             if note.read_bytes() != made_by.encode("utf-8"):  # bytes: the file may be damaged
-                self.say("    which had other code or packages, so the bytes may differ from an uninterrupted run's")
+                self.say("    which had other code or packages, so the files may differ from an uninterrupted run's")
         note.write_text(made_by, encoding="utf-8")
         return part
 
@@ -291,10 +291,10 @@ class Store:
 
     def _record(self, artifact: Artifact, *, reused: bool, seconds: float) -> None:
         if any(record.fingerprint == artifact.fingerprint for record in self.records):
-            return  # this run has already counted the unit
+            return  # the unit is already counted
         if reused and (other := differences(artifact.manifest)) and other not in self.other_code:
             self.other_code.add(other)
-            self.say(f"  reusing work of other code ({other}), {artifact.stage}/{artifact.path.name} first")
+            self.say(f"  reusing work of other code ({other}), for example {artifact.stage}/{artifact.path.name}")
         counts = [int(artifact.info.get(name, 0)) for name in ("optimizer_steps", "forward_tokens")]
         resumed = int(artifact.info.get("resumed_steps", 0))
         spent, saved = ([0, 0], counts) if reused else ([counts[0] - resumed, counts[1]], [0, 0])

@@ -33,12 +33,12 @@ from gradsift.launch import is_launched, leads, on_all_ranks
 from gradsift.run_folder import CONFIG_FILE, read_yaml
 from gradsift.sweep import HOME, Sweep, begin, fix_place, take_gpus
 
-# an environment variable, because jobs in other processes inherit it; with 1, tracebacks are shown
+# environment variable (inherited by jobs in other processes): with the value 1, tracebacks are shown
 TRACE = "GRADSIFT_TRACE"
-_KEPT = "what is finished is kept, and the same command continues from there"
+_KEPT = "finished work is kept, and the same command continues from there"
 _failed = False  # whether any job of this process failed
 _sweep: Sweep | None = None  # the sweep that this process has started
-_is_first = True  # whether this process is rank 0 or started rank 0, and so writes the folders of its runs
+_is_first = True  # whether this process is rank 0 or started rank 0; only then it writes the folders of its runs
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
         if _traced() and not isinstance(error, ConfigError):
             raise
         _fail(_described(error))
-    if _sweep is not None and _sweep.folder.is_dir() and _is_first:  # even if its launcher raised an error
+    if _sweep is not None and _sweep.folder.is_dir() and _is_first:  # also after an error of the launcher
         from gradsift.report.terminal import sweep_finished
 
         _failed |= not sweep_finished(_relative(_sweep.folder), _sweep.jobs)
@@ -93,7 +93,7 @@ def _compose_and_run(arguments: list[str]) -> None:
 
 
 def _described(error: Exception) -> str:
-    """Return the one-line message of an error that no single job raised."""
+    """Return the one-line message of an error that was raised outside of the jobs."""
     if isinstance(error, ConfigError):
         return str(error)
     reason = f"{type(error).__name__}: {in_one_line(error) or 'no message'}"

@@ -64,8 +64,8 @@ def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
     Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins and their settings
     if "schema.yaml" in store.repo:  # registered before in this process
         return
-    for file in (conf_folder() / "hydra").glob("*/*.yaml"):  # these replace settings that the plugins have stored
-        store.repo["hydra"].get(file.parent.name, {}).pop(file.name, None)  # Hydra accepts only one of the two
+    for file in (conf_folder() / "hydra").glob("*/*.yaml"):  # these replace settings of the plugins
+        store.repo["hydra"].get(file.parent.name, {}).pop(file.name, None)  # Hydra refuses two of one name
     store.store(name="compare_schema", node=CompareConfig)
     for group in groups:
         for name, node in SCHEMAS[group].items():
@@ -80,7 +80,7 @@ def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """Return the config of a run with these overrides, also inside another Hydra application, which stays as it is.
+    """Return the config of a run with these overrides. The state of an outer Hydra application is restored.
 
     Raises:
         ConfigError: a group, an option or a value cannot be used; the command line would print the same message.
@@ -92,7 +92,7 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
     """Return the config that `conf/<file>.yaml` describes, with these overrides (see `compose_config`)."""
     overrides = in_full(overrides)
     require_readable(overrides)
-    Plugins.instance()  # before the copy below: the first call stores the settings of the plugins, which must remain
+    Plugins.instance()  # the first call adds the plugins' settings to the store; they must be part of the copy below
     store, outer = ConfigStore.instance(), GlobalHydra.instance()
     repo, hydra_of_caller = copy.deepcopy(store.repo), outer.hydra
     outer.clear()
@@ -101,7 +101,7 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
         with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return load_root(hydra.compose(file, overrides=list(overrides)), kind)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(in_one_line(error)) from None  # Hydra's own trace does not help the caller
+        raise ConfigError(in_one_line(error)) from None  # Hydra's traceback does not help the caller
     finally:
         store.repo = repo
         GlobalHydra.instance().hydra = hydra_of_caller
@@ -124,7 +124,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
             continue
         for other in arguments:
             if other != argument and other.lstrip("+").startswith((*_TEMPLATES, *_TEMPLATE_OF_BOTH)):
-                raise ConfigError(f"{argument} is the template of proxy and target, which {other} sets too; give one")
+                raise ConfigError(f"{argument} sets the template of proxy and target; give it or {other}, not both")
         # the target refers to the proxy's template, so each job of a sweep over templates uses one template for both
         spelt += [f"{_TEMPLATES[0]}={value}", f"{_TEMPLATES[1]}=${{{_TEMPLATES[0]}}}"]
     return spelt
@@ -133,32 +133,28 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 def require_readable(arguments: Sequence[str]) -> None:
     """Raise ConfigError for a group that is null, a number of more than 1,000 digits, or a secret that is typed out.
 
-    The first two would make Hydra end with a traceback.
+    The first two would make Hydra raise errors that do not name the option.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
         if not sign or argument.startswith("-"):
             continue
-        require_no_typed_secret(key.lstrip("+~"), value)
-        group = key.lstrip("+~").split("@")[0]
+        group = key.lstrip("+~")
+        require_no_typed_secret(group, value)
         if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
-            raise ConfigError(f"{key} is given a number of {longest:,} digits; give one that fits into 64 bits")
-        folder = conf_folder() / group
-        if "null" not in re.split(r"[\s,()\[\]]+", value.lower()) or not group or not folder.is_dir():
-            continue
-        if group in ("method", "experiment"):
-            raise ConfigError(f"{group}=null is no choice; leave {group} out where none is wanted")
-        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise ConfigError(f"{group}=null leaves the run without its {group}; choose one of: {choices}")
+            raise ConfigError(f"{group} is given a number of {longest:,} digits; give one that fits into 64 bits")
+        if value.lower() == "null" and (conf_folder() / group).is_dir():
+            choices = ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
+            raise ConfigError(f"{group}=null is not a choice; leave {group} out, or choose one of: {choices}")
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes for Hydra, which reads a backslash as an escape only before a quote or at the end."""
+    """Return a text in quotes for Hydra, with doubled backslashes before a quote and at the end."""
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), text) + "'"
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the message of a Hydra or OmegaConf error as one line, which names the known names for an unknown one."""
+    """Return the message of a Hydra or OmegaConf error as one line, with the valid names if a name is unknown."""
     message = f"{error}\n{error.__cause__ or ''}"
     kept = message.split("Config search path:")[0].split("full_key:")[0]
     text = " ".join(part.strip() for part in kept.splitlines() if part.strip() and "To append" not in part)
@@ -178,7 +174,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return a message that suggests a similar option, or the group's choices that have it, or the known options."""
+    """Return a message with a similar option, or else the group's choices that have the option, or else all options."""
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

@@ -1,4 +1,4 @@
-"""Diagnostics: they detect the failure signatures of GRADFILTERING (arXiv 2601.13697) and change no result.
+"""Diagnostics, which detect known failures of GRADFILTERING (arXiv 2601.13697) and change no result.
 
 The checks are in `gradients/ensemble_checks.py`, `selection/checks.py` and `report/notes.py`.
 """
@@ -28,7 +28,7 @@ class Diagnostic:
 
     @classmethod
     def judged(cls, name: str, bad: bool, values: Mapping[str, float | None], observed: str, check: str) -> Diagnostic:
-        """Return a diagnostic: if `bad`, a `warning` whose message also says what to `check`; otherwise `ok`."""
+        """Return `ok`, or, if the value is `bad`, a `warning` whose message also says what to `check`."""
         return cls(name, "warning", values, f"{observed}; check {check}") if bad else cls(name, "ok", values, observed)
 
     @classmethod
@@ -36,16 +36,16 @@ class Diagnostic:
         """Return a diagnostic with the verdict `unknown`, because `value` is not defined for this run."""
         return cls(name, "unknown", {value: None}, reason)
 
-    def as_json(self) -> dict[str, Any]:
-        return {"verdict": self.verdict, "values": dict(self.values), "message": self.message}
-
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
     """Write `diagnostics.json`; raise GradsiftError if a name occurs twice, ValueError if a value is not finite."""
     counts = Counter(diagnostic.name for diagnostic in diagnostics)
     if repeated := ", ".join(name for name, count in counts.items() if count > 1):
         raise GradsiftError(f"two diagnostics are named {repeated}; give the scorer's or selector's own another name")
-    content = {diagnostic.name: diagnostic.as_json() for diagnostic in diagnostics}
+    content = {
+        each.name: {"verdict": each.verdict, "values": dict(each.values), "message": each.message}
+        for each in diagnostics
+    }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (folder / DIAGNOSTICS_FILE).write_text(text, encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""The disk that holds the store: locks on units of work, and errors as messages with a remedy.
+"""Locks for units of work, and messages with a remedy for errors of the disk that holds the store.
 
-A lock makes one process at a time make an artifact. Locks are those of the file system, which the kernel frees when the
-holder dies. A file system without such locks is refused: a plain lock file would remain after its holder died on
-another machine, and nothing but the file's age would suggest that the holder is dead.
+A lock ensures that only one process at a time makes an artifact. The locks are those of the file system, which the
+kernel frees when the holder dies. A file system without such locks is refused: a plain lock file would remain after its
+holder died on another machine, and nothing but the file's age would suggest that the holder is dead.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _NOT_WRITABLE = (
 def locked(
     path: Path, say: Callable[[str], None], at_work: Callable[[str], AbstractContextManager[Any]]
 ) -> Iterator[Callable[[], None]]:
-    """Hold the lock of the artifact at `path`; while another process holds it, say so and enter `at_work`.
+    """Hold the lock of the artifact at `path`. While another process holds it, say so and wait inside `at_work`.
 
     Yields:
-        A function that raises GradsiftError if another process has begun the unit, as can happen if the file system's
-        locks do not work: the lock file, into which the holder writes its name, has another name.
+        A function that raises GradsiftError if another process has started the same unit, which can happen if the locks
+        of the file system do not work. It checks that the lock file still has the name that this process wrote into it.
     """
     file = require_no_link(path.parent / f".{path.name}.lock")
     lock = FileLock(file, fallback_to_soft=False)
@@ -53,7 +53,7 @@ def locked(
     own = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
 
     def require_held() -> None:
-        with suppress(FileNotFoundError):  # somebody deleted the file, but no other process works on the unit
+        with suppress(FileNotFoundError):  # a deleted lock file does not mean that another process works on the unit
             if file.read_text(encoding="utf-8", errors="replace") != own:
                 raise GradsiftError(
                     f"{path.name} was taken over by {_holder(file)} while this process made it, so the locks of "
@@ -82,7 +82,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
 
     Args:
         store: the folder of artifacts.
-        nameless: whether an error that names no file counts as an error of the store; True while a stage works.
+        nameless: whether to convert errors that name no file, too; True while a stage works.
     """
     try:
         yield
@@ -93,23 +93,23 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
         if number in _NO_LOCKS:
             remedy = "its file system has no locks between processes; give another with artifacts=DIR (docs/sweeps.md)"
         elif number in _GONE:
-            remedy = "a file or a folder of it is gone; was its disk unmounted, or did somebody delete it?"
+            remedy = "a file or folder in it is gone; was its disk unmounted, or did somebody delete it?"
         else:
             remedy = "give another folder with artifacts=DIR or GRADSIFT_ARTIFACTS, or free this one"
         reason = getattr(error, "strerror", None) or first_line(error)
         raise GradsiftError(
-            f"{unit} could not keep its work in {store}: {reason}; {remedy}; "
+            f"{unit} could not store its work in {store}: {reason}; {remedy}; "
             "finished work is kept, and the same command continues from there"
         ) from error
 
 
 def _concerns(store: Path, error: OSError | SafetensorError, nameless: bool) -> bool:
-    """Return whether an error concerns the store and not a file that a stage reads elsewhere."""
+    """Return whether an error is about the store, and not about a file that a stage reads elsewhere."""
     if isinstance(error, SafetensorError):
         return nameless
     if error.errno not in (*_NOT_WRITABLE, *_NO_LOCKS, *_GONE):
         return False
     if error.filename is None:
         return str(store) in str(error) if error.errno in _GONE else nameless
-    # both made absolute, because libraries may resolve the paths that they are given
+    # both are made absolute, because the error may name a relative path and the store an absolute one, or vice versa
     return Path(os.fsdecode(error.filename)).absolute().is_relative_to(store.absolute())

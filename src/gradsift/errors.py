@@ -27,7 +27,7 @@ def first_line(error: BaseException) -> str:
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Return a main function that calls `run` and returns 0, or 2 if a GradsiftError or OSError was printed instead."""
+    """Return a main function that calls `run` and returns 0. It prints a GradsiftError or OSError and returns 2."""
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:

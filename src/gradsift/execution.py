@@ -38,7 +38,7 @@ class Job:
 
     @property
     def differences(self) -> list[str]:
-        """The job's overrides that not all jobs of the sweep have; all of its overrides if every job has them."""
+        """The job's overrides that not all jobs of the sweep have; if there are none, all overrides of the job."""
         shared = set(self.jobs[0]).intersection(*self.jobs) if self.jobs else set()
         return [override for override in self.overrides if override not in shared] or self.overrides
 
@@ -50,7 +50,7 @@ class Job:
     def failed(self, error: str) -> None:
         """Write `run.json` for a run that failed before it wrote one.
 
-        An existing `run.json` is kept. If its error only says that another rank was lost, `error` replaces that text.
+        An existing `run.json` is kept. If its error only says that another rank was lost, `error` replaces that error.
         """
         path = self.folder / RUN_FILE
         content = {"status": "failed", "overrides": self.overrides, "stages": [], "pws": None, "error": error}
@@ -65,7 +65,7 @@ class Job:
 def execute(config: Config, job: Job) -> float | None:
     """Run one checked config, write its folder, and return the value of `config.objective`, if the run has one.
 
-    Ranks other than 0 take part in the work of a run, not in a plan, and write nothing to the folder.
+    Ranks other than 0 take part in the work of a run, but not in a plan, and write nothing to the folder.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
@@ -104,7 +104,7 @@ def execute(config: Config, job: Job) -> float | None:
             with guarded(store.root, "the run", nameless=False):
                 run(config, Runtime(store, config.compute, view.display, config.seed), record)
         except DryRun as ending:
-            record.values["dry_run"] = str(ending)  # what would have been sent
+            record.values["dry_run"] = str(ending)  # the requests that would have been sent
         except BaseException as error:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave run.json and W&B unfinished
             record.finish("failed" if isinstance(error, Exception) else "interrupted", str(error))
@@ -124,7 +124,7 @@ def execute(config: Config, job: Job) -> float | None:
 
 
 def _require_files(config: Config) -> None:
-    """Raise, before the slow imports, if a file, model or dataset is missing, or the token for a push is refused."""
+    """Raise an error, before the slow imports, if a file, model or dataset is missing, or the hub refuses the token."""
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)

@@ -1,4 +1,4 @@
-"""Calculation of the memory and time that finetunes of a large target take on GPUs, shown by `plan=true`."""
+"""Estimates the memory and time that finetuning a large target takes on GPUs (printed by `plan=true`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsift.training.backbones import config_of, load_tokenizer
 from gradsift.training.device import adapted_names, token_bytes
 from gradsift.training.parallel import layers_of
 
-OPERATIONS = 1e14  # operations of a GPU per second; assumed, a third of an A100's peak in bfloat16
+OPERATIONS = 1e14  # operations of a GPU per second; an assumption: a third of an A100's peak in bfloat16
 LARGE = 10**9  # parameters; a smaller target has no forecast
 _QUANTIZED = {"nf4": 9 / 16, "int8": 1}  # bytes per weight of a quantised layer, scales of blocks included
 _SAMPLE = 256  # rows whose tokens are counted
@@ -60,13 +60,13 @@ def forecast(line: Line) -> dict[str, Any] | None:
         "precision": f"{precision} and {quantization}" if quantization in _QUANTIZED else precision,
         "ranks": parts,  # ranks over which the layers are divided
         "weights": weights,  # bytes of the frozen weights on one GPU
-        "adapter": 16 * trained,  # bytes in float32: the factors, their gradients and two moments
+        "adapter": 16 * trained,  # bytes: LoRA factors, gradients and Adam's two moments in float32
         # bytes of activations for each token of a pass; None if unknown for this model type
         "per_token": token_bytes(described, number, names, checkpointed=False),
         "per_token_checkpointed": token_bytes(described, number, names, checkpointed=True),
         "rows": rows,  # of each finetune: on the selection, and on all rows for the reference
-        "tokens": tokens,  # that pass in each finetune
-        "hours": [count * each / OPERATIONS / 3600 for count in tokens],  # that each finetune takes on one GPU
+        "tokens": tokens,  # of each finetune
+        "hours": [count * each / OPERATIONS / 3600 for count in tokens],  # GPU hours of each finetune
     }
 
 
@@ -75,7 +75,7 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
 
     Args:
         number: bytes per weight that is not quantised.
-        parts: number of ranks over which the layers are divided; 1 with quantised weights.
+        parts: number of ranks over which the layers are divided. Quantised weights are never divided.
     """
     total: int = sum(each.numel() for each in model.parameters())
     if quantization in _QUANTIZED:  # only linear layers are quantised, not experts, embeddings, norms and output head
@@ -86,12 +86,12 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
     if parts == 1:
         return number * total
     layers: list[int] = [sum(each.numel() for each in layer.parameters()) for layer in layers_of(model)]
-    # two layers at a time are held whole, while they are computed
+    # at most two layers at a time are gathered whole for their computation
     return number * (total - sum(layers) + sum(layers) // parts + 2 * max(layers))
 
 
 def operations(parameters: int, *, checkpointed: bool) -> int:
-    """Return the number of operations per token of a finetune, whose tokens pass through `parameters`.
+    """Return the operations per token of a finetune in which each token passes through `parameters` weights.
 
     A matrix product takes two operations per weight in the forward pass, and two in the backward pass to its inputs.
     Checkpointing repeats the forward pass.

@@ -1,7 +1,7 @@
-"""`export.push_to_hub=ID`: the selection as a dataset of the Hugging Face hub, with a card.
+"""Pushes the selection and a dataset card to the Hugging Face hub (`export.push_to_hub=OWNER/NAME`).
 
-Nothing is sent without that option. The token is read from HF_TOKEN when it is needed and is written nowhere. Only
-`selection.jsonl` and the card are sent; the run's config, which may name folders of this machine, is not.
+The token is read from HF_TOKEN and is never written. Only `selection.jsonl` and the card are sent. The run's config is
+not sent, because it may name folders of this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from gradsift import __version__
 from gradsift.config import Config, HubDataConfig, MixtureDataConfig
@@ -63,14 +63,12 @@ def _api() -> HfApi:
 
 @contextmanager
 def _failures(dataset: str, state: str) -> Iterator[None]:
-    """Turn errors of the hub's client into a GradsiftError of one line that ends with `state` (what is done so far)."""
+    """Turn errors of the hub's client into a GradsiftError of one line that ends with `state` (what has been done)."""
     import httpx2
 
     name = f"export.push_to_hub={dataset}"
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise GradsiftError(f"{name}: HF_HUB_OFFLINE is set; unset it; {state}") from error
     except HFValidationError as error:
         raise ConfigError(f"{name} is no dataset of the hub ({first_line(error)}); give OWNER/NAME") from error
     except HfHubHTTPError as error:
@@ -151,13 +149,13 @@ def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _limits(config: Config, record: Mapping[str, Any]) -> str:
     points = [
-        "The licence, the errors and the personal data of the source are those of the source; look there before use.",
-        "Scores depend on the method, its models and the seed; another method, model or seed selects other rows.",
+        "The rows have the licence of the source and may contain its errors and personal data; read its card first.",
+        "Another method, model or seed selects other rows.",
     ]
     if config.scorer_name == "published":
         points[1] = "The scores were published by others; nothing was computed for them here."
     if not record.get("pooled"):
-        points.append("Nothing here shows that training on these rows is better than on random ones.")
+        points.append("Nothing here shows that training on these rows is better than training on random rows.")
     diagnostics = (record.get("diagnostics") or {}).values()
     points += [str(each["message"]) for each in diagnostics if each["verdict"] == "warning"]
     return "\n".join(f"- {' '.join(point.split())}" for point in points)

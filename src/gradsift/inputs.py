@@ -23,13 +23,13 @@ from gradsift.features.embeddings import Embedder, embed, hidden_states_embedder
 from gradsift.features.gradients import FeatureInputs, gradient_features, require_room, warm_up
 from gradsift.features.sentence_encoder import sentence_embedder
 from gradsift.features.vectors import read_features
-from gradsift.gradients.embedding_head import checked_inputs, embedding_gradients, read_embedding_gradients
+from gradsift.gradients.embedding_head import embedding_gradients, read_embedding_gradients, with_check
 from gradsift.gradients.ensemble_checks import diagnose_ensemble
 from gradsift.gradients.statistics import by_example, mean_loss, read_statistics, statistics
 from gradsift.journal import Journal
 from gradsift.proxy.collection import collect_shard, ensemble_norms
 from gradsift.proxy.ensemble import train_adapters, train_members
-from gradsift.proxy.epochs import ProxyInputs
+from gradsift.proxy.epochs import Ensemble, ProxyInputs
 from gradsift.proxy.member_tables import answer_losses, directions, read_answer_losses, read_cosines
 from gradsift.runtime import Runtime
 from gradsift.scoring.scores import read_scores
@@ -48,7 +48,7 @@ class Inputs:
         self.config = config
         self.runtime = runtime
         self.keeps_all = config.scorer_name == "full"
-        self._tried: set[str] = set()  # names of the options whose adapters were checked
+        self._tried: set[str] = set()  # options (`proxy.lora`, ...) whose adapters were checked
         self.loaded = load(runtime, config.data)
         self.rows = int(self.loaded.info["rows"])  # N
 
@@ -93,7 +93,7 @@ class Inputs:
         Stages call this only when they have to make an artifact, so a run whose artifacts all exist loads no model.
 
         Args:
-            option: the option with the adapter to be trained, `proxy.lora` or `features.warmup.lora`.
+            option: the option that describes the adapter to train, `proxy.lora` or `features.warmup.lora`.
         """
         config = self.config
         if config.reaches("finetune") and not self._tried:
@@ -110,13 +110,17 @@ class Inputs:
         return self.proxy_inputs
 
     @functools.cached_property
+    def ensemble(self) -> Ensemble:
+        return Ensemble(self.runtime, self.config.proxy, self.proxy, self.loaded, self._inputs_to_train)
+
+    @functools.cached_property
     def adapters(self) -> list[list[Artifact]]:
         """The ensemble's weights as [adapter][epoch - 1]: one adapter per member, or one that all members share."""
-        return train_adapters(self.runtime, self.config.proxy, self.proxy, self.loaded, self._inputs_to_train)
+        return train_adapters(self.ensemble)
 
     def norms(self, epoch: int) -> list[list[Artifact]]:
         """Return the members' per-sample gradient norms after an epoch, as [member][shard]."""
-        return ensemble_norms(self.runtime, self.config.proxy, self.adapters, self._inputs_to_train, epoch)
+        return ensemble_norms(self.ensemble, self.adapters, epoch)
 
     @functools.cached_property
     def late_norms(self) -> list[list[Artifact]]:
@@ -129,9 +133,9 @@ class Inputs:
 
     def collect_shard(self) -> list[int]:
         """Collect the shard `proxy.shard` of all members, and return the shards that are still incomplete."""
-        proxy = self.config.proxy
-        assert proxy.shard is not None  # noqa: S101 - checked by the caller
-        return collect_shard(self.runtime, proxy, self.adapters, self._inputs_to_train, proxy.shard)
+        shard = self.config.proxy.shard
+        assert shard is not None  # noqa: S101 - checked by the caller
+        return collect_shard(self.ensemble, self.adapters, shard)
 
     @functools.cached_property
     def statistics(self) -> Artifact:
@@ -143,9 +147,8 @@ class Inputs:
     @functools.cached_property
     def answer_losses(self) -> list[Artifact]:
         """Losses of the answers at the late snapshot: one table per adapter."""
-        lora, load = self.config.proxy.lora, self._inputs_to_train
         late = self.config.proxy.snapshots[1] - 1
-        return [answer_losses(self.runtime, lora, epochs[late], i, load) for i, epochs in enumerate(self.adapters)]
+        return [answer_losses(self.ensemble, epochs[late], i) for i, epochs in enumerate(self.adapters)]
 
     def late_losses(self) -> np.ndarray:
         """Return each example's loss at the late snapshot, averaged over the members, (N,) float64."""
@@ -169,17 +172,14 @@ class Inputs:
     @functools.cached_property
     def directions(self) -> list[Artifact]:
         """Cosines of the examples' gradients with their mean gradient at the late snapshot: one table per adapter."""
-        lora, load = self.config.proxy.lora, self._inputs_to_train
         late = self.config.proxy.snapshots[1] - 1
-        return [directions(self.runtime, lora, epochs[late], load) for epochs in self.adapters]
+        return [directions(self.ensemble, epochs[late]) for epochs in self.adapters]
 
     @functools.cached_property
     def embedding_gradients(self) -> Artifact:
         """Statistics of the gradients of embedding and LM head at the first member's weights after its first epoch."""
-        proxy = self.config.proxy
-        load = checked_inputs(self._inputs_to_train, proxy.lora, self.runtime.compute)
-        first = train_members(self.runtime, proxy, self.proxy, self.loaded, load, [0], epochs=1)[0]
-        return embedding_gradients(self.runtime, first[0], proxy.lora, lambda: self.proxy_inputs, self.rows)
+        (first,) = train_members(with_check(self.ensemble), [0], epochs=1)[0]
+        return embedding_gradients(self.ensemble, first, self.rows)
 
     @functools.cached_property
     def target_set(self) -> Artifact:

@@ -1,4 +1,4 @@
-"""A journal of the results of a pass, written as they are computed, from which an interrupted run continues.
+"""A journal keeps the results of a pass as they are computed, so that an interrupted run can continue.
 
 A stage asks the runtime for the journal of the artifact that it makes:
 
@@ -38,7 +38,7 @@ class Journal:
 
     Args:
         folder: the artifact's folder.
-        save_every: seconds for which results on a GPU may stay unwritten, as copying them waits for the GPU.
+        save_every: seconds for which results on a GPU may stay unwritten, because copying them waits for the GPU.
         say: called with a message if a damaged line, and all lines after it, are dropped.
     """
 
@@ -56,7 +56,7 @@ class Journal:
         Args:
             key: JSON value that identifies what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
-            intact: whether a kept result can still be used; a file that it describes may have changed.
+            intact: returns whether a kept result can still be used; a file that the result describes may have changed.
         """
         if self._path is not None and self._kept:
             kept: T

@@ -1,6 +1,6 @@
 """Starts the processes (ranks) of one run if `compute.devices` or `compute.num_nodes` is more than 1.
 
-Every rank runs the same function. Either `torchrun` starts the ranks, or this module does, with torchrun's library. For
+Every rank runs the same function. The ranks are started by `torchrun`, or by this module with torchrun's library. For
 several machines, start the same command on each of them. `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's
 number, `MASTER_ADDR` the address of the first machine, and `MASTER_PORT` a free port there.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NODE_NUMBERS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
 _TORCHS_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
-LOST = "connection to the other ranks was lost"  # begins the message of a rank that did not fail by itself
+LOST = "connection to the other ranks was lost"  # start of the error of a rank that ended because another one failed
 
 
 def is_launched() -> bool:
@@ -40,7 +40,7 @@ def leads(compute: ComputeConfig) -> bool:
 
 
 def node_of(compute: ComputeConfig) -> int:
-    """Return the number of this machine, from 0, which the environment gives if there are several.
+    """Return the number of this machine, counted from 0. With several machines, the environment gives the number.
 
     Raises:
         ConfigError: the environment lacks the number or the first machine's address.
@@ -73,8 +73,8 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
     """
     if is_launched() and int(os.environ["WORLD_SIZE"]) != compute.ranks:
         raise ConfigError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, but compute.devices={compute.devices} and "
-            f"compute.num_nodes={compute.num_nodes} make {compute.ranks}; give compute=ddp and the same numbers"
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, but compute.devices={compute.devices} times "
+            f"compute.num_nodes={compute.num_nodes} is {compute.ranks}; give compute=ddp and the numbers of torchrun"
         )
     if is_launched() or compute.ranks == 1:
         return function(*arguments)
@@ -87,7 +87,7 @@ def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments:
     is_main = threading.current_thread() is threading.main_thread()  # in other threads torch does not handle signals
     handlers = {number: signal.getsignal(number) for number in _TORCHS_SIGNALS} if is_main else {}
     with tempfile.TemporaryDirectory(prefix="gradsift-ranks-") as logs:
-        logging.disable(logging.CRITICAL)  # what torch would log is reported below
+        logging.disable(logging.CRITICAL)  # the errors that torch would log are reported below
         try:
             values: dict[int, T] = elastic_launch(_launch_config(compute, logs), _rank)(function, arguments)
         except SignalException as error:
@@ -134,10 +134,10 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     from torch.distributed import DistError
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing of run.json short
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the writing of run.json
         raise GradsiftError(f"{LOST} (SIGTERM: another rank failed, or the run was told to end)")
 
-    # SIGTERM is sent when another rank failed; the error of `stop` lets this rank close run.json and the tracker
+    # sent if another rank failed; the error that `stop` raises lets this rank finish run.json and the tracker
     signal.signal(signal.SIGTERM, stop)
     try:
         return function(*arguments)
@@ -150,7 +150,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed by itself, or of one that lost another rank if none did.
+    """Return the error of the first rank that failed by itself; without such a rank, of one that lost another rank.
 
     The error is a `GradsiftError`, or a `RuntimeError` for a defect.
     """

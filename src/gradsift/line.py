@@ -53,7 +53,7 @@ class Line(Inputs):
 
     @functools.cached_property
     def asked(self) -> set[str]:
-        """Names of the sources that the scorer and the selector ask for, each only if the run reaches its stage."""
+        """Names of the sources that the scorer and the selector ask for, as far as the run reaches their stages."""
         methods = [self.scorer] if self.config.reaches("scores") else []
         methods += [self.selector] if self.config.reaches("selection") else []
         return {source for chosen in methods for source in chosen.asked}
@@ -134,7 +134,7 @@ class Line(Inputs):
         return refused_rows(self.runtime, slug, settings, self.proxy, self.loaded, report)
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
-        """Return the selection of the share `alpha` of the examples; if `alpha` is None, of the config's share."""
+        """Return the selection of the share `alpha` of the examples, by default of `config.alpha`."""
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         data, sources, measures = self.loaded, self.sources, self.measures
         embeddings = sources["embeddings"].value if "embeddings" in self.asked else None
@@ -153,7 +153,7 @@ class Line(Inputs):
         """Make the audit's selections, and return a function that evaluates them against the known corruption."""
         labels, clusters = labels_of(self.loaded), self.clusters
         assert labels is not None  # noqa: S101 - the config refuses an audit of data without labels
-        # made here, because all ranks and plans must ask for them; only the record calls `measure`
+        # not made in `measure`, which only the record calls: all ranks and plans must ask for the selections
         selections = {alpha: self.select(scored, alpha) for alpha in self.config.audit.alphas}
 
         def measure() -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Line(Inputs):
 
     def finetune(self, selection: Artifact | np.ndarray) -> Artifact:
         """Return the target finetuned on a selection, or on the examples at the given positions of the pool."""
-        if self.keeps_all:  # known without the selection's artifact, so a plan can tell whether this finetune exists
+        if self.keeps_all:  # needs no selection's artifact, so a plan can tell whether this finetune exists
             selection = self.everything()
         for name in ("proxy_backbone", "proxy_inputs"):  # frees memory for the target; no later stage reads these
             self.__dict__.pop(name, None)

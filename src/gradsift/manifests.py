@@ -1,4 +1,4 @@
-"""Manifests: how an artifact was made, which files it has, and checksums of these files and of the manifest."""
+"""A manifest records how an artifact was made and which files it has, with checksums of the files and of itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from gradsift import outside_json
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # folder with what an interrupted run continues from; absent in a finished artifact
+UNFINISHED = "unfinished"  # folder with the state of an interrupted run; absent in a finished artifact
 _CHECKSUM = "checksum"  # key of the hash of everything else in the manifest
 _HASH_LIMIT = 256 * 2**20  # bytes; of larger files only the size is checked
 
@@ -47,7 +47,7 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 def read_manifest(path: Path, **request: Any) -> tuple[dict[str, Any], str | None]:
     """Return the manifest of the artifact at `path`, and a message about the artifact's damage (None if it is intact).
 
-    A manifest that cannot be read is returned as {}. `request` has the values that the manifest must have.
+    A manifest that cannot be read is returned as {}. `request` are values that the manifest must have.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)

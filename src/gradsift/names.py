@@ -1,4 +1,4 @@
-"""Names as parts of paths: those from the config are checked, others made safe. Links are not written through."""
+"""Checks names from the config that become parts of paths, makes other names safe, and refuses to follow links."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def require_name(option: str, value: str) -> None:
-    """Raise ConfigError for a name that could lead out of the folder that it is a part of, or is too long."""
+    """Raise ConfigError for a name that is too long or could lead out of its folder, such as `../x`."""
     if len(value) > LONGEST_NAME or not _NAME.fullmatch(value):
-        shown = repr(value) if len(value) <= LONGEST_NAME else f"{value[:20]!r}... ({len(value):,} characters)"
         raise ConfigError(
-            f"{option}={shown} cannot name a folder: a name has 1 to {LONGEST_NAME} of the characters A-Z a-z 0-9 "
+            f"{option}={value!r} cannot name a folder: a name has 1 to {LONGEST_NAME} of the characters A-Z a-z 0-9 "
             f"_ . - and begins with a letter, a digit or _; give one like {slug(value)[:LONGEST_NAME]}"
         )
 
@@ -25,7 +24,7 @@ def require_name(option: str, value: str) -> None:
 def slug(text: str) -> str:
     """Turn a text into one part of a path. A text that `require_name` accepts is returned unchanged.
 
-    Different texts may have the same slug, so a path needs something else that tells them apart, such as a fingerprint.
+    Different texts may have the same slug, so a path must also contain something unique, such as a fingerprint.
     """
     if not _NAME.fullmatch(text):
         text = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-") or "unnamed"
@@ -41,6 +40,6 @@ def require_no_link(path: Path) -> Path:
     """Return `path`; raise GradsiftError if it is a symbolic link, through which a write would go elsewhere."""
     if path.is_symlink():
         raise GradsiftError(
-            f"{path} is a link, and work is not written through links; remove it, and give the same command again"
+            f"{path} is a link, and gradsift does not write through links; remove it, and give the same command again"
         )
     return path

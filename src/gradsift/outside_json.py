@@ -1,4 +1,4 @@
-"""Reads JSON that other programs wrote. Every fault in the JSON raises a subclass of ValueError."""
+"""Reads JSON that other programs wrote. Invalid JSON always raises a subclass of ValueError."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-BLANK = " \t\n\r\ufeff"  # allowed between values: white space, and the byte order marks of joined files
+BLANK = " \t\n\r\ufeff"  # allowed between values: white space and the byte order marks of concatenated files
 
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice. Python would silently keep the last value."""
+    """Raised if an object has a key twice; `json.loads` would silently keep the last value."""
 
 
 def loads(text: str | bytes) -> Any:
     """Return the JSON value in `text`.
 
     Raises:
-        json.JSONDecodeError: the JSON is invalid, nested too deep, or has a number of thousands of digits. (For the
-            last two, `json.loads` raises other errors.)
+        json.JSONDecodeError: the JSON is invalid, is nested too deep, or has an integer of more than 4,300 digits. In
+            the last two cases `json.loads` raises other errors.
         UnicodeDecodeError: the bytes are not valid UTF-8, UTF-16 or UTF-32.
     """
     with _one_kind_of_error(text):
@@ -27,7 +27,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def loads_all(text: str) -> list[Any]:
-    """Return the JSON values in `text`, which follow each other with or without characters of `BLANK` between them.
+    """Return all JSON values in `text`. Characters of `BLANK` may stand before, between and after them.
 
     Raises:
         json.JSONDecodeError: see `loads`.
@@ -45,7 +45,7 @@ def loads_all(text: str) -> list[Any]:
 
 
 def loads_first(text: str, start: int = 0) -> tuple[Any, int]:
-    """Return the JSON value that begins at `start`, and the position behind it; for errors see `loads_all`."""
+    """Return the JSON value that begins at `start`, and the position where it ends; for errors see `loads_all`."""
     with _one_kind_of_error(text):
         return _DECODER.raw_decode(text, start)
 
@@ -69,6 +69,6 @@ def _one_kind_of_error(text: str | bytes) -> Iterator[None]:
     except (json.JSONDecodeError, UnicodeDecodeError, RepeatedKeyError):
         raise
     except (RecursionError, ValueError) as error:
-        # what follows a ValueError's semicolon is advice to programmers
+        # after the semicolon, a ValueError advises to call sys.set_int_max_str_digits()
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).split(";")[0]
         raise json.JSONDecodeError(reason, text if isinstance(text, str) else "", 0) from None

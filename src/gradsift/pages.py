@@ -28,5 +28,5 @@ def presentable(text: str) -> str:
 
 
 def portable(text: str) -> str:
-    """Return `text` with absolute paths cut to their last part, because the other parts say nothing about the run."""
+    """Return `text` with absolute paths cut to their last part; the rest depends on the machine."""
     return _PATH.sub("\u2026/", text)

@@ -117,7 +117,7 @@ def walk(config: Config, runtime: Runtime) -> None:
 
 
 def follow(config: Config) -> None:
-    """Walk through the stages on a rank that is not rank 0, to take part in the stages that divide their work."""
+    """Walk through the stages on a rank other than 0, which takes part in the stages that divide their work."""
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
@@ -138,7 +138,7 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, str]]:
-    """Return the names and values of the settings to show at a run's start, without those of stages not reached."""
+    """Return the settings to print at the start of a run as (name, value), without those of stages not reached."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"

@@ -8,9 +8,7 @@ units after it have `certain=False`: another run may have selected the same exam
 
 from __future__ import annotations
 
-import atexit
 import functools
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,18 +21,24 @@ from gradsift.manifests import MANIFEST, parse_manifest, read_manifest
 
 DONE, TO_DO = "done", "to do"
 QUESTIONS = {"alpagasus": 1, "deita": 2}  # calls to a judge for each example, by scorer.style
-_GROWS = (".parquet", ".npy", ".jsonl", ".json")  # files whose size grows with the number of examples
+_GROWS = (".parquet", ".npy", ".jsonl", ".json")  # files whose size is proportional to the number of examples
 _UNKNOWN = {"seconds": None, "bytes": None, "peak_gb": None, "calls": 0}  # the estimates of a unit
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    """Return the folder for the light stages of all plans of this process; it is deleted at exit."""
+    return tempfile.TemporaryDirectory(prefix="gradsift-plan-")
 
 
 class Planner(Store):
     """A store for plans: looks units up in the folder `store`, writes nothing there; makes light units elsewhere."""
 
     def __init__(self, store: Path, say: Callable[[str], None]) -> None:
-        super().__init__(_temporary_folder(), say)
+        super().__init__(Path(_temporary().name), say)
         self.store = store
         self.units: dict[str, dict[str, Any]] = {}  # entries of `plan` in `run.json`, by fingerprint
-        self._earlier = functools.cache(self._read)  # the manifests of a stage's artifacts
+        self._earlier = functools.cache(self._manifests)  # several units to be made have the same stage
         downloads = self.root / "downloads"
         downloads.mkdir(exist_ok=True)
         for file in (store / "downloads").glob("*"):
@@ -48,76 +52,55 @@ class Planner(Store):
         """Return the artifact if it exists; else make it if it is light, or return a planned artifact without files."""
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
-        if damage is None:
-            self._note(unit, DONE)
-            return replace(unit, manifest=manifest, planned=False)
         parents = [self.units[parent] for parent in unit.manifest["parents"] if parent in self.units]
-        self._note(unit, TO_DO, certain=exact and all(parent["certain"] for parent in parents))
+        if unit.fingerprint not in self.units:
+            self.units[unit.fingerprint] = {
+                "name": unit.stage,
+                "artifact": str(unit.path),
+                "fingerprint": unit.fingerprint,
+                "state": TO_DO if damage else DONE,
+                "certain": not damage or (exact and all(parent["certain"] for parent in parents)),
+                **(self.estimate(unit) if damage else _UNKNOWN),
+            }
+        if damage is None:
+            return replace(unit, manifest=manifest, planned=False)
         if light:
             return super()._provide(wanted, make, light=light, exact=exact, divided=divided)
         return unit
 
-    def _note(self, unit: Artifact, state: str, *, certain: bool = True) -> None:
-        """List a unit; `certain` is False if it may exist already."""
-        if unit.fingerprint not in self.units:
-            entry = {"name": unit.stage, "artifact": str(unit.path), "fingerprint": unit.fingerprint, "state": state}
-            estimate = self.estimate(unit) if state == TO_DO else _UNKNOWN
-            self.units[unit.fingerprint] = entry | {"certain": certain} | estimate
-
     def estimate(self, unit: Artifact) -> dict[str, Any]:
-        """Return seconds, bytes, peak memory and judge calls of a unit that is to be made, as far as they are known.
+        """Return seconds, bytes, peak memory and judge calls of a unit that is to be made; None for unknown values.
 
-        All but the calls are medians over the earlier units of the same stage, method and models that share the most
-        settings with this unit. Time and the sizes of tables are scaled by the number of examples.
+        The first three are those of a finished unit of the same stage, method and models: the one that shares the most
+        settings with this unit. Seconds and the sizes of tables are scaled by the number of examples.
         """
-        size, models, config = unit.size or 0, list(unit.models), unit.manifest["config"]
-        estimate: dict[str, Any] = _UNKNOWN | {"calls": _calls(unit.stage, config, size)}
+        size, config = unit.size or 0, unit.manifest["config"]
+        unknown = _UNKNOWN | {"calls": _calls(unit.stage, config, size)}
         alike = [
             manifest
             for manifest in self._earlier(unit.stage)
-            if manifest.get("models") == models and _method(manifest["config"]) == _method(config)
+            if manifest.get("models") == unit.models and _method(manifest["config"]) == _method(config)
         ]
-        if alike:
-            shared = [_shared(manifest["config"], config) for manifest in alike]
-            nearest = [manifest for manifest, count in zip(alike, shared, strict=True) if count == max(shared)]
-            scales = [size / m["size"] if size and m.get("size") else 1.0 for m in nearest]
-            pairs = list(zip(nearest, scales, strict=True))
-            estimate["seconds"] = round(statistics.median(m["seconds"] * scale for m, scale in pairs), 3)
-            estimate["bytes"] = round(statistics.median(_bytes(m["files"], scale) for m, scale in pairs))
-            estimate["peak_gb"] = statistics.median([m.get("peak_resident_gb") or 0.0 for m in nearest]) or None
-        return estimate
+        if not alike:
+            return unknown
+        nearest = max(alike, key=lambda manifest: sum(config.get(k) == v for k, v in manifest["config"].items()))
+        scale = size / nearest["size"] if size and nearest.get("size") else 1.0
+        sizes = [file["bytes"] * (scale if name.endswith(_GROWS) else 1) for name, file in nearest["files"].items()]
+        measured = {"seconds": round(nearest["seconds"] * scale, 3), "bytes": round(sum(sizes))}
+        return unknown | measured | {"peak_gb": nearest.get("peak_resident_gb")}
 
-    def _read(self, stage: str) -> list[Mapping[str, Any]]:
-        """Return the manifests of a stage's artifacts; damaged and incomplete manifests are left out."""
-        manifests: list[Mapping[str, Any]] = []
+    def _manifests(self, stage: str) -> list[dict[str, Any]]:
+        """Return the manifests of a stage's finished units; damaged ones are left out."""
+        manifests = []
         for file in sorted((self.store / stage).glob(f"*/{MANIFEST}")):
             with suppress(OSError, ValueError):
-                manifest = parse_manifest(file)
-                if {"config", "seconds", "files"} <= set(manifest):
-                    manifests.append(manifest)
+                manifests.append(parse_manifest(file))
         return manifests
 
 
-@functools.cache
-def _temporary_folder() -> Path:
-    """Return the folder that light stages write to in all plans of this process; it is deleted at exit."""
-    folder = tempfile.TemporaryDirectory(prefix="gradsift-plan-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def _method(config: Mapping[str, Any]) -> Any:
-    """Return the name of the unit's scorer, selector or judge, or None; estimates use only units with the same name."""
+    """Return the name of the scorer, selector or judge in a unit's settings, or None."""
     return config.get("name") or (config.get("selector") or {}).get("name")
-
-
-def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    """Return the number of settings that have the same value in both configs."""
-    return sum(name in other and other[name] == value for name, value in one.items())
-
-
-def _bytes(files: Mapping[str, Mapping[str, int]], scale: float) -> float:
-    return sum(file["bytes"] * (scale if Path(name).suffix in _GROWS else 1.0) for name, file in files.items())
 
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:

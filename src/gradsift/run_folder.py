@@ -30,7 +30,7 @@ def config_values(folder: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a run was begun in the folder, even if it was killed before it could write a `run.json`."""
+    """Return whether a run was started in the folder, even if the run was killed before it wrote `run.json`."""
     return any((folder / name).exists() for name in (RUN_FILE, CONFIG_FILE, ".hydra"))
 
 

@@ -1,4 +1,4 @@
-"""`run.json`: the record of one run, to which each finished stage adds its results, and which is written at the end."""
+"""Builds `run.json`, the record of one run. Each finished stage adds its results; the file is written at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunRecord:
     folder: Path
     tracker: Tracker
     store: Store
-    about: dict[str, Any]  # settings that identify the run: scorer, alpha, seeds, overrides, ...
+    about: dict[str, Any]  # the settings that identify the run: scorer, alpha, seeds, overrides, ...
     values: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # paths shown to the user at the end
     _started: float = field(default_factory=time.perf_counter)
@@ -192,15 +192,15 @@ class RunRecord:
 
 
 def _results_in(artifact: Artifact) -> dict[str, Any]:
-    """Return an artifact's info without what `stages` in `run.json` already lists."""
+    """Return an artifact's info without the counts that are already in `stages` of `run.json`."""
     return {name: value for name, value in artifact.info.items() if name not in ("optimizer_steps", "forward_tokens")}
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
-    """Return the composition of the examples at these positions of the pool, and that of the pool.
+    """Return the composition of the selected examples (their positions in the pool) and of the pool.
 
-    It has the share of each quality label and of all corrupted examples and, if the labels name families, the effective
-    number of families.
+    The dict has the share of each quality label, the share of corrupted examples in the selection and in the pool and,
+    if the labels name families, the effective number of families in both.
     """
     quality = Counter(labels.quality[position] for position in positions)
     shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}

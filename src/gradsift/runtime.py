@@ -1,9 +1,8 @@
-"""What every stage gets besides its own config: the store, the compute settings, a way to show progress, the seed."""
+"""The objects that every stage receives besides its config: store, compute settings, progress display and seed."""
 
 from __future__ import annotations
 
 import hashlib
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,8 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Task as Row
-from rich.text import Text
 
 from gradsift.artifacts import Store
 from gradsift.config import ComputeConfig
@@ -35,33 +32,22 @@ class Display:
         self._progress: Progress | None = None  # while any bar is shown
 
     def say(self, text: str) -> None:
-        """Print a message. On a terminal it is wrapped between words, so a path is never broken."""
-        if self.console.is_terminal:
-            text = "\n".join(_wrapped(line, self.console.width) for line in text.split("\n"))
+        """Print a message without inserting line breaks, so that paths can be copied."""
         self.console.print(text, markup=False, soft_wrap=True)
-
-    def say_path(self, name: str, path: object) -> None:
-        """Print a path on one line, whatever its length, so that the user can copy it."""
-        self.console.print(f"{name}: {path}", markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[Advance]:
         """Show the progress of `total` units of work. Yields a function to call with the number of units just done.
 
-        If `total` is None, the bar shows only that work goes on; without a terminal, a line is printed at the end if
-        the work took 30 seconds or more.
+        If `total` is None, the bar shows only that work goes on, and nothing is shown without a terminal.
         """
         if not self.console.is_terminal:
-            started = time.monotonic()
             yield self._lines(description, total) if total is not None else lambda done: None
-            took = time.monotonic() - started
-            if total is None and took >= _LOG_EVERY:
-                self.say(f"  {description}: took {took:.0f} s")
             return
         if self._progress is None:
             width = min(30, max(8, self.console.width - 64))  # leaves room for the description and the numbers
             name, bar = TextColumn("{task.description}", markup=False), BarColumn(bar_width=width)
-            columns = (name, bar, _Count(), TimeElapsedColumn(), _Eta())
+            columns = (name, bar, MofNCompleteColumn(), TimeElapsedColumn(), "eta", TimeRemainingColumn())
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
         progress = self._progress
@@ -76,14 +62,14 @@ class Display:
                 progress.stop()  # draws the last bar once more, and erases it
 
     def _lines(self, description: str, total: int) -> Advance:
-        last, done, told = time.monotonic(), 0, 0  # time of the last line; units done, now and when it was printed
+        done, last, told = 0, time.monotonic(), 0  # units done; time of the last line, and units done by then
 
         def advance(more: int) -> None:
             nonlocal done, last, told
             done += more
             now = time.monotonic()
             if told < done < total and now - last >= _LOG_EVERY:
-                eta = (now - last) / (done - told) * (total - done)  # since the last line, as resumed work took no time
+                eta = (now - last) / (done - told) * (total - done)  # since the last line: resumed units took no time
                 last, told = now, done
                 self.say(f"  {description}: {done:,} of {total:,}, about {eta / 60:.0f} min left")
 
@@ -93,7 +79,8 @@ class Display:
 def weighed(advance: Advance, units: int, weight: int) -> Advance:
     """Return a function that takes the weight of the work just done and advances a bar that counts units.
 
-    Time is proportional to the weight (tokens), but the bar shows units (examples). The arguments are the totals.
+    Use this if the time of a batch is proportional to its tokens (the weight), but the bar counts examples (the units).
+    `units` and `weight` are the totals of the pass.
     """
     done = 0
 
@@ -104,25 +91,6 @@ def weighed(advance: Advance, units: int, weight: int) -> Advance:
         advance(units * done // weight - told)
 
     return advance_by_weight
-
-
-def _wrapped(line: str, width: int) -> str:
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-class _Count(MofNCompleteColumn):
-    """Shows `done/total`, and nothing if the total is unknown."""
-
-    def render(self, task: Row) -> Text:
-        return super().render(task) if task.total is not None else Text()
-
-
-class _Eta(TimeRemainingColumn):
-    """Shows the remaining time, and nothing if the total is unknown."""
-
-    def render(self, task: Row) -> Text:
-        return Text("eta ") + super().render(task) if task.total is not None else Text()
 
 
 @contextmanager

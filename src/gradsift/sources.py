@@ -44,7 +44,7 @@ class Method:
     function: Callable[..., Any]
     asked: tuple[str, ...]  # names of its sources
     constants: Mapping[str, Any]
-    code: str = ""  # SHA-256 of a user's own code; gradsift's own functions are versioned by hand
+    code: str = ""  # SHA-256 of a user's own code; gradsift's own functions have a VERSION instead
 
     def parents(self, sources: Mapping[str, Source]) -> list[Artifact]:
         """Return the artifacts that the result is computed from; artifacts that do not exist are made."""
@@ -61,14 +61,14 @@ class Method:
         return self.function(*leading, *(sources[parameter].value() for parameter in self.asked), **self.constants)
 
 
-_texts: dict[str, str] = {}  # source text that each module of the user was imported with
+_texts: dict[str, str] = {}  # source text of the user's modules at the time of their import, by module
 
 
 @functools.cache
 def asked_by(target: str) -> frozenset[str] | None:
     """Return the names of the positional parameters of gradsift's function `target`; None if there is no such function.
 
-    The source text is read without an import: the config is checked before numpy and torch, which most methods import.
+    The module is read but not imported, because the config is checked before slow imports such as torch.
     """
     module, _, function = target.rpartition(".")
     package, *path = module.split(".")
@@ -102,7 +102,7 @@ def method(
     options = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     for key in ("_target_", "name"):
         if not isinstance(options.get(key), str):
-            raise ConfigError(f"{kind}.{key} is missing; a {kind}'s YAML names its function and itself")
+            raise ConfigError(f"{kind}.{key} is missing; the YAML of a {kind} needs _target_ (the function) and name")
     target, name = options.pop("_target_"), options.pop("name")
     options.update(constants or {})
     code = ""
@@ -115,7 +115,7 @@ def method(
     positional = [n for n in parameters if n not in keyword_only]
     leading = ["scores", "size"] if kind == "selector" else []
     if positional[: len(leading)] != leading:
-        raise ConfigError(f"{kind}={name} must take scores, size first; see gradsift.selection")
+        raise ConfigError(f"{kind}={name} must take scores and size as its first parameters; see gradsift.selection")
     asked = positional[len(leading) :]
     for parameter in asked:
         if parameter not in known:
@@ -131,7 +131,7 @@ def method(
 
 
 def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
-    """Return the function `target` and the SHA-256 of its module's source text ('' for a function of gradsift)."""
+    """Return the function `target`, and the SHA-256 of its module's source text ('' for gradsift's own functions)."""
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a user's file never hides an installed package
@@ -139,7 +139,7 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
         if not inspect.isfunction(function):
-            raise ConfigError(f"{kind}._target_={target} is no function; a {kind} is one")
+            raise ConfigError(f"{kind}._target_={target} is no function; give package.module.function")
         if target.startswith("gradsift."):
             return function, ""
         defined_in = sys.modules[function.__module__]  # `module` may only import the function
@@ -147,8 +147,8 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
             text = inspect.getsource(defined_in)
         except (TypeError, OSError) as error:
             raise ConfigError(
-                f"{kind}._target_={target}: the source text of {function.__module__} cannot be read ({error}), and it "
-                "is part of the identity of the scores; put the function into a .py file"
+                f"{kind}._target_={target}: the source text of {function.__module__} cannot be read ({error}), so "
+                "gradsift could not notice a change of the function; put the function into a .py file"
             ) from error
         if _texts.setdefault(function.__module__, text) != text:  # edited since its import, as in a notebook
             importlib.reload(defined_in)
@@ -164,12 +164,12 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
 def code_hash(function: Callable[..., Any]) -> str:
     """Return a SHA-256 that changes if `function` may compute something else; files that it reads are not covered.
 
-    A function of a notebook has no module file that could be hashed. So the hash covers its bytecode (which differs
-    between versions of Python), its defaults, its closure, and the globals that it reads, among them other functions of
-    the user.
+    A function that is defined in a notebook has no file that could be hashed. So the hash covers its bytecode (which
+    differs between versions of Python), its defaults, its closure, and the global names that it reads. If a global is
+    a function of the user, the hash covers that function in the same way.
 
     Raises:
-        ConfigError: the content of a value that the function reads from outside cannot be hashed, such as a model's.
+        ConfigError: the function reads a value from outside whose content cannot be hashed, such as a model.
     """
     return hashlib.sha256("\n".join(_described(function, "the function", set())).encode()).hexdigest()
 
@@ -195,13 +195,13 @@ def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
     elif hasattr(value, "__name__") and _is_installed(value):
         yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
     elif isinstance(value, FunctionType):
-        if id(value) not in seen:  # a function may call itself
+        if id(value) not in seen:  # recursive functions are hashed once
             seen.add(id(value))
             yield from _of_function(value, seen)
     else:
         raise ConfigError(
-            f"the scorer reads {name}, a {type(value).__name__}, whose content cannot be part of the identity of the "
-            "scores; make it within the function, from names and numbers that are keyword-only arguments"
+            f"the scorer reads {name}, a {type(value).__name__}, whose content cannot be hashed, so a change would go "
+            "unnoticed; create it inside the function from keyword-only arguments that are texts or numbers"
         )
 
 
@@ -222,7 +222,7 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
     defaults = [function.__defaults__, function.__kwdefaults__]
     yield from _described(defaults, f"a default of {function.__name__}", seen)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield from _described(cell.cell_contents, f"{name!r} of the function around it", seen)
+        yield from _described(cell.cell_contents, f"{name!r} of the enclosing function", seen)
     for code in _codes(function.__code__):
         yield f"{code.co_name} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
         for constant in code.co_consts:

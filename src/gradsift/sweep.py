@@ -1,4 +1,4 @@
-"""Checks of a sweep: every job is composed and validated before the first one starts.
+"""Checks every job of a sweep before the first one starts, and gives each job its folder and its GPUs.
 
 Hydra's launchers may run jobs in other processes, on other machines and hours later. So an invalid value in any job is
 reported before anything is written.
@@ -6,11 +6,10 @@ reported before anything is written.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,8 +28,8 @@ from gradsift.config import Config, load_config
 from gradsift.errors import ConfigError, GradsiftError
 
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
-GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep (see `take_gpus`)
 MOST_JOBS = 10_000  # in one sweep
+GPUS = "GRADSIFT_GPUS"  # environment variable of a job: the GPUs of its sweep (see `take_gpus`)
 _EXTRAS = {  # plugin of Hydra: the optional extra that installs it
     "hydra_joblib_launcher": "launchers",
     "hydra_submitit_launcher": "launchers",
@@ -45,32 +44,111 @@ class Sweep:
     """A sweep that has been checked."""
 
     folder: Path
-    jobs: tuple[Job, ...] | None  # in the order in which they run; None for a search, which proposes them later
+    jobs: list[Job] | None  # in the order in which they run; None for a search, which proposes them later
 
 
 def begin(composed: DictConfig) -> Sweep:
-    """Check the sweep that Hydra is about to start (its config, with Hydra's own node), and return folder and jobs.
+    """Check the sweep that Hydra is about to start; `composed` is its config, with Hydra's own node.
 
     Raises:
-        ConfigError: some jobs cannot run; the message has a line for each different error, which names the first job
-            with this error. Or a plugin is missing, or there are too many jobs.
+        ConfigError: a plugin is missing, or some jobs cannot run. The message has a line for each different error,
+            which names the first job with this error.
         HydraException: the overrides cannot be parsed.
     """
+    from gradsift.runtime import Display
+
     _require_plugins(composed)
     searches = not composed.hydra.sweeper._target_.endswith(".BasicSweeper")
-    if searches and _is_installed("optuna"):
+    if "optuna" in composed.hydra.sweeper._target_:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise it prints a line for every trial
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise Optuna prints a line for every trial
     jobs = jobs_of(composed, searches)
+    errors: dict[str, list[int]] = {}  # numbers of the jobs that cannot run, by error message
+    before = HydraConfig.instance().cfg
+    with Display().task(f"check {len(jobs):,} jobs", len(jobs)) as advance:
+        for number, job in enumerate(jobs):
+            try:
+                config = _load(composed, job)
+                if searches:
+                    config.check_objective()
+            except GradsiftError as error:
+                errors.setdefault(str(error), []).append(number)
+            except (HydraException, OmegaConfBaseException) as error:
+                errors.setdefault(in_one_line(error), []).append(number)
+            advance(1)
+    HydraConfig.instance().cfg = before
     lines = []
-    for error, wrong in _errors(composed, jobs, searches).items():
-        which = "a trial" if searches else f"job {jobs.index(wrong[0]) + 1} of {len(jobs)}"
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 and not searches else ""
-        lines.append(f"{which} ({' '.join(wrong[0])}){more}: {error}")
+    for message, numbers in errors.items():
+        which = "a trial" if searches else f"job {numbers[0] + 1} of {len(jobs)}"
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        lines.append(f"{which} ({' '.join(jobs[numbers[0]])}){more}: {message}")
     if lines:
         raise ConfigError("\n".join(lines))
-    return Sweep(Path(composed.hydra.sweep.dir), None if searches else tuple(jobs))
+    return Sweep(Path(composed.hydra.sweep.dir), None if searches else jobs)
+
+
+def _require_plugins(composed: DictConfig) -> None:
+    for kind in ("launcher", "sweeper"):
+        package, plugin, *_ = str(composed.hydra[kind]._target_).split(".")
+        if package != "hydra_plugins":
+            continue
+        try:
+            importlib.import_module(f"hydra_plugins.{plugin}")
+        except ImportError as error:
+            extra = _EXTRAS.get(plugin)
+            remedy = f"pip install 'gradsift[{extra}]'" if extra else f"install {plugin.replace('_', '-')}"
+            choice = composed.hydra.runtime.choices[f"hydra/{kind}"]
+            raise ConfigError(f"hydra/{kind}={choice} needs a plugin that is not installed; {remedy}") from error
+
+
+def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
+    """Return the jobs to check: those of a grid, or for a search a few that cover its space.
+
+    The jobs of a search have every listed value of each option and both ends of each interval at least once.
+
+    Raises:
+        ConfigError: there are more than `MOST_JOBS` jobs, which is found without listing them.
+    """
+    # not resolved: an override may contain `${hydra:job.num}`, which only a job has
+    params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
+    task: Any = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    choices = {}
+    # if several overrides set one option, the last one counts; those of the command line come last
+    for override in parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *task]):
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            texts = [str(value.start), str(value.end)]
+        elif override.is_sweep_override():
+            # Hydra's own iterator would list all values of a shuffled range
+            values = map(str, value.range()) if isinstance(value, RangeSweep) else override.sweep_string_iterator()
+            texts = list(itertools.islice(values, MOST_JOBS + 1))
+        else:
+            texts = [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={text}" for text in texts]
+    counts = [len(values) for values in choices.values()]
+    longest = max(counts, default=0)
+    if (number := longest if searches else math.prod(counts)) > MOST_JOBS:
+        raise ConfigError(
+            f"this sweep has at least {number:,} jobs to check, and at most {MOST_JOBS:,} are possible; give fewer "
+            "values, or several sweeps"
+        )
+    if not searches:
+        return list(itertools.product(*choices.values()))
+    return [tuple(values[number % len(values)] for values in choices.values()) for number in range(longest)]
+
+
+def _load(composed: DictConfig, job: Job) -> Config:
+    """Return the config that a job will have, composed as by Hydra, except that the job's number is 0."""
+    overrides = [*composed.hydra.overrides.hydra, *job]
+    config = compose(composed.hydra.job.config_name, overrides, return_hydra_config=True)
+    OmegaConf.set_struct(config, False)
+    config.hydra.job.num = config.hydra.job.id = 0
+    config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir).absolute() / "0")
+    HydraConfig.instance().set_config(config)  # for values such as ${hydra:job.num}
+    del config["hydra"]
+    return load_config(config)
 
 
 def fix_place(composed: DictConfig) -> None:
@@ -85,17 +163,12 @@ def fix_place(composed: DictConfig) -> None:
         f"hydra.sweep.dir={quoted(str(folder))}",
         f"+hydra.job.env_set.{HOME}={quoted(str(Path.cwd()))}",
     ]
-    side_by_side = str(composed.hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher"))
-    if side_by_side and (gpus := _visible_gpus()):
-        composed.hydra.overrides.hydra.append(f"+hydra.job.env_set.{GPUS}='{gpus}'")
+    if str(composed.hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher")):
+        import torch
 
-
-def _visible_gpus() -> str:
-    """Return the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES; empty if there is none."""
-    import torch
-
-    numbers = ",".join(map(str, range(torch.cuda.device_count())))
-    return os.environ.get("CUDA_VISIBLE_DEVICES", numbers) if numbers else ""
+        if count := torch.cuda.device_count():
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+            composed.hydra.overrides.hydra.append(f"+hydra.job.env_set.{GPUS}='{gpus}'")
 
 
 def take_gpus(number: int | None, devices: int) -> None:
@@ -112,112 +185,3 @@ def take_gpus(number: int | None, devices: int) -> None:
         gpus, first = listed.split(","), (number - 1) * devices
         own = [gpus[(first + place) % len(gpus)] for place in range(min(devices, len(gpus)))]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-
-
-def _require_plugins(composed: DictConfig) -> None:
-    for kind in ("launcher", "sweeper"):
-        package, plugin, *_ = str(composed.hydra[kind]._target_).split(".")
-        if package == "hydra_plugins" and not _is_installed(f"hydra_plugins.{plugin}"):
-            choice, extra = composed.hydra.runtime.choices[f"hydra/{kind}"], _EXTRAS.get(plugin)
-            remedy = f"pip install 'gradsift[{extra}]'" if extra else f"install {plugin.replace('_', '-')}"
-            raise ConfigError(f"hydra/{kind}={choice} needs a plugin that is not installed; {remedy}")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that contains it is missing
-        return False
-
-
-def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
-    """Return the jobs of a grid; for a search one job for each listed value and each end of an interval.
-
-    In a job of a search, all other options have their first value.
-
-    Raises:
-        ConfigError: there are more than `MOST_JOBS` jobs, which is found without listing them.
-    """
-    # not resolved: an override may contain `${hydra:job.num}`, which only a job has
-    params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
-    task: Any = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)
-    lines = [*(f"{key}={value}" for key, value in params.items()), *task]
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    choices = {}
-    # if several overrides set one option, the last one counts; those of the command line come last
-    for override in parser.parse_overrides(lines):
-        key = override.get_key_element()
-        choices[key] = [f"{key}={value}" for value in values_of(override)]
-    counts = [len(values) for values in choices.values()]
-    if (jobs := sum(counts) if searches else math.prod(counts)) > MOST_JOBS:
-        largest = max(choices, key=lambda key: len(choices[key]))
-        kind, remedy = ("search", "an interval") if searches else ("sweep", "fewer values, or several sweeps")
-        raise ConfigError(
-            f"this {kind} has at least {jobs:,} jobs, and at most {MOST_JOBS:,} are checked before the first one; "
-            f"{largest} has the most values, so give {remedy}"
-        )
-    if not searches:
-        return list(itertools.product(*choices.values()))
-    first = {key: values[0] for key, values in choices.items()}
-    tried = [tuple((first | {key: value}).values()) for key, values in choices.items() for value in values]
-    return list(dict.fromkeys(tried))
-
-
-def values_of(override: Override) -> list[str]:
-    """Return as text the values that an override names, at most `MOST_JOBS` + 1, or the two ends of its interval.
-
-    Raises:
-        ConfigError: a range has no end.
-    """
-    value: Any = override.value()
-    if isinstance(value, IntervalSweep):
-        return [str(value.start), str(value.end)]
-    if not override.is_sweep_override():
-        return [override.get_value_element_as_str()]
-    try:
-        # Hydra's iterator would list all values of a shuffled range
-        values = map(str, value.range()) if isinstance(value, RangeSweep) else override.sweep_string_iterator()
-        return list(itertools.islice(values, MOST_JOBS + 1))
-    except (ValueError, ArithmeticError, HydraException) as error:
-        raise ConfigError(f"{override.input_line} has no end; give finite numbers, and a step other than 0") from error
-
-
-def _errors(composed: DictConfig, jobs: Sequence[Job], searches: bool) -> dict[str, list[Job]]:
-    """Return the jobs that cannot run, by error message."""
-    from gradsift.runtime import Display
-
-    errors: dict[str, list[Job]] = {}
-    pushed: set[str | None] = set()  # the datasets to which earlier jobs send their selections
-    before = HydraConfig.instance().cfg
-    with Display().task(f"check {len(jobs):,} jobs", len(jobs)) as advance:
-        for job in jobs:
-            try:
-                config = _load(composed, job)
-                if searches:
-                    config.check_objective()
-                dataset = config.export.push_to_hub
-                if dataset is not None and dataset in pushed:
-                    raise ConfigError(
-                        f"export.push_to_hub={dataset} is the dataset of another job too, whose selection would be "
-                        "replaced; give each its own, as in 'export.push_to_hub=OWNER/NAME-${alpha}-${seed}'"
-                    )
-                pushed.add(dataset)
-            except GradsiftError as error:
-                errors.setdefault(str(error), []).append(job)
-            except (HydraException, OmegaConfBaseException) as error:
-                errors.setdefault(in_one_line(error), []).append(job)
-            advance(1)
-    HydraConfig.instance().cfg = before
-    return errors
-
-
-def _load(composed: DictConfig, job: Job) -> Config:
-    """Return the config that a job will have, composed as by Hydra, except that the job's number is 0."""
-    overrides = [*composed.hydra.overrides.hydra, *job]
-    config = compose(composed.hydra.job.config_name, overrides, return_hydra_config=True)
-    OmegaConf.set_struct(config, False)
-    config.hydra.job.num = config.hydra.job.id = 0
-    config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir).absolute() / "0")
-    HydraConfig.instance().set_config(config)  # for values such as ${hydra:job.num}
-    del config["hydra"]
-    return load_config(config)

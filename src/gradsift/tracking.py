@@ -80,7 +80,7 @@ class Tracker:
             return
         import wandb
 
-        name = re.sub(r"[^\w.-]", "_", f"{artifact.stage}-{artifact.path.name}")[-_LONGEST_NAME:]  # ends in its hash
+        name = re.sub(r"[^\w.-]", "_", f"{artifact.stage}-{artifact.path.name}")[-_LONGEST_NAME:]  # keeps the hash
         sent = wandb.Artifact(name, type=artifact.stage, metadata=dict(artifact.info))
         sent.add_file(str(artifact.file(file)), skip_cache=True)
         self._wandb.log_artifact(sent)
@@ -93,7 +93,7 @@ class Tracker:
 def log_report(folder: Path) -> None:
     """Log the figures (PNG) and tables (CSV) of a report to W&B, if its runs are tracked there.
 
-    The report is a W&B run of its own of the job type `report` (in the sweep's group, if there is one), because the
+    The report is a separate W&B run with the job type `report`, in the group of the sweep if there is one, because the
     runs that it shows have ended and may already be uploaded.
     """
     if not is_logged(folder):
@@ -130,7 +130,7 @@ def _start(
     """Start a W&B run; raise GradsiftError if W&B does not start, or is to be online and nobody is logged in."""
     if config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
         raise ConfigError(
-            "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or take tracker.mode=offline"
+            "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or use tracker.mode=offline"
         )
     folder = folder.absolute()  # W&B's own process may run in another working directory
     run_id = _run_id(folder, about)
@@ -147,15 +147,15 @@ def _start(
         return wandb.init(**options, settings=wandb.Settings(**settings))
     except wandb.Error as error:
         raise GradsiftError(
-            f"W&B did not start ({first_line(error)}); take tracker.mode=offline or tracker=none"
+            f"W&B did not start ({first_line(error)}); use tracker.mode=offline or tracker=none"
         ) from error
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
-    """Return the W&B id of a run in this folder, which is drawn at random once, so that no two jobs share an id.
+    """Return the W&B id of the run in this folder. It is drawn at random once and stored in the folder.
 
-    A job that runs again in its folder (requeued by Slurm, for example) replaces its earlier W&B run; what that run has
-    not uploaded yet is deleted.
+    A job that runs again in its folder (requeued by Slurm, for example) keeps its id and so replaces its earlier W&B
+    run. The earlier offline run, if it was not uploaded, is deleted.
     """
     file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
     run_id = file.read_text(encoding="utf-8") if file.is_file() else ""

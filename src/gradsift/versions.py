@@ -1,4 +1,4 @@
-"""The versions of the code and of the packages that make results."""
+"""The versions of the code and the packages with which results are made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def differences(manifest: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Return 12 hex digits of a hash of this package's sources; unlike a commit, it is known for a wheel and edits."""
+    """Return 12 hex digits of a hash of this package's sources, which also covers wheels and uncommitted edits."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):

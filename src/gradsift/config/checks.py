@@ -18,35 +18,38 @@ from urllib.parse import urlsplit
 
 from gradsift.errors import ConfigError
 
-SCHEMAS: dict[str, dict[str, type]] = {}  # the dataclasses by group and by the name in `/schema/<group>@_here_: <name>`
+SCHEMAS: dict[
+    str, dict[str, type]
+] = {}  # dataclasses by group, and by <name> in a file's `/schema/<group>@_here_: <name>`
 FROM_ENVIRONMENT = "env:"  # prefix of a value that names an environment variable, which is read when needed
 _SECRET_NAME = re.compile(
     r"auth|key|token|secret|passw|cookie|session|credential|signature|^(sig|code)$", re.IGNORECASE
 )
-# A larger value is taken for a typing error: each bound is far above what was ever published or can be computed, and a
-# value above it could exhaust the memory. No bound depends on the machine, as a sweep's jobs may run on another one.
+# A larger value is probably a typing error: each bound is far above every published or computable value, and a value
+# above it could exhaust the memory. No bound depends on the machine, because a sweep's jobs may run on another machine.
+# The last entry is the reason, and ends the sentence "OPTION=VALUE is more than BOUND, ...".
 _BOUNDS = (
     ("seed projection_seed", 2**32 - 1, "the largest seed that numpy and scikit-learn take"),
     ("max_length max_new_tokens max_tokens", 2**24, "more than the context of any model"),
     ("batch_size", 2**16, "more than any training or generation takes at once"),
     ("epochs snapshots", 10_000, "which nobody could train"),
     ("steps warmup_steps", 1_000_000, "which nobody could train; the batches of all steps are known before the first"),
-    ("members", 1000, "as every member is trained by itself; the paper has 5"),
-    ("rank", 4096, "above the ranks that were ever published; beyond a layer's smaller side a rank adds nothing"),
-    ("shards shard", 10_000, "more jobs than a sweep may have"),
-    ("size", 10_000_000, "as the embedded world is made in memory"),
-    ("benchmark_items target_set.limit", 1_000_000, "as the embedded world is made in memory"),
+    ("members", 1000, "more than any published ensemble has; the paper has 5"),
+    ("rank", 4096, "more than any published rank; a rank above a layer's smaller side adds nothing"),
+    ("shards shard", 10_000, "the largest number of jobs of a sweep"),
+    ("size", 10_000_000, "more than fits in memory, where the embedded world is generated"),
+    ("benchmark_items target_set.limit", 1_000_000, "more than fits in memory, where the embedded world is generated"),
     ("dimensions", 2**20, "above which a projection saves nothing"),
     ("concurrency", 1000, "more than any endpoint answers at once"),
-    ("retries", 1000, "which would last for days"),
-    ("clusters", 1_000_000, "more than k-means could tell apart"),
+    ("retries", 1000, "which would take days"),
+    ("clusters", 1_000_000, "more than k-means can compute"),
     ("threads num_nodes", 4096, "more than any machine or cluster has"),
     ("devices", 1024, "more than any machine has"),
     ("tokens", 2**30, "more than any memory holds at once"),
 )
-# by the full name of an option, or by its last part
+# bound and reason, by the full name of an option or by its last part
 MOST = {name: (most, reason) for names, most, reason in _BOUNDS for name in names.split()}
-_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # words for errors, and the condition
+_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # the words in errors, and the condition
     "least": ("of at least", operator.ge),
     "above": ("above", operator.gt),
     "most": ("up to", operator.le),
@@ -71,10 +74,11 @@ class Group:
     _option: ClassVar[str] = ""  # path of the group in the config, for errors
 
     def __init_subclass__(cls, option: str | None = None, schema: str | None = None) -> None:
-        """
+        """Register the dataclass as a schema.
+
         Args:
-            option: path of the group in the config; by default that of the base class.
-            schema: name by which a file in `conf/<group>/` takes this dataclass as its schema; None: no file does.
+            option: path of the group in the config; None: the path of the base class.
+            schema: name by which a file in `conf/<group>/` chooses this dataclass as its schema; None: no file does.
         """
         if option is not None:
             cls._option = option
@@ -94,7 +98,7 @@ class Group:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError if the values do not go together; subclasses override it."""
+        """Raise ConfigError if the values contradict each other; subclasses override this method."""
 
 
 def require_bound(option: str, value: int) -> None:
@@ -127,28 +131,28 @@ def in_range(option: str, value: float, **limits: float) -> None:
 
 
 def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value that is no printable text, or a secret by its name and not of the form `env:NAME`.
+    """Raise ConfigError for a value that is not printable text, and for a secret that is not given as `env:NAME`.
 
-    `env:NAME` stands for the value of an environment variable. A secret itself would be written, with the config, to
-    the run's folder and to the tracker.
+    The name of a value, such as `api_key`, decides whether it is a secret. `env:NAME` stands for the value of an
+    environment variable; the secret itself would be written, with the config, to the run's folder and to the tracker.
     """
     for name, value in values.items():
         if not isinstance(value, str):
-            raise ConfigError(f"{option}.{name} is no text; give it in quotes: '{option}={{{name}: \"...\"}}'")
+            raise ConfigError(f"{option}.{name} is not text; give it in quotes: '{option}={{{name}: \"...\"}}'")
         if value.startswith(FROM_ENVIRONMENT):
             if not re.fullmatch(r"[A-Za-z_]\w*", value.removeprefix(FROM_ENVIRONMENT)):
                 raise ConfigError(f"{option}.{name} names no environment variable; give env:NAME")
         elif _SECRET_NAME.search(name):
             raise ConfigError(
-                f"{option}.{name} is a secret by its name, and the config is written to the run's folder; put the "
-                f"value into an environment variable and give its name: {option}.{name}=env:NAME"
+                f"{option}.{name} is a secret, judging by its name, and the config is written to the run's folder; put "
+                f"the value into an environment variable and give its name: {option}.{name}=env:NAME"
             )
         elif not value.isprintable():
             raise ConfigError(f"{option}.{name} holds a character that cannot be sent; give printable text")
 
 
 def require_no_typed_secret(option: str, value: str) -> None:
-    """Raise ConfigError if an override holds a secret; Hydra writes overrides to the run's folder as they are typed."""
+    """Raise ConfigError if an override holds a secret: Hydra writes overrides to the run's folder as they are typed."""
     if not re.match(r"judge\.extra_(headers|query)\b", option):
         return
     group, name, *key = option.split(".", 2)
@@ -160,7 +164,7 @@ def require_no_typed_secret(option: str, value: str) -> None:
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Raise ConfigError if an address cannot be used, or may hold a secret, which would be written to manifests."""
+    """Raise ConfigError if an address is not valid, or has a part that may be a secret: manifests contain addresses."""
     if "@" in url or "?" in url:
         query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(
@@ -170,7 +174,7 @@ def endpoint_address(option: str, url: str, api_key_env: str) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets, or a port that is no number
+    except ValueError:  # brackets, or a port that is not a number
         usable = False
     if not usable or any(character.isspace() for character in url):
-        raise ConfigError(f"{option}={url!r} is no endpoint's address; give one like http://127.0.0.1:8000/v1")
+        raise ConfigError(f"{option}={url!r} is not the address of an endpoint; give one like http://127.0.0.1:8000/v1")

@@ -26,17 +26,17 @@ NO_TARGET_SET = (
 
 @dataclass
 class FieldsConfig:
-    """Names of the columns that hold the parts of an example. Other common names are recognised too (docs/data.md)."""
+    """Names of the columns that hold the parts of an example. Other common names are also recognised (docs/data.md)."""
 
     instruction: str = "instruction"  # column of the prompt
-    input: str | None = "input"  # column of a second text of the prompt; may be missing; null: no column
+    input: str | None = "input"  # column of further text of the prompt; the data may lack this column; null: none
     output: str = "output"  # column of the response
     messages: str = "messages"  # column of the turns: [{"role": ..., "content": ...}, ...]
     conversations: str = "conversations"  # column of the turns in ShareGPT data: [{"from": ..., "value": ...}, ...]
     prompt: str = "prompt"  # column of a prompt that is a text or a list of turns
     completion: str = "completion"  # column of the response to `prompt`
-    system: str | None = "system"  # column of the system prompt; may be missing; null: no column
-    # column of earlier exchanges [[user, assistant], ...]; may be missing; null: no column
+    system: str | None = "system"  # column of the system prompt; the data may lack this column; null: none
+    # column of earlier exchanges [[user, assistant], ...]; the data may lack this column; null: none
     history: str | None = "history"
 
 
@@ -44,7 +44,7 @@ class FieldsConfig:
 class CorruptionConfig(Group, option="data.corruption"):
     """Corruption of a share of the rows, to audit scorers. Scorers do not see the labels that name these rows."""
 
-    # share of the rows (after `limit`) that is corrupted, divided equally among the kinds; copies are added to the rows
+    # share of the rows (after `limit`) to corrupt, divided equally among the kinds; duplicates are added to the rows
     share: float = option(0.0, least=0, below=1)
     kinds: list[str] = option(list(CORRUPTIONS), choices=CORRUPTIONS)  # kinds of corruption, each named once
     seed: int = option(0, least=0)  # seed of the corruption
@@ -58,24 +58,25 @@ class DataConfig(Group, option="data"):
     """Options of every dataset."""
 
     name: str = MISSING
-    limit: int | None = option(None, least=1)  # at most this many rows, drawn with `seed`, in the order of the file
-    holdout: int = option(0, least=0)  # rows set aside before selection, for the held-out loss
+    # use at most this many rows, drawn at random with `seed` and kept in the order of the file; null: all rows
+    limit: int | None = option(None, least=1)
+    holdout: int = option(0, least=0)  # number of rows set aside before selection, to measure the held-out loss
     # seed of the draws for `limit` and `holdout`, of a mixture's sample, and of the embedded world
     seed: int = option(0, least=0)
-    # exact: drop each row whose texts equal those of an earlier row; near: also drop each row that shares most of its
-    # words with an earlier, kept row
+    # which repeated rows are dropped. exact: rows whose texts equal those of an earlier row; near: also rows that share
+    # most of their words with an earlier, kept row
     dedup: str = option("none", choices=("none", "exact", "near"))
     # for dedup=near: rows are near duplicates if the Jaccard similarity of their word triples is at least this
     dedup_threshold: float = option(0.8, least=0.5, most=1)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
-    # file written by `gradsift scores`. Its scores are used in place of the scorer (unless this is full, random or
-    # random_clean); rows without a score are rejected
+    # file written by `gradsift scores`. Its scores replace those of the scorer (unless the scorer is full, random or
+    # random_clean); rows without a score in the file are rejected
     scores: str | None = None
 
     def check(self) -> None:
         if self.scores is not None and self.corruption.share:
             raise ConfigError(
-                "data.scores has no score of a corrupted text; give only one of it and data.corruption.share"
+                "data.scores has no score of a corrupted text; give either data.scores or data.corruption.share"
             )
 
 
@@ -101,7 +102,7 @@ class JsonDataConfig(DataConfig, schema="json"):
     # a file, a list of files, a pattern as in 'folder/*.jsonl', a folder of shards, a folder written by
     # `datasets.save_to_disk`, or `-` for JSON rows from standard input
     path: Any = MISSING
-    format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: the format of the first row whose columns fit one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
 
     def check(self) -> None:
@@ -113,14 +114,14 @@ class JsonDataConfig(DataConfig, schema="json"):
 class HubDataConfig(DataConfig, schema="hub"):
     """A dataset of the Hugging Face hub."""
 
-    name: str = ""  # empty: made of the id and the subset
+    name: str = ""  # empty: made from the id and the subset
     id: str = MISSING  # OWNER/NAME on the hub
-    subset: str | None = None  # name of a subset (config) of the dataset; null: it has only one subset
-    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
+    subset: str | None = None  # name of a subset (config) of the dataset; null: the only one
+    # commit of the dataset on the hub; null: the commit that is current at first use, which the store then keeps
+    revision: str | None = None
     split: str = "train"  # split of the dataset
-    format: str = option("auto", choices=DATA_FORMATS)  # auto: the first row whose columns fit a format decides
+    format: str = option("auto", choices=DATA_FORMATS)  # auto: the format of the first row whose columns fit one
     fields: FieldsConfig = field(default_factory=FieldsConfig)
-
     streaming: bool = False  # read only the first `limit` + `holdout` rows, for datasets that do not fit on the disk
 
     def check(self) -> None:
@@ -135,8 +136,8 @@ class HubDataConfig(DataConfig, schema="hub"):
 class SourceConfig(Group, option="data.sources.NAME"):
     """One source of a mixture: local files, or a dataset of the hub."""
 
-    path: Any = None  # as data.path of data=json; give either path or id
-    id: str | None = None  # as data.id of data=hub
+    path: Any = None  # local files, as data.path of data=json; give either path or id
+    id: str | None = None  # a dataset of the hub, as data.id of data=hub
     subset: str | None = None  # as data.subset of data=hub
     revision: str | None = None  # as data.revision of data=hub
     split: str = "train"  # split of the hub's dataset
@@ -163,7 +164,7 @@ class MixtureDataConfig(DataConfig, schema="mixture"):
     # the options of each source by its name, as in
     # 'data.sources={code: {path: code.jsonl, weight: 1}, chat: {id: OWNER/NAME, weight: 3}}'
     sources: Any = MISSING
-    source_column: str = "source"  # name of an added column, which holds the name of each row's source
+    source_column: str = "source"  # name of a column that is added and holds the name of each row's source
 
     def check(self) -> None:
         super().check()
@@ -192,17 +193,19 @@ class MixtureDataConfig(DataConfig, schema="mixture"):
 class VerifiableDataConfig(DataConfig, schema="verifiable"):
     """The embedded world: generated examples with exactly checkable answers."""
 
-    size: int = option(3000, least=1)  # rows
-    spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, divided equally among four kinds
+    size: int = option(3000, least=1)  # number of rows
+    spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, in equal parts in four ways
     duplicates: float = option(0.06, least=0, below=1)  # share of the rows that are exact or near duplicates
-    # share of the tasks that chain two named operations; half as many further tasks show what a single name does
+    # share of the tasks that chain two named operations; half as many further tasks show what one named operation does
     delayed: float = option(0.0, least=0, most=0.5)
     benchmark_items: int = option(780, least=1)  # number of held-out questions
 
     def check(self) -> None:
         super().check()
         if self.holdout:
-            raise ConfigError("data.holdout has no use: the benchmark of data=verifiable is held out; leave it 0")
+            raise ConfigError(
+                "data.holdout must be 0 with data=verifiable, whose benchmark already consists of held-out questions"
+            )
 
 
 @dataclass
@@ -218,8 +221,8 @@ class TargetSetConfig(Group, option="target_set", schema="target_set"):
 class FilesTargetSetConfig(TargetSetConfig, schema="files"):
     """Target rows from files: one file per task, or one file whose column names each row's task."""
 
-    path: str | None = None  # a local file, or a folder that holds the files of `urls`; used instead of `urls`
-    urls: dict[str, str] = field(default_factory=dict)  # address of each task's file; downloaded once, at run time
+    path: str | None = None  # a local file, or a folder with local copies of the files in `urls`; replaces `urls`
+    urls: dict[str, str] = field(default_factory=dict)  # address of each task's file, which is downloaded at first use
     task: str | None = None  # column that names a row's task; null: all rows of a file are one task
     rows: str | None = None  # key of the rows in a .json file whose object has several keys
     format: str = option("auto", choices=DATA_FORMATS)  # as data.format
@@ -232,7 +235,7 @@ class FilesTargetSetConfig(TargetSetConfig, schema="files"):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig, schema="verifiable_tasks"):
-    """Questions from the embedded world, each with its correct answer; not in `data=verifiable` or its benchmark."""
+    """Questions from the embedded world with right answers, neither in `data=verifiable` nor in its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task

@@ -20,19 +20,19 @@ _WEEK = 604_800  # seconds, the longest wait that can be set; much longer waits 
 
 @dataclass
 class BenchmarkSetConfig:
-    """One benchmark: where its questions are, and which fields (`a.b` for a field b in a) hold their parts."""
+    """One benchmark: where its questions are, and which fields hold their parts (`a.b` names the field b in a)."""
 
     path: str | None = None  # a local JSON or JSONL file; used instead of `url`
-    url: str | None = None  # downloaded once at run time
+    url: str | None = None  # address of the file, which is downloaded at first use
     id: str | None = None  # field of the item's id; null: the row number is the id
     rows: str | None = None  # key of the rows in a JSON file whose object has several keys
-    instruction: str = "instruction"
-    input: str | None = None
+    instruction: str = "instruction"  # field of the question
+    input: str | None = None  # field of further text of the question; null: none
     second_turn: str | None = None  # field of a question that is asked after the answer to the first
-    reference: str | None = None  # field of the reference answer, for judge=verifier, accuracy, metrics
-    reference_after: str | None = None  # text after which the reference answer begins in its field, such as ####
+    reference: str | None = None  # field of the reference answer, for judge=verifier, accuracy and other metrics
+    reference_after: str | None = None  # text in the reference field after which the answer begins, such as ####
     match: str = "exact"  # how an answer is compared with the reference (see gradsift.evaluation.matching)
-    file: str | None = None  # path of the set's local copy in `benchmark.folder`; null: the last part of `url`
+    file: str | None = None  # path of the local copy within `benchmark.folder`; null: the last part of `url`
 
 
 def _benchmark_set(name: str, entry: Any) -> BenchmarkSetConfig:
@@ -61,26 +61,24 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
     sets: list[str] = field(default_factory=list)  # names of sets in the catalogue
     # sets answered before and after the finetune, to measure forgetting
     general: list[str] = field(default_factory=list)
-    catalog: dict[str, Any] = field(default_factory=dict)  # the fields of each set (as BenchmarkSetConfig) by its name
-    upstream: str | None = None  # base address that the catalogue's entries may refer to
-    upstream_bbh: str | None = None  # address of BIG-Bench-Hard's files, which the catalogue refers to
-    folder: str | None = None  # folder of local copies, each at its set's `file`; replaces every `url`
-    limit: int | None = option(None, least=1)  # take only this many items from the start of each set; null: all
-    max_new_tokens: int = option(512, least=1)  # most tokens of an answer
-    batch_size: int = option(16, least=1)  # answers that are generated together
+    catalog: dict[str, Any] = field(default_factory=dict)  # the known sets by name, each a `BenchmarkSetConfig`
+    upstream: str | None = None  # base address of the files of the published test sets, for use in `catalog`
+    upstream_bbh: str | None = None  # base address of the files of BIG-Bench-Hard, for use in `catalog`
+    folder: str | None = None  # folder with local copies of the files, used instead of every `url`
+    limit: int | None = option(None, least=1)  # number of items taken from the start of each set; null: all
+    max_new_tokens: int = option(512, least=1)  # largest number of tokens of an answer
+    batch_size: int = option(16, least=1)  # number of answers generated together
     wordnet_dir: str | None = None  # folder with the files of WordNet 3.x, for METEOR; null: no METEOR
     lm_eval_tasks: list[str] = field(default_factory=list)  # tasks of lm-eval, answered before and after the finetune
-    lm_eval_folder: str | None = None  # folder with YAML files of further lm-eval tasks, and their data
+    lm_eval_folder: str | None = None  # folder with the YAML files of your own lm-eval tasks, and with their data
 
     def check(self) -> None:
-        if not self.sets:
-            raise ConfigError("benchmark.sets is empty; name at least one, as in benchmark.sets=[vicuna]")
         self.catalog = {name: _benchmark_set(name, entry) for name, entry in self.catalog.items()}
-        for key in ("sets", "general", "lm_eval_tasks"):
-            names = list(getattr(self, key))
-            if len(set(names)) < len(names):
-                raise ConfigError(f"benchmark.{key}={names} has a name twice; name each once")
         known = [EMBEDDED, TERSE, *self.catalog]
+        each_once("benchmark.sets", self.sets, f"; known: {', '.join(known)}")
+        for key in ("general", "lm_eval_tasks"):
+            if names := getattr(self, key):
+                each_once(f"benchmark.{key}", names)
         for name in [*self.sets, *self.general]:
             if name not in known:
                 key = "sets" if name in self.sets else "general"
@@ -89,21 +87,21 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
                 )
         if self.lm_eval_folder is not None and not self.lm_eval_tasks:
             raise ConfigError(
-                f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, and benchmark.lm_eval_tasks names none"
+                f"benchmark.lm_eval_folder={self.lm_eval_folder} holds tasks, but benchmark.lm_eval_tasks names none"
             )
         if both := [name for name in self.general if name in self.sets]:
             raise ConfigError(
-                f"benchmark.general={both} is in benchmark.sets too, which the untuned target answers anyway; name it "
-                "in one of them"
+                f"benchmark.general={both} is in benchmark.sets too, which the untuned target answers in any case; "
+                "name it in one of the two"
             )
         if bare := self.without_reference(self.general):
             raise ConfigError(
-                f"benchmark.general={bare} has no reference answers, and forgetting is measured by them; name their "
+                f"benchmark.general={bare} has no reference answers, with which forgetting is measured; name their "
                 f"field with benchmark.catalog.{bare[0]}.reference=FIELD, or take other sets"
             )
         if self.wordnet_dir is not None and not self.general and self.without_reference(self.sets) == list(self.sets):
             raise ConfigError(
-                f"benchmark.wordnet_dir is for METEOR, which needs reference answers, and benchmark.sets="
+                f"benchmark.wordnet_dir is for METEOR, which needs reference answers, but benchmark.sets="
                 f"{list(self.sets)} have none; name their field with benchmark.catalog.{self.sets[0]}.reference=FIELD"
             )
 
@@ -116,11 +114,11 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
         return self.catalog[name].match if name in self.catalog else "exact"  # exact for the embedded world's sets
 
 
-_RESERVED = {  # parameters that judge.extra_body must not hold, and why
-    "messages": "which the judge's prompt makes; leave it out",
+_RESERVED = {  # parameters that judge.extra_body must not hold, and the remedy
+    "messages": "which contains the judge's prompt; leave it out",
     "model": "which has an option of its own: judge.model",
-    "stream": "and replies are read whole; leave it out",
-    "n": "and one reply per request is read; leave it out",
+    "stream": "but replies are not streamed; leave it out",
+    "n": "but only one reply per request is read; leave it out",
     "max_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
     "max_completion_tokens": "which has options of its own: judge.max_tokens and judge.token_parameter",
 }
@@ -128,10 +126,10 @@ _RESERVED = {  # parameters that judge.extra_body must not hold, and why
 
 @dataclass
 class JudgeConfig(Group, option="judge"):
-    """A judge gives each answer of a pair a score. Every pair is judged in both orders."""
+    """A judge gives each of the two answers of a pair a score. Every pair is judged in both orders."""
 
     name: str = MISSING
-    # coverage of the confidence interval of the pairwise winning score (PWS)
+    # confidence level of the interval of the pairwise winning score (PWS)
     confidence: float = option(0.95, above=0, below=1)
 
 
@@ -148,21 +146,24 @@ class LocalJudgeConfig(JudgeConfig, schema="local"):
     """
 
     model: ModelConfig = MISSING
-    max_length: int = option(2048, least=16)  # tokens of question and answers; longer answers are cut
-    batch_size: int = option(8, least=1)  # pairs that pass through the model together
+    max_length: int = option(2048, least=16)  # largest number of tokens of question and answers; longer answers are cut
+    batch_size: int = option(8, least=1)  # number of pairs that pass through the model together
 
 
 @dataclass
 class EndpointOptions(Group):
     """How requests are sent to an OpenAI-compatible endpoint, and what they may cost."""
 
-    base_url: str | None = None  # null: OPENAI_BASE_URL, or else the default of the OpenAI client
+    # address of the endpoint; null: that in the environment variable OPENAI_BASE_URL, or else the OpenAI client's
+    base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; the key is never in the config
-    timeout: float = option(60.0, above=0, most=_WEEK)  # seconds per request
-    retries: int = option(5, least=0)  # retries of a failed request, after a backoff or the endpoint's Retry-After
-    max_wait: float = option(120.0, least=0, most=_WEEK)  # longest wait in seconds; a longer Retry-After ends the run
-    give_up: int = option(10, least=1)  # this many failed requests in a row end the run
-    concurrency: int = option(4, least=1)  # requests at a time
+    timeout: float = option(60.0, above=0, most=_WEEK)  # longest time of a request, in seconds
+    # largest number of retries of a failed request, each after a backoff or after the endpoint's Retry-After
+    retries: int = option(5, least=0)
+    # longest wait before a retry, in seconds; if Retry-After asks for a longer wait, the run ends
+    max_wait: float = option(120.0, least=0, most=_WEEK)
+    give_up: int = option(10, least=1)  # number of failed requests in a row that ends the run
+    concurrency: int = option(4, least=1)  # number of requests sent at the same time
     price_input: float | None = option(None, least=0)  # USD per million prompt tokens; null: unknown
     price_output: float | None = option(None, least=0)  # USD per million reply tokens; null: unknown
     # cap on a stage's cost in USD, resumed runs included; needs price_input and price_output
@@ -185,26 +186,29 @@ class EndpointOptions(Group):
 
 @dataclass
 class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
-    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps."""
+    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps.
 
-    # this many unreadable replies in a row, without a readable one, end the run; null: never
+    The type of the mappings is Any, because Hydra adds no keys to an option whose type is a mapping.
+    """
+
+    # number of unreadable replies in a row that ends the run; null: unreadable replies never end it
     give_up_unreadable: int | None = option(10, least=1)
     # name of the parameter of a request that limits the tokens of the reply
     token_parameter: str = option("max_tokens", choices=("max_tokens", "max_completion_tokens"))
-    system_role: bool = True  # false: no system message; its text is put in front of the user's
-    # mapping of parameters that are added to each request; the value null leaves a parameter out (the type is Any,
-    # since Hydra adds no keys to an option whose type is a mapping)
-    extra_body: Any = None
+    system_role: bool = True  # false: the text of the system message is put at the start of the user's message
+    extra_body: Any = None  # mapping of parameters that are added to each request; null as a value removes a parameter
     extra_headers: Any = None  # mapping of HTTP headers; env:NAME is the value of an environment variable
-    extra_query: Any = None  # mapping of the address's query parameters, such as Azure's api-version
-    dry_run: bool = False  # print what would be sent and what it would cost, and stop there
+    extra_query: Any = None  # mapping of query parameters of the address, such as Azure's api-version
+    dry_run: bool = False  # print the number and the estimated cost of the requests, then end without sending them
 
     def check(self) -> None:
         super().check()
         for name in ("extra_body", "extra_headers", "extra_query"):
             value = getattr(self, name) or {}
             if not isinstance(value, dict):
-                raise ConfigError(f"judge.{name}={value!r} is no mapping; give it as in judge.{name}={{NAME: VALUE}}")
+                raise ConfigError(
+                    f"judge.{name}={value!r} is not a mapping; give it as in judge.{name}={{NAME: VALUE}}"
+                )
             if name != "extra_body":
                 require_secrets_elsewhere(f"judge.{name}", value)
         if reserved := [name for name in _RESERVED if name in (self.extra_body or {})]:
@@ -217,20 +221,21 @@ class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
 
     model: str = "gpt-4o"  # name of the model at the endpoint
     temperature: float | None = option(0.0, least=0)  # sampling temperature; null: not sent
-    max_tokens: int = option(256, least=1)  # most tokens of a reply
-    # how scores are read; legacy: the published rule, except that an unreadable reply is invalid, not a tie
+    max_tokens: int = option(256, least=1)  # largest number of tokens of a reply
+    # how scores are read from a reply; legacy: by the published rule, but an unreadable reply is invalid and not a tie
     parse: str = option("tolerant", choices=("strict", "tolerant", "legacy", "verdict", "json"))
-    system: str | None = None  # text before question and answers; null: the text of the 1-10 protocol
-    task: str | None = None  # text after question and answers; null: the text of the 1-10 protocol
+    system: str | None = None  # text before question and answers; null: that of the 1-10 protocol
+    task: str | None = None  # text after question and answers; null: that of the 1-10 protocol
 
 
 @dataclass
 class AlpacaEvalJudgeConfig(EndpointJudgeConfig, schema="alpaca_eval"):
     """One of alpaca_eval's annotators. It judges every pair in both orders."""
 
-    annotators: str = "weighted_alpaca_eval_gpt4_turbo"  # name in the package, or your own folder or file
-    model: str | None = None  # name of the model at the endpoint; null: the annotator's own
-    max_tokens: int | None = option(None, least=1)  # most tokens of a reply; null: the annotator's own
+    # name of an annotator of the package, or the folder or file of your own annotator
+    annotators: str = "weighted_alpaca_eval_gpt4_turbo"
+    model: str | None = None  # name of the model at the endpoint; null: the annotator's model
+    max_tokens: int | None = option(None, least=1)  # largest number of tokens of a reply; null: the annotator's number
 
     def check(self) -> None:
         super().check()
@@ -240,11 +245,11 @@ class AlpacaEvalJudgeConfig(EndpointJudgeConfig, schema="alpaca_eval"):
         foreign = read_annotator(self.annotators).base_url
         if foreign:
             endpoint_address(f"judge.annotators={self.annotators}: client_kwargs.base_url", foreign, self.api_key_env)
-        # an OpenAI key must not be sent to an address that a file names
+        # an OpenAI key must not be sent to an address from an annotator's file
         if foreign and not self.base_url and self.api_key_env == EndpointJudgeConfig.api_key_env:
             raise ConfigError(
-                f"judge.annotators={self.annotators} asks {foreign}; name the environment variable that holds a key "
-                "for it with judge.api_key_env=NAME, or another endpoint with judge.base_url=URL"
+                f"judge.annotators={self.annotators} asks {foreign}; name the environment variable with "
+                "its key by judge.api_key_env=NAME, or another endpoint by judge.base_url=URL"
             )
 
 
@@ -256,7 +261,7 @@ def require_trained(judge: JudgeConfig) -> None:
 
 @dataclass
 class CompareConfig(Group):
-    """The options of `gradsift.evaluation.compare`. Composing all options of a run instead would take 0.3 s more."""
+    """The options of `gradsift.evaluation.compare`; composing all options of a run would take 0.3 s longer."""
 
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))
     judge: JudgeConfig = MISSING
@@ -269,31 +274,31 @@ class CompareConfig(Group):
 
 @dataclass
 class GeneratorConfig(Group, option="generator", schema="local"):
-    """What computes the answers: this process (`local`), or an endpoint."""
+    """Generates the answers: this process (`local`), or an endpoint."""
 
     name: str = "local"
 
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig, schema="endpoint"):
-    """An OpenAI-compatible server computes the answers. It must serve a tuned target under its artifact's name."""
+    """An OpenAI-compatible server generates the answers. It must serve a tuned target under its artifact's name."""
 
-    model: str | None = None  # the server's name for the untuned target; null: target.model.path
-    # tokens: sends token ids, encoded with the target's template, to the completions API; chat: sends messages, and the
-    # server applies its own template
+    model: str | None = None  # name of the untuned target on the server; null: target.model.path
+    # what is sent. tokens: token ids, encoded with the target's template, to the completions API; chat: messages, to
+    # which the server applies its own template
     prompt: str = option("tokens", choices=("tokens", "chat"))
-    # command that starts a server and takes the arguments of `vllm serve`. Each stage runs it on this machine, with the
-    # adapter. Empty: the server at base_url is used
+    # command that starts a server and takes the arguments of `vllm serve`; each stage that generates answers runs it on
+    # this machine, with the adapter. Empty: the server at `base_url` is used
     serve: list[str] = field(default_factory=list)
     serve_arguments: list[str] = field(default_factory=list)  # further arguments of `serve`
-    start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds until the started server must answer
+    start_timeout: float = option(1800.0, above=0, most=_WEEK)  # seconds within which the started server must answer
 
     def check(self) -> None:
         super().check()
         if self.serve and self.base_url:
             raise ConfigError(
-                f"generator.serve={self.serve} starts a server, and generator.base_url={self.base_url} names one; "
-                "give generator.serve=[] to ask that one"
+                f"generator.serve={self.serve} starts a server, but generator.base_url={self.base_url} names a running "
+                "one; give generator.serve=[] to use the running server"
             )
         if not self.serve and not self.base_url:
             raise ConfigError(f"generator={self.name} needs the address of a server: generator.base_url=URL")
@@ -304,8 +309,8 @@ class AuditConfig(Group, option="audit"):
     """The noise audit: how well a scorer keeps known corruption out of the selection (gradsift.selection.audit)."""
 
     enabled: bool = False  # compare the scores with known corruption
-    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # alphas of selections that only the audit makes
-    clusters: int = option(30, least=2)  # number of prompt clusters, used as task families if the data names none
+    alphas: list[float] = option([0.05, 0.1, 0.15], above=0, most=1)  # values of alpha at which the audit selects
+    clusters: int = option(30, least=2)  # number of clusters of prompts, used as task families if the data has none
 
     def check(self) -> None:
         each_once("audit.alphas", self.alphas)

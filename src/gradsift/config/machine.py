@@ -21,7 +21,7 @@ class TrackerConfig(Group, option="tracker", schema="tracker"):
     project: str = "gradsift"  # W&B project
     entity: str | None = None  # W&B user or team; null: the account's default
     group: str | None = None  # W&B group; null: the sweep's day and time
-    artifacts: bool = False  # also log scores and selection as W&B artifacts; copies are in the run's folder
+    artifacts: bool = False  # also log scores and selection as W&B artifacts; the run's folder has them in any case
 
     def check(self) -> None:
         if self.artifacts and self.name == "none":
@@ -53,7 +53,7 @@ class ExportConfig(Group, option="export", schema="export"):
 
 @dataclass
 class ComputeConfig(Group, option="compute", schema="compute"):
-    """The machine: device, precision, memory, and processes that share the work."""
+    """The hardware and its use: device, precision, memory, and the processes that share the work."""
 
     device: str = option("auto", choices=("auto", "cpu", "cuda"))  # auto: cuda if there is a GPU, else cpu
     # bfloat16: frozen weights and matrix products are bfloat16; LoRA weights, layer norms, gradient norms and the
@@ -61,20 +61,21 @@ class ComputeConfig(Group, option="compute", schema="compute"):
     precision: str = option("auto", choices=("auto", "float32", "bfloat16"))
     # auto: gradsift's compiled kernels for bfloat16 models on a CPU; off: torch's kernels (docs/cpu.md)
     kernels: str = option("auto", choices=("auto", "off"))
-    # tokens, padding included, that pass through a model at once; null: chosen for each model
+    # number of tokens, padding included, that pass through a model at once; null: chosen for each model
     tokens: int | None = option(None, least=1)
-    # recompute activations in the backward pass; takes less memory and a third more time. null: only on a GPU whose
-    # memory would hold the activations of fewer than 4,096 tokens
+    # recompute activations in the backward pass, which takes less memory and a third more time; null: only on a GPU
+    # whose memory would hold the activations of fewer than 4,096 tokens
     checkpointing: bool | None = None
     threads: Any = "auto"  # CPU threads of a process: a number; auto: the free cores; null: torch's default
-    deterministic: bool = False  # use only kernels with reproducible bits; an operation without one fails
-    save_every: float = option(60.0, least=0)  # seconds of work that a killed process may lose; 0: save each step
+    deterministic: bool = False  # use only kernels with reproducible results; an operation without such a kernel fails
+    save_every: float = option(60.0, least=0)  # seconds of work that a killed process may lose; 0: save every step
     # ddp: the processes share a training, or a collection of gradient norms, each with the whole model. fsdp: as ddp,
     # but each process holds only a part of the target's frozen weights
     strategy: str = option("single", choices=("single", "ddp", "fsdp"))
-    # processes per machine, each on a GPU of its own or on the CPU; more than 1 only with ddp or fsdp
+    # number of processes per machine, each on a GPU of its own or on the CPU; more than 1 only with ddp or fsdp
     devices: int = option(1, least=1)
-    num_nodes: int = option(1, least=1)  # machines that share the work and the store; the same command runs on each
+    # number of machines that share the work and the store; give the same command on each
+    num_nodes: int = option(1, least=1)
 
     def check(self) -> None:
         is_number = isinstance(self.threads, int) and not isinstance(self.threads, bool)
@@ -93,7 +94,7 @@ class ComputeConfig(Group, option="compute", schema="compute"):
 
     @property
     def mask_batches(self) -> Any:
-        """The settings that dropout masks depend on in the layers of experts.
+        """The settings on which dropout masks depend in mixture-of-experts layers.
 
         The input of these layers is not divided by row, so masks are drawn for each batch and rank instead of each row.
         """

@@ -36,15 +36,17 @@ class NanoConfig(Group, option="model.nano"):
 class ModelConfig(Group, option="model", schema="model"):
     """A causal language model: its backbone, without adapters."""
 
-    # pretrained: from the hub or a folder; nano: pretrained by gradsift; smollm2: from the package that holds it;
-    # tiny_bytes: random weights, to try out a setup
+    # pretrained: from the hub or a folder; nano: pretrained by gradsift; smollm2: SmolLM2-135M-Instruct from a Python
+    # package; tiny_bytes: random weights, to try out a setup
     kind: str = option("pretrained", choices=("pretrained", "nano", "smollm2", "tiny_bytes"))
     path: str | None = None  # hub id or local folder, for kind=pretrained
-    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
-    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))  # auto: as compute.precision
+    # commit of the model on the hub; null: the commit that is current at first use, which the store then keeps
+    revision: str | None = None
+    # precision of the frozen weights; auto: as compute.precision
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16"))
     # hold frozen linear layers in 4 or 8 bits (QLoRA), with the package bitsandbytes; products are computed in `dtype`
     quantization: str = option("none", choices=("none", "nf4", "int8"))
-    trust_remote_code: bool = False  # run code from the model's files
+    trust_remote_code: bool = False  # run code that comes with the model's files
     nano: NanoConfig = field(default_factory=NanoConfig)
 
     def check(self) -> None:
@@ -66,27 +68,28 @@ class LoraConfig(Group, option="lora"):
     rank: int = option(8, least=1)  # rank of A and B
     alpha: float = option(16.0, above=0)  # the adapter's output is scaled by alpha / rank
     dropout: float = option(0.0, least=0, below=1)  # dropout probability of the adapter's input in training
-    targets: list[str] = field(default_factory=lambda: ["all-linear"])  # names of the adapted linear layers
-    # how A is drawn. kaiming: uniform within 1 / sqrt(inputs) of 0; gaussian: normal with standard deviation 1 / rank.
-    # Exported training configs do not set it
+    # names of the linear layers that get an adapter; all-linear: all except output head and experts
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    # how the initial A is drawn. kaiming: uniform within 1 / sqrt(inputs) of 0; gaussian: normal with standard
+    # deviation 1 / rank. The configs of `export` do not contain this option
     init: str = option("kaiming", choices=("kaiming", "gaussian"))
     use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)
-    use_dora: bool = False  # true is refused: per-sample norms cover A and B only
+    use_dora: bool = False  # true is refused, because the per-sample norms cover only A and B
 
     def check(self) -> None:
         if not self.targets:
             raise ConfigError("lora.targets is empty; name the linear layers, or [all-linear]")
         if self.use_dora:
             raise ConfigError(
-                "lora.use_dora=true is not offered: DoRA trains a magnitude of each output beside A and B, and the "
-                "norms here are those of A and B; leave it out"
+                "lora.use_dora=true is not offered: DoRA also trains a magnitude for each output, and the per-sample "
+                "norms cover only A and B; leave it out"
             )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that a result depends on, as part of the settings of a stage.
+        """The options on which a result depends, for the settings of a stage.
 
-        Options that were added later are left out while they are off, so that earlier results keep their fingerprint.
+        Options that were added later are left out if they are off, so that earlier results keep their fingerprint.
         """
         later: dict[str, Any] = {"use_rslora": True} if self.use_rslora else {}
         if self.init != "kaiming":
@@ -97,7 +100,7 @@ class LoraConfig(Group, option="lora"):
 
 
 def _warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, after a check that it ends before the training, so that the rate reaches its full value."""
+    """Return `warmup`, or raise ConfigError if the warm-up does not end before the training."""
     if 0 < steps <= warmup:
         raise ConfigError(
             f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
@@ -114,7 +117,8 @@ class AdaptedModelConfig(Group):
     model: ModelConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
     template: str = "alpaca"  # alpaca or plain; chat: the tokenizer's chat template; FILE.jinja: your own chat template
-    max_length: int = option(1024, least=2)  # tokens, prompt and response together; the prompt is cut first
+    # largest number of tokens of prompt and response together; the prompt is cut first
+    max_length: int = option(1024, least=2)
 
     def check(self) -> None:
         self.name = self.name or slug_of_path(str(self.model.path))[:LONGEST_NAME]
@@ -129,19 +133,20 @@ class AdaptedModelConfig(Group):
 class ProxyConfig(AdaptedModelConfig, option="proxy", schema="proxy"):
     """The proxy ensemble: `members` LoRA adapters on one frozen backbone (GRADFILTERING, section 3)."""
 
-    members: int = option(5, least=1)  # M of the paper
-    together: int = option(1, least=1)  # members that train side by side, in one pass over the frozen weights
+    members: int = option(5, least=1)  # number of members, M in the paper
+    together: int = option(1, least=1)  # number of members that train side by side, in one pass over the frozen weights
     # how members differ: lora_seeds (initial A and data order), bootstrap (resample and order of the data), mc_dropout
     # (dropout masks; all members share one trained adapter)
     ensemble: str = option("lora_seeds", choices=("lora_seeds", "bootstrap", "mc_dropout"))
-    snapshots: list[int] = field(default_factory=lambda: [1, 2])  # epochs s (early) and t (late)
-    epochs: int | None = None  # number of epochs; null: up to the late snapshot
-    # when per-sample gradients are computed: in a pass after the epoch, or in the backward passes of the training
+    snapshots: list[int] = field(default_factory=lambda: [1, 2])  # the epochs s (early) and t (late) of the score
+    epochs: int | None = None  # number of training epochs; null: up to the late snapshot
+    # when per-sample gradients are computed. epoch_end: in a pass over all rows after the epoch; during_training: in
+    # the backward passes of the training
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
     shards: int = option(1, least=1)  # number of parts of the rows; with `shard`, a job collects the norms of one part
     shard: int | None = None  # the shard, counted from 0, that this run collects; null: all shards
-    # LoRA matrices whose gradients are in the norm. scaled: both; each gradient's norm is divided by the Frobenius norm
-    # of the other matrix
+    # LoRA matrices whose gradients are in the norm. all: A and B; scaled: A and B, and the norm of each gradient is
+    # divided by the Frobenius norm of the other matrix
     norm_scope: str = option("all", choices=("all", "A", "B", "scaled"))
     learning_rate: float = option(5e-5, above=0)  # AdamW's learning rate; the default is the paper's
     # schedule of the learning rate; with constant, the result of an epoch does not depend on the number of epochs
@@ -149,7 +154,7 @@ class ProxyConfig(AdaptedModelConfig, option="proxy", schema="proxy"):
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
     weight_decay: float = option(0.0, least=0)  # AdamW's weight decay
     batch_size: int = option(8, least=1)  # examples per optimiser step
-    # bucketed: a batch holds examples of similar length; random: batches do not depend on length
+    # bucketed: a batch holds examples of similar length; random: a batch holds random examples
     batching: str = option("bucketed", choices=BATCHINGS)
 
     def check(self) -> None:
@@ -200,20 +205,22 @@ class TargetConfig(AdaptedModelConfig, option="target", schema="target"):
     Trainer.
     """
 
-    epochs: int | None = option(None, least=1)  # give either epochs or steps
-    steps: int | None = option(None, least=1)  # optimiser steps, the same for every selection: equal compute
+    epochs: int | None = option(None, least=1)  # number of epochs; give either epochs or steps
+    steps: int | None = option(None, least=1)  # number of optimiser steps, with which all selections train equally long
     # token: mean loss over all response tokens of an optimiser step; example: mean loss of each example,
     # averaged over the step's examples, so that the tokens of a short response have more weight
     loss: str = option("token", choices=("token", "example"))
     max_grad_norm: float | None = option(1.0, above=0)  # longer gradients are scaled to this L2 norm; null: no clipping
-    learning_rate: float = option(2e-4, above=0)  # QLoRA's (Dettmers et al., 2023) for 7B and 13B; the paper gives none
-    schedule: str = option("linear", choices=SCHEDULES)  # after the warm-up; linear and cosine end at 0
+    # AdamW's learning rate; the default is QLoRA's for 7B and 13B (Dettmers et al., 2023), as the paper gives none
+    learning_rate: float = option(2e-4, above=0)
+    # schedule of the learning rate after the warm-up; linear and cosine end at 0
+    schedule: str = option("linear", choices=SCHEDULES)
     warmup_steps: int = option(0, least=0)  # optimiser steps in which the learning rate rises from 0
     warmup_ratio: float = option(0.0, least=0, below=1)  # `warmup_steps` as a share of the steps, rounded up
     weight_decay: float = option(0.0, least=0)  # AdamW's weight decay
     batch_size: int = option(16, least=1)  # examples per optimiser step
-    # bucketed: all examples of an optimiser step are of similar length, which biases the step. Within a step, examples
-    # of similar length pass through the model together in any case
+    # random: a step has random examples; bucketed: its examples have similar lengths, which biases the step. Within a
+    # step, examples of similar length always pass through the model together
     batching: str = option("random", choices=BATCHINGS)
 
     def check(self) -> None:
@@ -242,17 +249,17 @@ class EmbedderConfig(Group, option="embedder"):
 
     name: str = MISSING
     text: str = "prompt_and_response"
-    max_length: int = option(1024, least=2)  # tokens; the model's own limit if that is lower
+    max_length: int = option(1024, least=2)  # largest number of tokens of a text, or the model's limit if that is lower
 
 
 @dataclass
 class HiddenStatesConfig(EmbedderConfig, schema="hidden_states"):
     """Last hidden states of the proxy's backbone, pooled over the tokens."""
 
-    # what is embedded. prompt_and_response, prompt: in the proxy's template; instruction_input_output: one per line,
-    # without a template
+    # the text that is embedded. prompt_and_response, prompt: in the proxy's template; instruction_input_output: each
+    # on a line of its own, without a template
     text: str = option("prompt_and_response", choices=("prompt_and_response", "prompt", "instruction_input_output"))
-    # weighted_mean: token t of 1..T has weight t; last: only the last token
+    # how the states of the tokens are combined. weighted_mean: token t of 1..T has weight t; last: the last token alone
     pooling: str = option("mean", choices=("mean", "weighted_mean", "last"))
 
 
@@ -263,7 +270,8 @@ class SentenceTransformersConfig(EmbedderConfig, schema="sentence_transformers")
     # instruction_input_output, or prompt, which leaves out the response; neither uses a template
     text: str = option("instruction_input_output", choices=("instruction_input_output", "prompt"))
     model: str = MISSING  # hub id, or a folder that sentence-transformers saved
-    revision: str | None = None  # hub commit; null: the current one at first use, which this store then keeps
+    # commit of the model on the hub; null: the commit that is current at first use, which the store then keeps
+    revision: str | None = None
 
 
 @dataclass
@@ -271,13 +279,13 @@ class WarmupConfig(Group, option="features.warmup"):
     """Training of the proxy's backbone on a few random rows before gradients are taken (LESS)."""
 
     share: float | None = option(0.05, above=0, most=1)  # share of the rows; give either share or rows
-    rows: int | None = option(None, least=1)  # number of rows; all if the data has fewer
+    rows: int | None = option(None, least=1)  # number of rows; all rows if the data has fewer
     epochs: int = option(4, least=1)  # number of epochs; each ends in a checkpoint
     learning_rate: float = option(2e-5, above=0)  # AdamW's learning rate
-    schedule: str = option("linear", choices=SCHEDULES)  # of the learning rate after the warm-up steps
+    schedule: str = option("linear", choices=SCHEDULES)  # schedule of the learning rate after its initial rise
     warmup_ratio: float = option(0.03, least=0, below=1)  # share of the steps in which the learning rate rises from 0
     batch_size: int = option(32, least=1)  # examples per optimiser step
-    # `targets` names attention layers of Llama and of GPT-2; a name that the model does not have is ignored
+    # its `targets` are attention layers of Llama and GPT-2; names that the model does not have are ignored
     lora: LoraConfig = field(
         default_factory=lambda: LoraConfig(
             rank=128,
@@ -321,7 +329,7 @@ class FeaturesConfig(Group, option="features", schema="features"):
     def check(self) -> None:
         if self.adam and self.gradient_params == "full":
             raise ConfigError(
-                "features.adam=true needs Adam's moments, which the warm-up has for LoRA parameters only; with "
+                "features.adam=true needs Adam's moments, which the warm-up computes only for LoRA parameters; with "
                 "features.gradient_params=full give features.adam=false"
             )
 

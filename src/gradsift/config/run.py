@@ -1,4 +1,4 @@
-"""Everything that a run depends on, the checks across groups, and the conversion of composed configs."""
+"""The config of a whole run, the checks across groups, and the conversion of composed configs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from gradsift.config.checks import SCHEMAS, Group, one_of, option
 from gradsift.config.data import EMBEDDED, NO_TARGET_SET, TERSE, DataConfig, TargetSetConfig, VerifiableTargetSetConfig
@@ -37,10 +37,10 @@ from gradsift.names import require_name
 from gradsift.sources import asked_by
 
 STAGES = ("load", "statistics", "scores", "selection", "finetune", "generate", "judge")
-OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # and the stage that computes each
+OBJECTIVES = {"pws": "judge", "accuracy": "generate", "heldout_loss": "finetune"}  # results, and their stages
 SCORES_BY_TASK = ("less", "rds_plus", "sbert")  # scorers that give a score for each task of the target set
 BASELINES = ("full", "random", "random_clean")  # scorers that data.scores does not replace
-OF_PROXY = {  # sources (inputs of scorers and selectors) that are computed with the proxy, whatever the embedder
+OF_PROXY = {  # sources (inputs of scorers and selectors) that are computed with the proxy, whichever embedder is used
     *("statistics", "late_losses", "answer_losses", "directions", "embedding_gradients"),
     *("gradients", "target_gradients", "backbone", "proxy_inputs"),
 }
@@ -49,7 +49,7 @@ Root = TypeVar("Root", "Config", CompareConfig)
 
 @dataclass
 class Config(Group):
-    """Everything that a run depends on."""
+    """All options of a run."""
 
     data: DataConfig = MISSING
     target_set: TargetSetConfig = MISSING
@@ -66,14 +66,17 @@ class Config(Group):
     compute: ComputeConfig = MISSING
     export: ExportConfig = field(default_factory=ExportConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
-    alpha: float = option(0.1, above=0, most=1)  # share of the rows that is selected
-    # the rows of which alpha is a share: all accepted rows, or those that were scored
+    alpha: float = option(0.1, above=0, most=1)  # share of the rows to select
+    # the rows of which alpha is a share. accepted: all rows of the pool; scored: the rows with a score
     budget_base: str = option("accepted", choices=("accepted", "scored"))
     seed: int = option(0, least=0)  # seed of the proxy ensemble and of the target
-    stop_after: str | None = None  # the stage after which the run ends; null: the last one
+    # the stage after which the run ends: load, statistics, scores, selection, finetune, generate or judge; null:
+    # the run makes all stages
+    stop_after: str | None = None
     plan: bool = False  # only show which stages are done and which are still to do
-    objective: str = option("pws", choices=tuple(OBJECTIVES))  # what a search optimises (hydra/sweeper=optuna)
-    artifacts: str = "artifacts"  # folder of the store, which keeps the results of stages for all runs
+    # the result that a search (hydra/sweeper=optuna) optimises
+    objective: str = option("pws", choices=tuple(OBJECTIVES))
+    artifacts: str = "artifacts"  # folder of the store, in which all runs keep and find the results of stages
     report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
 
     def check(self) -> None:
@@ -103,9 +106,9 @@ class Config(Group):
 
     @property
     def models(self) -> list[ModelConfig]:
-        """The models that the run is sure to compute with: proxy, target and local judge, as far as they are needed.
+        """The models that the run certainly uses, among proxy, target and local judge.
 
-        With a user's own scorer the proxy is left out, because that scorer may not need it.
+        With a user's own scorer the proxy is left out, because the scorer may not need it.
         """
         models = [self.proxy.model] if self._needs_proxy and self._asked(self.scorer) is not None else []
         models += [self.target.model] if self.reaches("finetune") else []
@@ -124,7 +127,9 @@ class Config(Group):
     def check_objective(self) -> None:
         """Raise ConfigError if a search has plan=true, or if its jobs end before the objective is computed."""
         if self.plan:
-            raise ConfigError("plan=true shows no search, whose jobs follow from results; plan one job, or a sweep")
+            raise ConfigError(
+                "plan=true cannot show a search, whose jobs depend on earlier results; plan one job or a sweep"
+            )
         if not self.reaches(OBJECTIVES[self.objective]):
             raise ConfigError(
                 f"objective={self.objective} is known after {OBJECTIVES[self.objective]}, but "
@@ -132,7 +137,7 @@ class Config(Group):
             )
 
     def check_rater(self) -> None:
-        """Raise ConfigError for a judge that cannot rate single examples of this run's data."""
+        """Raise ConfigError if the judge cannot rate single examples of this run's data."""
         reason = "compares two answers" if isinstance(self.judge, AlpacaEvalJudgeConfig) else ""
         if self.judge.name == "verifier" and not self._is_embedded:
             reason = f"knows the right answers of data={EMBEDDED} only"
@@ -145,7 +150,7 @@ class Config(Group):
 
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return the sources that a scorer or selector asks for; None for a user's own, which is inspected later."""
+        """Return the inputs that a scorer or selector asks for; None for a user's own, whose code is read later."""
         return asked_by(str(_option_of(method, "_target_")))
 
     @property
@@ -159,12 +164,12 @@ class Config(Group):
 
     @property
     def _judges(self) -> bool:
-        """Whether the run judges pairs of answers; scorer=full would be compared with itself."""
+        """Whether the run judges pairs of answers; with scorer=full both answers would be from the same model."""
         return self.reaches("judge") and self.scorer_name != "full"
 
     @property
     def _needs_proxy(self) -> bool:
-        """Whether the run uses the proxy. A user's own scorer is assumed to use it, a user's own selector is not."""
+        """Whether the run uses the proxy; assumed for a user's own scorer, not for a user's own selector."""
         if not self.reaches("scores"):
             return self.stop_after == "statistics"
         with_proxy = set(OF_PROXY)
@@ -176,7 +181,12 @@ class Config(Group):
         return self._selects and selector is not None and bool(selector & with_proxy)
 
     def _check_names(self) -> None:
-        """Check the names that become parts of paths, in the store or in a sweep's folder."""
+        """Check the names that become parts of paths, and that a user's own methods have values for their constants."""
+        for group in ("scorer", "selector"):
+            method = getattr(self, group)
+            for constant, value in method.items() if isinstance(method, dict) else ():
+                if value == MISSING:
+                    raise ConfigError(f"{group}.{constant} is not set; give it as in {group}.{constant}=VALUE")
         require_name("scorer.name", self.scorer_name)
         require_name("selector.name", self.selector_name)
         for group in ("data", "target_set", "proxy", "embedder", "features", "target", "generator", "judge"):
@@ -194,7 +204,7 @@ class Config(Group):
             )
         if self.proxy.shard is not None and self.stop_after != "statistics":
             raise ConfigError(
-                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and ends there, but "
+                f"proxy.shard={self.proxy.shard} collects one of {self.proxy.shards} shards and then ends, but "
                 f"stop_after={self.stop_after}; add stop_after=statistics, or leave proxy.shard empty (null)"
             )
 
@@ -203,16 +213,16 @@ class Config(Group):
         if isinstance(selector, FacilityLocationConfig) and self.reaches("selection"):
             shares = {"alpha": self.alpha, "audit.alphas": max(self.audit.alphas) if self.audit.enabled else 0.0}
             name = max(shares, key=lambda each: shares[each])
-            if self.budget_base == "accepted" and selector.candidates < shares[name]:
+            if selector.candidates < shares[name]:
                 raise ConfigError(
-                    f"selector.candidates={selector.candidates} lets fewer examples enter than {name}={shares[name]} "
+                    f"selector.candidates={selector.candidates} gives fewer candidates than {name}={shares[name]} "
                     f"selects; raise selector.candidates, or lower {name} below it"
                 )
-        # the scores of a user's own scorer are checked by the selector
+        # for a user's own scorer, the selector checks whether there are scores per task
         without_tasks = self._asked(self.scorer) is not None and self.scorer_name not in SCORES_BY_TASK
         if self._selects and self.selector_name == "round_robin" and without_tasks:
             raise ConfigError(
-                f"selector=round_robin takes turns between tasks, and scorer={self.scorer_name} gives no score "
+                f"selector=round_robin takes turns between tasks, but scorer={self.scorer_name} gives no score "
                 f"per task; choose scorer={', '.join(SCORES_BY_TASK)} with a target_set, or selector=topk"
             )
 
@@ -245,7 +255,7 @@ class Config(Group):
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
     def _check_models(self) -> None:
-        """Check that models with random weights only score, and that quantised weights are used where they can be."""
+        """Check that models with random weights are used only for scores, and that quantised weights can be used."""
         if self.reaches("finetune"):
             model = self.target.model
             if model.kind == "tiny_bytes":
@@ -286,7 +296,7 @@ class Config(Group):
         """Check that the run reaches what it exports and audits, and that there is known corruption to audit."""
         ends = f"stop_after={self.stop_after}"
         if (self.export.formats or self.export.push_to_hub) and not self.reaches("selection"):
-            raise ConfigError(f"export is of the selection, but {ends}; take stop_after=selection or a later stage")
+            raise ConfigError(f"export writes the selection, but {ends}; take stop_after=selection or a later stage")
         if self.export.merged and not self.reaches("finetune"):
             raise ConfigError(
                 f"export.merged=true writes the finetuned target, but {ends}; take stop_after=finetune or a later stage"
@@ -294,10 +304,10 @@ class Config(Group):
         if not self.audit.enabled:
             return
         if not self.reaches("selection"):
-            raise ConfigError(f"audit.enabled looks at selections, but {ends}; take stop_after=selection")
+            raise ConfigError(f"audit.enabled=true measures selections, but {ends}; take stop_after=selection")
         if not self.data.corruption.share and not getattr(self.data, "spoilt", 0):
             raise ConfigError(
-                f"audit.enabled compares scores with known corruption, of which data={self.data.name} has none; inject "
+                f"audit.enabled=true compares scores with known corruption, but data={self.data.name} has none; add "
                 "some, as in data.corruption.share=0.3"
             )
 
@@ -319,23 +329,22 @@ def load_root(composed: DictConfig, kind: type[Root]) -> Root:
         ConfigError: an option is missing, unknown or has a value that cannot be used.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise ConfigError(f"{missing[0]} is not set; give it as in {missing[0]}=VALUE")
         config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is not set; give it as in {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         reason = first_line(error)
         if match := re.search(r"Environment variable '(\w+)' not found", reason):
-            reason = f"the environment variable {match[1]} is not set; the YAML file's header says to what"
+            reason = f"the environment variable {match[1]} is not set; the header of the YAML file describes its value"
         raise ConfigError(reason) from error
     if not isinstance(config, kind):
-        raise ConfigError(f"the config is no {kind.__name__}; the first default of its YAML file must be its schema")
+        raise ConfigError(f"the config is not a {kind.__name__}; the first default of its YAML file must be the schema")
     _require_known("", config)
     return config
 
 
 def _require_known(option: str, value: Any) -> None:
-    """Raise ConfigError for unknown options added with `+` or `++`, which would be attributes that nothing reads."""
+    """Raise ConfigError for an unknown option added with `+` or `++`, which would have no effect."""
     if not dataclasses.is_dataclass(value):
         return
     known = [field.name for field in dataclasses.fields(value)]
@@ -346,14 +355,14 @@ def _require_known(option: str, value: Any) -> None:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Return a config as plain values, with the schema of each group, so that `restore_config` can read it."""
+    """Return a config as plain values and the schema of each group, for `restore_config`."""
     kinds = {group: type(getattr(config, group, None)) for group in SCHEMAS}
     schemas = {group: name for group in SCHEMAS for name, kind in SCHEMAS[group].items() if kind is kinds[group]}
     return {"schemas": schemas, "values": dataclasses.asdict(config)}
 
 
 def restore_config(dumped: Any) -> Config:
-    """Return the config that `dump_config` described, checked again.
+    """Return the checked config that `dump_config` wrote.
 
     Raises:
         ConfigError: `dumped` does not describe a config, or was written by a version with other options.

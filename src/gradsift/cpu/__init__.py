@@ -1,8 +1,8 @@
 """Compiled kernels for frozen bfloat16 models on a CPU: an optional package with one function, `accelerate`.
 
-The function replaces the forward methods of a model's layers in place. The new methods compute the same functions, but
-read and write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without
-a C++ compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
+It replaces the forward methods of a model's layers in place, by methods that compute the same functions but read and
+write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++
+compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
     GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported, in bfloat16 with a float32 residual stream, if the hidden size
-    is at least 256 and the hidden size, the MLP's width and the width of a head are multiples of 16. In float32 at most
-    a tenth of the time would be saved, because matrix products take most of it.
+    is at least 256, and if hidden size, MLP width and head width are multiples of 16. In float32 at most a tenth of the
+    time could be saved, because most of it goes into matrix products.
 
-    Of a model on the meta device, only the attributes that `gradsift.training.numerics` reads are set.
+    A model on the meta device only gets the attributes that `gradsift.training.numerics` reads.
 
     Returns:
         Whether the model is supported and the kernels are available. If not, the model is unchanged.
@@ -38,7 +38,7 @@ def accelerate(model: Any) -> bool:
     model.kernels_version = version()
     model.tokens_factor = _TOKENS_FACTOR
     model.set_attn_implementation(ATTENTION)
-    # a model on the meta device has no weights to pack; it only serves to predict the numerics of a loaded model
+    # without weights to pack, such a model only serves to predict the numerics of a loaded model
     if model.device.type == "meta":
         return True
     head = model.get_output_embeddings()

@@ -1,14 +1,14 @@
 """The layers of a frozen bfloat16 model on a CPU: packed matrix products, and fused operations between them.
 
-Without packing a weight into oneDNN's memory layout, oneDNN reorders it in every call, which takes a third of the
-product's time. It also compiles a product for every new number of rows. `PackedProducts` keeps two packed copies of a
-weight, for the product of the forward pass and for that of the backward pass. It rounds the number of rows up to a
-multiple of 32 (`kernels.cpp`).
+A plain weight is reordered by oneDNN in every call, which takes a third of the product's time, and oneDNN compiles a
+product for every new number of rows. So `PackedProducts` keeps two copies of a weight that are packed into oneDNN's
+memory layout, one for the product of the forward pass and one for that of the backward pass, and rounds the number of
+rows up to a multiple of 32 (`kernels.cpp`).
 
 transformers reads and writes whole tensors for every sum, product and cast, which takes half of a step's time. Here a
-normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), with
-float32 arithmetic. Layers that train or are adapted, and attention with a mask, a cache, dropout or positions that
-differ between rows, use transformers' code.
+normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), in
+float32. Layers that train or are adapted use transformers' code, and so does attention with a mask, a cache, dropout or
+positions that differ between rows.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O outputs, D width, F inner width of an MLP, B examples, H
 heads, T tokens of an example, E width of a head, P places (tokens whose successor is predicted), V vocabulary.
@@ -34,7 +34,7 @@ from gradsift.training.device import become
 
 ATTENTION = "gradsift_cpu"  # name of the fused attention in transformers' registry
 LANES = 16  # numbers that a kernel processes at once; all widths must be multiples of this
-BLOCK = 32  # rows are padded to a multiple of this, as oneDNN compiles a product for each number of rows
+BLOCK = 32  # numbers of rows are rounded up to a multiple of this, as oneDNN compiles a product for each number
 _CHUNK_LOGITS = 2**24  # bfloat16 logits of a chunk, 32 MB; no result depends on it
 
 
@@ -101,13 +101,13 @@ class PackedHead:
         """The weight, packed for the forward and for the backward product, and the size of the padded vocabulary."""
         # AMX is twice as fast with a multiple of 64
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
-        # the ones need a single column; a whole block of 32 keeps the inner width a multiple of 32
+        # a block of 32 columns, of which the ones need one, keeps the inner width a multiple of 32
         ones = weight.new_zeros(len(weight), BLOCK)
         ones[:, 0] = 1
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return how many places' logits are computed at once (a multiple of BLOCK), if there are `count` places."""
+        """Return the number of places whose logits are computed at once, a multiple of BLOCK, if there are `count`."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
@@ -115,7 +115,7 @@ class PackedHead:
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
         """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
 
-        Unless it is None, `gradient` (P, D) is filled with each loss's gradient with respect to its hidden state.
+        If `gradient` (P, D) is given, it is filled with the gradient of each loss with respect to its hidden state.
         """
         forward_weight, backward_weight, _ = self._weights
         count, width = hidden.shape
@@ -130,15 +130,17 @@ class PackedHead:
             logits[:count], targets, own - offset.float(), len(self._plain), gradient is not None
         )
         if gradient is not None:
-            # cross_entropy_ has left softmax minus one-hot in `logits`, and zeros in the padding of the vocabulary
+            # cross_entropy_ has written softmax minus one-hot to `logits`, and zeros to the padding of the vocabulary
             gradient.copy_(_product(logits, backward_weight)[:count])
         return losses
 
 
 def fuse_blocks(model: nn.Module, head: nn.Module | None, norms: list[Any]) -> None:
-    """Replace the forward passes of a frozen model's `norms`, which read the residual stream, MLPs and attention.
+    """Replace the forward passes of a frozen model's normalisation layers, MLPs and attention, and pack its weights.
 
-    The weights of all linear layers except the output embedding `head` are packed.
+    Args:
+        head: the output embedding, whose weight is not packed.
+        norms: the normalisation layers that read the residual stream.
     """
     for norm in norms:
         become(norm, _FusedNorm)
@@ -153,8 +155,8 @@ def fuse_blocks(model: nn.Module, head: nn.Module | None, norms: list[Any]) -> N
         elif isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation):
             become(module, _GatedMlp)
         elif hasattr(module, "q_proj") and not (hasattr(module, "q_norm") or module.head_dim % (2 * LANES)):
-            # Not for Qwen3, which normalises queries and keys before it rotates them. The kernel rotates a head's two
-            # halves into each other, so the width of a half must be a multiple of LANES.
+            # Not for Qwen3, which normalises queries and keys before it rotates them. The kernel rotates numbers of a
+            # head's two halves in pairs, so the width of a half must be a multiple of LANES.
             become(module, _RotaryAttention)
 
 
@@ -187,7 +189,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _GeluMlp:
-    """GPT-2's MLP. If a layer of it is adapted, only the activation is fused; with dropout, transformers' code runs."""
+    """GPT-2's MLP. If one of its layers is adapted, only the activation is fused. With dropout, nothing is fused."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
@@ -203,7 +205,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor
-        # value and derivative in one pass over x; the backward pass is a product and needs no second tanh
+        # value and derivative in one pass over x, so the backward pass is a product and needs no second tanh
         y, slope = kernels().gelu(x.contiguous())
         ctx.save_for_backward(slope)
         return y
@@ -231,7 +233,7 @@ class _ProductsAroundGelu(torch.autograd.Function):
 
 
 class _GatedMlp:
-    """Llama's MLP, down(silu(gate x) * up x), with gate and up as one product, unless one of its layers is adapted."""
+    """Llama's MLP, down(silu(gate x) * up x), with one product for gate and up, if none of its layers is adapted."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
@@ -263,7 +265,7 @@ class _Gated(torch.autograd.Function):
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Return None for plain causal attention (no left padding, window, cache or other mask), else a mask for SDPA."""
-    # a batch padded on the right has no mask (`Batch.model_inputs`), so almost every pass is plain
+    # batches padded on the right have no mask (`Batch.model_inputs`), so almost every pass is plain
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
@@ -293,7 +295,7 @@ def _attention(
 
 
 class _RotaryAttention:
-    """Llama's attention with its rotation of queries and keys in one kernel, where it is plain causal attention."""
+    """Llama's attention. If it is plain and causal, one kernel rotates queries and keys and computes the output."""
 
     def forward(
         self: Any,

@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def kernels() -> Any:
-    """Return the compiled functions, `torch.ops.gradsift`, which must be `available`."""
+    """Return the compiled functions, `torch.ops.gradsift`, or raise a `GradsiftError` if they are not `available`."""
     if not available():
         raise GradsiftError("kernels.cpp cannot be compiled here; call `available` before using the kernels")
     return torch.ops.gradsift
@@ -40,7 +40,7 @@ def version() -> str:
 
 @functools.cache
 def available() -> bool:
-    """Compile the kernels if needed, load them, and return whether this worked. If not, a warning gives the reason."""
+    """Compile the kernels if needed, load them, and return whether this succeeded; otherwise a warning says why not."""
     name = os.environ.get("CXX") or "c++"
     compiler = name.split()  # CXX may contain options or start with ccache
     if shutil.which(compiler[0]) is None:
@@ -51,9 +51,8 @@ def available() -> bool:
         library = folder / f"kernels-{_key(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
-            # checked again under the lock: another process may have compiled meanwhile
             with FileLock(library.with_suffix(".lock"), timeout=_PATIENCE):  # one process compiles
-                if not library.is_file():
+                if not library.is_file():  # another process may have compiled meanwhile
                     _compile(compiler, library)
         torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError, Timeout) as error:  # RuntimeError: no home folder
@@ -82,14 +81,14 @@ def _key(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's instruction sets or, if they cannot be read, what `platform.processor` returns."""
+    """Return the processor's instruction sets or, if they cannot be read, its name."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a temporary folder, then move the result to `library`, so that this file is never incomplete."""
+    """Compile into a temporary folder, then move the result to `library`, so that it is never incomplete."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

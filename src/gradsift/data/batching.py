@@ -1,4 +1,4 @@
-"""Batches: how examples are grouped and padded.
+"""Groups examples into batches and pads them.
 
 Shape letters: B examples in a batch, T tokens of its longest example, P predicted tokens in the batch.
 """
@@ -16,15 +16,15 @@ import torch
 from gradsift.data.tokens import Encoded
 
 T = TypeVar("T")
-_STRETCH = 50  # largest number of batches whose examples are sorted by length together
+_STRETCH = 50  # maximum number of batches in a stretch, whose examples are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Padded examples, and the places where a response token is predicted.
 
-    Only `attention_mask` shows which tokens are padding, since the pad id may also be a real token. Places are indices
-    into the flattened B x T tokens. They are computed on the CPU, so that no step has to wait for a device.
+    Padding is marked by `attention_mask` alone, since the pad id may also be a real token. Places are indices into the
+    flattened B x T tokens. They are computed on the CPU, so that a training step does not wait for a device.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
@@ -47,8 +47,8 @@ class Batch:
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Return the arguments for a causal language model.
 
-        With causal attention, no token attends to padding on its right. With padding on the right, mask and positions
-        are therefore left out, so that attention can use its fast implementations.
+        With causal attention, no token attends to padding on its right. Mask and positions are therefore left out if
+        padding is on the right, so that attention can use its fast implementations.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -57,9 +57,9 @@ class Batch:
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right") -> Batch:
-    """Return a batch of the examples, padded on the `right` or the `left` to the length of the longest.
+    """Return a batch of the examples, padded on the `right` or the `left` to the length of the longest example.
 
-    An example's first token is never predicted, even if it is marked as response: nothing precedes it.
+    An example's first token is never predicted, even if it is marked as response, because no token precedes it.
     """
     width = max(len(example.input_ids) for example in examples)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
@@ -87,8 +87,8 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Return the examples' positions in batches of similar length, with at most `max_tokens` tokens, padding included.
 
-    Use it only where the result does not depend on the order of the examples. The longest examples come first, so that
-    a lack of memory shows in the first batch. An example longer than `max_tokens` is a batch of its own.
+    Use this only where results do not depend on the order of the examples. The longest examples come first, so that a
+    lack of memory shows in the first batch. An example longer than `max_tokens` gets a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -101,7 +101,10 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
-    """Return the batches of `length_batches` (None: any number of tokens), cut to at most `batch_size` positions."""
+    """Return the batches of `length_batches`, divided into batches of at most `batch_size` positions.
+
+    If `max_tokens` is None, batches can have any number of tokens.
+    """
     batches = length_batches(lengths, sys.maxsize if max_tokens is None else max_tokens)
     return [batch[start : start + batch_size] for batch in batches for start in range(0, len(batch), batch_size)]
 
@@ -109,17 +112,17 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    Batches that are sorted from the longest to the shortest examples get an order from which the remaining time can be
-    estimated. The batch that needs the most memory still comes first.
+    In the order of `length_batches` the slowest batches come first, so the remaining time would be overestimated. After
+    this function, the batch that needs the most memory still comes first.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return the part `shard`, counted from 0, of `shards` parts that take similar time.
+    """Return part `shard` (from 0) of `shards` parts of the examples, which take similar time.
 
-    The part has every `shards`-th example of those sorted from the longest to the shortest, beginning at `shard`. They
+    Of the examples sorted from the longest to the shortest, the part has every `shards`-th, beginning at `shard`. They
     are returned in their order in `examples`.
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
@@ -138,7 +141,7 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: 
     random    a permutation, cut into batches
     bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into
               batches, and all batches are shuffled. With at least 4 x `batch_size` examples there are at least four
-              stretches: with a single stretch, every epoch would have nearly the same batches
+              stretches, because with a single stretch every epoch would have nearly the same batches
     """
     rng = np.random.default_rng(seed)
     order: list[int] = rng.permutation(len(lengths)).tolist()

@@ -1,20 +1,20 @@
 """Chat templates: the text of a conversation, and which parts of it are responses.
 
-The template renders the whole conversation, with marks (private-use characters) around the texts of user and assistant
-turns. So the place of each of these turns is known, even if the template treats earlier turns differently from the last
-turn (Qwen3, gpt-oss).
+The template renders the whole conversation with marks (private-use characters) around the texts of user and assistant
+turns. The marks show where each turn is, even if the template writes earlier turns differently from the last turn
+(Qwen3, gpt-oss).
 
-- A response is what the model has to generate: an assistant's text with the marker that ends the turn, without the
-  white space after that marker. The text of the generation prompt, such as a header or an empty think block, counts as
-  prompt. If the template has `{% generation %}` marks, a response lies within them.
-- The text before the last response must equal the generation prompt of the earlier turns, character by character. If
-  this prompt opens a think block that the template omits from whole conversations (DeepSeek-R1), the last response
-  closes the block. The row's thoughts, if there are any, come before the closing tag.
+- A response is the text that the model has to generate: an assistant's text and the marker that ends the turn, without
+  the white space after that marker. The text of the generation prompt, such as a header or an empty think block, counts
+  as prompt. If the template has `{% generation %}` marks, responses lie within them.
+- The text before the last response must equal the generation prompt of the earlier turns. If this prompt opens a think
+  block that the template omits from whole conversations (DeepSeek-R1), the last response closes the block, after the
+  row's reasoning if there is any.
 - A row with a think block is refused if the template has another notation for reasoning (gpt-oss, Gemma 4).
 - A conversation is refused (`Unusable`) if the template leaves out or changes the text of a turn.
 
-The variable `enable_thinking` of a template is true if an assistant turn has a `</think>`, otherwise false. A template
-that asks for today's date gets `DATE`, so that tokens do not depend on the day.
+The variable `enable_thinking` of a template is true if an assistant turn has a `</think>`, otherwise false. If a
+template writes today's date, it gets `DATE`, so that tokens do not depend on the day.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from gradsift.data.examples import Turn
 from gradsift.data.turns import Unusable
 from gradsift.errors import ConfigError
 
-DATE = datetime.date(2024, 7, 26)  # the date that Llama 3's templates write if no date is known
+DATE = datetime.date(2024, 7, 26)  # the default date in Llama 3's templates
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _THINK, _THOUGHT = "<think>", "</think>"
 _REASONS_APART = re.compile(r"\w(?:\.|\.get\(['\"]|\[['\"])(?:reasoning_content|thinking)\b")  # reads a message's key
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# exceptions that a template may raise on data that its author did not foresee; Jinja does not catch them
+# exceptions that the code of a template may raise on unexpected data; Jinja does not catch them
 _RAISED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -46,8 +46,8 @@ class Segment:
 
     text: str
     is_response: bool  # whether the piece carries loss
-    # whether the piece comes from a chat template, so that special tokens in it are tokenised as such. In other pieces
-    # "</s>" is plain text, so that no example can end a turn or start another one
+    # Whether the piece comes from a chat template. Special tokens are recognised only in such pieces, so that "</s>" in
+    # an example's text does not end a turn.
     is_markup: bool = False
 
 
@@ -68,7 +68,7 @@ def template_of(template: str, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", None) or "given"
         raise ConfigError(
-            f"template=chat needs a tokenizer with a chat template, and the tokenizer {name!r} has none; choose "
+            f"template=chat: the tokenizer {name!r} has no chat template; choose "
             "template=alpaca, template=plain, or a template of your own, as in template=FILE.jinja"
         )
     try:
@@ -91,8 +91,8 @@ def file_text(path: str) -> str:
 def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[Segment]:
     """Return the text of a conversation as segments.
 
-    The text ends with the last response that is trained. If the last turn is the user's, the text ends with the
-    generation prompt instead, after which a response is to be generated.
+    If the last turn is an assistant turn, the text ends with the last response that is trained. If it is a user turn,
+    the text ends with the generation prompt.
 
     Args:
         turns: a system turn or none, then user and assistant turns that alternate.
@@ -104,7 +104,7 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
     """
     chat = _Chat(turns, tokenizer, template)
     if chat.thinks and _THINK not in template and _REASONS_APART.search(template):
-        raise Unusable("the chat template shows reasoning in a notation of its own, and none in a think block")
+        raise Unusable("the chat template shows reasoning in a notation of its own, not in a think block")
     if turns[-1].role == "user":
         return chat.segments(chat.rendered(len(turns), generate=True)[0], [])
     text, spans = chat.whole()
@@ -115,7 +115,11 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
 
 
 class _Chat:
-    """A conversation with marks around the texts of its turns, and stand-ins in place of control tokens in them."""
+    """A conversation with marks around the texts of its turns.
+
+    Control tokens that a text spells are replaced with private-use characters (stand-ins) before the template is
+    rendered, and restored as plain text afterwards.
+    """
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
         self._turns, self._tokenizer, self._template = turns, tokenizer, template
@@ -153,7 +157,7 @@ class _Chat:
         return longer + text[end:], spans
 
     def _prompt(self, number: int) -> str:
-        """Return the text of the turns before turn `number`, a response, ending with the generation prompt."""
+        """Return the rendered turns before the assistant turn `number`, with the generation prompt at the end."""
         if number not in self._prompts:
             self._prompts[number], _ = self.rendered(number, generate=True)
         return self._prompts[number]
@@ -172,7 +176,7 @@ class _Chat:
             raise Unusable(f"the chat template refuses the conversation ({str(error)[:200]})") from error
 
     def _marked(self, number: int) -> str:
-        """Return the text of a turn with marks around its core, unless it is a system turn or empty."""
+        """Return the text of a turn with marks around its core. System turns and empty turns have no marks."""
         text, core = self._texts[number], self._core(number)
         if self._turns[number].role == "system" or not core:
             return text
@@ -180,13 +184,13 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return the text of a turn without thoughts (unless it has nothing else) and outer white space."""
+        """Return the text of a turn without outer white space and without reasoning, unless it has nothing else."""
         text = self._texts[number].strip()
         answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
         return answer or text
 
     def require_shown(self, text: str) -> None:
-        """Raise Unusable if the template changes a turn's text (apart from white space) or adds a think block."""
+        """Raise Unusable if the template changes more of a turn's text than white space, or adds a think block."""
         for number, turn in enumerate(self._turns):
             said, (start, end) = _squeezed(self._texts[number]), self._marks[number]
             if turn.role == "system":
@@ -243,7 +247,7 @@ class _Chat:
         return end_mark + 1
 
     def segments(self, text: str, responses: Sequence[tuple[int, int]]) -> list[Segment]:
-        """Return the segments up to the end of the last response, without marks and stand-ins."""
+        """Return the segments up to the end of the last response, or of the whole text if there is no response."""
         segments: list[Segment] = []
         done = 0
         for start, end in responses:
@@ -253,7 +257,7 @@ class _Chat:
         return segments if responses else self._split(text, is_response=False)
 
     def _split(self, text: str, *, is_response: bool) -> list[Segment]:
-        """Return the text as markup segments. Each stand-in becomes its token again, in plain-text segments."""
+        """Return the text as markup segments; the tokens that stand-ins replaced become plain-text segments."""
         text = text.translate({ord(mark): None for marks in self._marks for mark in marks})
         tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
         segments = []
@@ -263,7 +267,7 @@ class _Chat:
                 segments.append(Segment(piece, is_response, is_markup=True))
             elif self._control[token]:
                 segments.append(Segment(token, is_response))
-            else:  # the tokenizer splits only special tokens (`split_special_tokens`); others are divided here
+            else:  # `split_special_tokens` splits only special tokens, so other added tokens are divided here
                 segments += [Segment(token[:1], is_response), Segment(token[1:], is_response)]
         return [segment for segment in segments if segment.text]
 
@@ -272,17 +276,17 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-@functools.lru_cache(maxsize=4)  # slow, and called for every example
+@functools.lru_cache(maxsize=4)  # called for every example, and slow
 def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
-    """Return the special tokens and the added tokens that the template contains, each with whether it is special."""
+    """Return whether each control token is special. These are special tokens and added tokens in the template."""
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
-    return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may be part of another
+    return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may contain another
 
 
 @functools.lru_cache(maxsize=4)
 def _takes_parts(template: str) -> bool:
-    """Return whether a template needs a message's content as a list of parts, as the templates of vision models do."""
+    """Return whether a template shows content only if it is a list of parts, as templates of vision models do."""
     shown = []
     for content in ("probe", [{"type": "text", "text": "probe"}]):
         try:
@@ -305,7 +309,7 @@ def _render(
         rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **options)
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"the chat template is no valid Jinja: {error}; mend it, or choose template=alpaca"
+            f"the chat template is no valid Jinja: {error}; correct it, or choose template=alpaca"
         ) from error
     except (TemplateError, *_RAISED) as error:
         raise Unusable(str(error) or type(error).__name__) from error
@@ -315,7 +319,7 @@ def _render(
 
 @functools.lru_cache(maxsize=4)
 def _with_date(template: str) -> str:
-    """Return the template with a macro `strftime_now` that formats `DATE`; transformers passes it no functions."""
+    """Return the template with a macro `strftime_now` that formats `DATE`, in place of the function of transformers."""
     if "strftime_now" not in template:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))

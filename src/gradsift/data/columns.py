@@ -1,8 +1,8 @@
-"""Recognises by name which columns of a dataset hold the parts of an example.
+"""Recognises which columns of a dataset hold the parts (fields) of an example.
 
-A column is matched with a field in three steps:
+A column can match a field in three ways, which are tried in this order:
 
-1. The column has the configured name.
+1. The column has the field's configured name.
 2. The column's name differs from the configured name only in letter case or surrounding blanks.
 3. The configured name is the default, and the column has another common name of the field.
 """
@@ -53,9 +53,9 @@ def folded(name: str) -> str:
 class Shape:
     """A format and the columns of its fields.
 
-    The columns that the format needs are the same for all rows. Their names in `needed` and in `fields` are those of
-    the data, or the configured names if the format was given and no columns fit it. The other columns are looked up in
-    each row (see `optional`).
+    `needed` and `fields` hold the names that the format's required columns have in the data. If the format was given
+    and no row has its columns, these are the configured names. Optional columns are looked up in each row (see
+    `optional`).
     """
 
     format: str  # alpaca, messages, sharegpt or prompt_completion
@@ -93,8 +93,8 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the format of a dataset and the columns of its fields.
 
-    The three steps (see the module) are tried in turn. At each step, the first row that has all columns of a format
-    decides.
+    The three ways to match columns (see the module) are tried in turn. For each, the first row that has all columns of
+    a format decides.
 
     Args:
         format: auto, or the only format to look for.
@@ -122,8 +122,8 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
         return Shape(format, fields, tuple(getattr(fields, part) for part in _NEEDED[format]))
     wanted = [f"{name}: {', '.join(getattr(fields, part) for part in needed)}" for name, needed in _NEEDED.items()]
     raise DataError(
-        f"{source} is in no format that {group}.format=auto knows: its columns are {columns_of(rows)}, a format needs "
-        f"({'; '.join(wanted)}; or other names in use for these); {_advice(rows, group)}"
+        f"{source} has no format that {group}.format=auto recognises: its columns are {columns_of(rows)}; a format "
+        f"needs ({'; '.join(wanted)}; or other common names of these); {_advice(rows, group)}"
     )
 
 
@@ -134,14 +134,14 @@ def _shape(
     for part, names in candidates.items():
         if len(names) > 1:
             choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)
-            raise DataError(f"{source}: the columns {listed(names)} could each be the {part}; say which: {choices}")
+            raise DataError(f"{source}: the columns {listed(names)} could each be the {part}; set {choices}")
     chosen = {part: names[0] for part, names in candidates.items()}
     return Shape(format, replace(fields, **chosen), tuple(chosen.values()))
 
 
 def _matches(columns: Sequence[str], configured: str, part: str) -> list[list[str]]:
-    """Return the columns that match a field, as one list for each of the three steps."""
-    is_default = configured == getattr(_DEFAULTS, part)  # a name that the user gave has no substitutes
+    """Return the columns that match a field in each of the three ways (see the module)."""
+    is_default = configured == getattr(_DEFAULTS, part)
     others = [column for column in columns if is_default and folded(column) in _OTHER_NAMES[part]]
     if is_default and part in ("output", "completion") and (pair := pair_of(columns)):
         others.append(pair[0])
@@ -159,23 +159,17 @@ def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | No
 
 
 def _advice(rows: Sequence[SourceRow], group: str) -> str:
-    """Return advice on rows that `format=auto` does not recognise."""
+    """Return what the user can do about rows that `format=auto` does not recognise."""
     remedy = 'write each conversation as one row {"messages": [...]}'
     if _are_turns(rows[0].content):
         return f"the rows are lists of turns: {remedy}"
     row = next((row.content for row in rows if isinstance(row.content, dict)), {})
-    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
-        return f"the rows are turns: {remedy}"
     turns = [name for name, value in row.items() if _are_turns(value)]
     if len(turns) == 1:
         return f"if {turns[0]!r} holds the turns of a conversation, set {group}.fields.messages={turns[0]}"
     by_name = {folded(name): name for name in row}
     if {"input", "output"} <= by_name.keys():
         return f"if {by_name['input']!r} is the whole prompt, set {group}.fields.instruction={by_name['input']}"
-    for part, meaning, known in (("output", "response", _PROMPTS), ("instruction", "prompt", _RESPONSES)):
-        others = [name for name in row if folded(name) not in known]
-        if others and not by_name.keys().isdisjoint(known):
-            return f"name the column of the {meaning} with {group}.fields.{part}=COLUMN, one of: {listed(others)}"
     if text := by_name.get("text") or by_name.get("chosen"):
         return (
             f"the text of column {text!r} does not say where the prompt ends and the response begins: "
@@ -198,7 +192,7 @@ def _are_turns(value: Any) -> bool:
 def columns_of(rows: Iterable[SourceRow]) -> str:
     """Return the names of all columns of the rows, as text for messages."""
     names = dict.fromkeys(name for row in rows if isinstance(row.content, dict) for name in row.content)
-    return listed(names) if names else "none (the rows are no objects)"
+    return listed(names) if names else "none (the rows are not objects)"
 
 
 def listed(names: Iterable[Any]) -> str:

@@ -1,9 +1,8 @@
 """Corruption of a known share of a dataset, to audit scorers with (see `selection/audit.py`).
 
-Of the six kinds, which docs/methods.md describes, four change an example's answer in place: wrong_answer,
-mismatched_answer, truncated and garbled. Two append copies, which are redundant rather than spoilt: exact_duplicate and
-near_duplicate. `original` of a changed example holds the columns from before the change. For the embedded world, the
-caller of `corrupt` passes other functions in `changes`, which keep to the world's vocabulary.
+There are six kinds, which docs/methods.md describes. Four change an example's answer in place: wrong_answer,
+mismatched_answer, truncated and garbled. Two append copies, which are redundant rather than wrong: exact_duplicate and
+near_duplicate. The field `original` of a changed example still holds the columns of the source.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from gradsift.errors import ConfigError
 Texts = tuple[str, str, str]  # instruction, input, output
 Change = Callable[[Example, random.Random], Texts | None]  # returns None if it cannot change the example
 
-_TRIES = 20  # draws for a text that differs from the original
-_NEIGHBOURS = 10  # an answer of similar length is one of this many next shorter or next longer answers
-_EACH_WORDS = 10  # one edit for this many words of an instruction
+_TRIES = 20  # maximum number of draws for a text that differs from the original
+_NEIGHBOURS = 10  # answers of similar length are this many next shorter and this many next longer answers
+_EACH_WORDS = 10  # an instruction gets one edit per this many words
 VERSION = 1  # raised whenever the same options give another result
-# kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated
+# Kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated.
 _ORDER = ("truncated", "garbled", "near_duplicate", "mismatched_answer", "wrong_answer", "exact_duplicate")
-# Numbers that begin the items of a list stay. Python converts at most 4,300 digits to an integer, so a number of more
-# than 1,000 digits is changed in pieces.
+# The numbers that count the items of a list (`place`) are kept. Python converts at most 4,300 digits to an integer, so
+# a number of more than 1,000 digits is changed in pieces.
 _NUMBER = re.compile(r"(?m)^(?P<place>\s*\d+[.):])(?=\s+\S)|(?P<number>\d{1,1000})")
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _VERB = re.compile(
@@ -57,11 +56,13 @@ def corrupt(
     next_row: int,
     sound: Sequence[int],
 ) -> Corrupted:
-    """Corrupt or copy round(share x N) of N examples, each at most once, in equal numbers (up to one) for each kind.
+    """Corrupt or copy round(share x N) of the N examples, each at most once.
+
+    The kinds get equal numbers of examples, up to a difference of one.
 
     Args:
         changes: the function of each kind (see `changes_of_text`).
-        next_row: the first `row_index` that no row of the source has; copies are numbered from there.
+        next_row: `row_index` of the first copy; larger than that of every row of the source.
         sound: positions that may be corrupted or copied.
 
     Raises:
@@ -90,7 +91,7 @@ def corrupt(
         if len(chosen) < counts[name]:
             raise ConfigError(
                 f"data.corruption.share={share} asks for {counts[name]} rows of kind {name}, but only {len(chosen)} of "
-                f"the {len(examples)} rows are left that offer it; lower the share or leave {name} out of "
+                f"the {len(examples)} rows can be changed in this way; lower the share or leave {name} out of "
                 "data.corruption.kinds"
             )
         order = [position for position in order if position not in chosen]
@@ -109,7 +110,7 @@ def corrupt(
 
 
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """Return the function of each kind for free text. Replacement answers are taken from `examples`."""
+    """Return the change of each kind for free text. Answers that replace others are taken from `examples`."""
     answers = sorted((example.output for example in examples), key=lambda answer: len(answer.split()))
     lengths = [len(answer.split()) for answer in answers]
 
@@ -141,7 +142,12 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
 
 
 def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
-    """Return how many of the original `examples` have the `kind` wrong_answer and got another example's answer."""
+    """Return the number of wrong_answer rows whose answer could only be replaced with another example's answer.
+
+    Args:
+        examples: N examples before they were corrupted.
+        kind: kind of corruption of each example; entries after the first N, of copies, are ignored.
+    """
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
 
@@ -161,7 +167,6 @@ def contradicted(answer: str, rng: random.Random) -> str | None:
 
     Only English sentences are negated: the first verb such as `is`, `can` or `will` gains or loses a `not`.
     """
-
     text = _NUMBER.sub(lambda match: match[0] if match["place"] else _other_number(match[0], rng), answer)
     text = _VERDICT.sub(lambda match: match[1] + _in_case_of(match[2], _OPPOSITE[match[2].lower()]), text)
     text = _SENTENCE.sub(lambda match: _VERB.sub(_negated, match[0], count=1), text)

@@ -1,7 +1,7 @@
 """Finds repeated examples: exact duplicates have equal texts, near duplicates share most of their word triples.
 
-Of repeated examples the first row is kept. To find near duplicates, a row is compared with kept rows only. If row 2
-resembles rows 1 and 3, but row 1 does not resemble row 3, rows 1 and 3 are therefore both kept.
+The first row of repeated examples is kept. A row is compared with kept rows only. So if row 2 is similar to rows 1 and
+3, but these two are not similar to each other, both rows 1 and 3 are kept.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from gradsift.data.examples import Example, Rejected
 
-VERSION = 1  # raised whenever a change of the search changes which near duplicates are dropped
+VERSION = 1  # raised whenever other near duplicates are dropped for the same data and options
 _SHINGLE = 3  # words of a shingle
 _HASHES = 128  # hash values of a MinHash signature
 _MISS = 1e-3  # largest probability of missing a pair whose similarity is the threshold
-# a character of a script without spaces, a run of other word characters, or a sign, so that 3 + 4 and 3 - 4 differ
+# a Japanese or Chinese character, a run of other word characters, or a sign, so that 3 + 4 and 3 - 4 differ
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
 Shingles = frozenset[tuple[str, ...]]
@@ -25,7 +25,7 @@ Shingles = frozenset[tuple[str, ...]]
 def deduplicated(
     examples: Sequence[Example], dedup: str, threshold: float, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples without repetitions, and the dropped rows, whose `reason` names the row that they repeat.
+    """Return the examples without repetitions, and the dropped rows; their `reason` names the row that they repeat.
 
     Args:
         dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows with
@@ -59,9 +59,10 @@ def near_duplicates(
 ) -> dict[int, tuple[int, float]]:
     """Find the examples at `positions` (ascending) that are similar to an earlier, kept example.
 
-    Candidates come from locality-sensitive hashing of MinHash signatures (Leskovec et al., Mining of Massive Datasets,
-    chapter 3). They are then compared exactly, so every pair that is returned reaches the threshold. A pair at the
-    threshold is missed with a probability of at most 1 in 1,000, a more similar pair with a smaller probability.
+    Locality-sensitive hashing of MinHash signatures finds candidates (Leskovec et al., Mining of Massive Datasets,
+    chapter 3). They are then compared exactly, so the similarity of every returned pair is at least `threshold`. A pair
+    whose similarity equals the threshold is missed with a probability of at most 1 in 1,000. More similar pairs are
+    missed less often.
 
     Returns:
         For the position of each near duplicate, the position of the kept example and the pair's Jaccard similarity.
@@ -85,11 +86,11 @@ def near_duplicates(
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
-    """Return the number of bands of a MinHash signature, and the number of hashes per band.
+    """Return the number b of bands of a MinHash signature, and the number r of hashes per band.
 
-    A band has as many hashes as possible while a pair at the threshold is missed with a probability of at most `_MISS`.
-    A pair of similarity s agrees in a whole band of r hashes with probability s^r, and in none of b bands with
-    probability (1 - s^r)^b.
+    A pair of similarity s agrees in all hashes of a band with probability s^r, and is missed, because it agrees in none
+    of the bands, with probability (1 - s^r)^b. r is the largest number for which a pair whose similarity equals the
+    threshold is missed with a probability of at most `_MISS`.
     """
     lengths = range(1, _HASHES // 2 + 1)
     rows = max(r for r in lengths if (1 - threshold**r) ** (_HASHES // r) <= _MISS)

@@ -1,4 +1,4 @@
-"""Download of files at run time; a file that was downloaded before is used again."""
+"""Downloads files at run time, each only once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def fetch_url(url: str, folder: Path) -> Path:
     """Download `url` into `folder` unless the file is there already, and return the file's path.
 
-    Only https is allowed, except for addresses of this machine. The file gets its name only when it is complete.
+    Only https is allowed, except for addresses of this machine. A partial download never gets the file's name.
 
     Raises:
-        DataError: the address is not https, there is no network, an HTTP error occurs, or the file has more than
-            `DOWNLOAD_LIMIT` bytes. The message names the path to which the user can copy the file.
+        DataError: the address is not https, the download fails, or the file has more than `DOWNLOAD_LIMIT` bytes. The
+            message names the path where the user can put the file instead.
     """
     target = folder / _file_name(url)
     if target.is_file():
@@ -56,7 +56,7 @@ def fetch_url(url: str, folder: Path) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """Return a safe file name: the URL's hash (two files may both be called test.jsonl) and the URL's last part."""
+    """Return a safe file name from the last part of the URL, with a hash, since two URLs may end in the same name."""
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 

@@ -1,4 +1,4 @@
-"""Examples and their ids, rejected rows, the files that hold them, and seeded samples."""
+"""Examples, their ids and their files; rejected rows; seeded samples of examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SourceRow(NamedTuple):
     """A row of a data source."""
 
     row: int  # position among the rows, from 0
-    content: Any  # the columns as a dict; if the source has another JSON value in place of an object, that value
+    content: Any  # the columns as a dict, or another JSON value if the row is not an object
     line: int | None = None  # line in the file, from 1, if the format has lines
 
 
@@ -43,7 +43,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row that can be trained on; instruction, input ("" if there is none) and output are its last exchange."""
+    """A row that can be trained on; its last exchange consists of instruction, input ("" if none) and output."""
 
     row_index: int  # position in the source, from 0; rejected rows are counted too
     example_id: str  # content hash and occurrence number; unique
@@ -66,7 +66,7 @@ class Rejected:
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """Return 16 hex digits of SHA-256 over the fields as JSON, so that moving text between fields changes the hash."""
+    """Return 16 hex digits of SHA-256 over the fields as JSON. Text moved to another field changes the hash."""
     turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
     fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
@@ -81,7 +81,7 @@ def make_example(
     original: dict[str, Any],
     occurrences: Counter[str],
 ) -> Example:
-    """Return an example with its ids, and count it in `occurrences`, the number of examples with each content hash."""
+    """Return an example with its ids, and count it in `occurrences` (number of examples by content hash)."""
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
     occurrences[digest] += 1
@@ -94,7 +94,7 @@ def make_example(
 def json_value(value: Any) -> Any:
     """Return the value of a column as a JSON value.
 
-    NaN becomes null, which is its meaning in data frames, and an infinity becomes the text "Infinity" or "-Infinity".
+    NaN becomes null, since data frames use it for missing values. Infinities become "Infinity" or "-Infinity".
     Dates and times become ISO text; durations, decimals and UUIDs become their `str`; bytes become base64 text.
 
     Raises:
@@ -120,7 +120,7 @@ def json_value(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """Return the JSON type of a value with an article (`a list`), for messages."""
+    """Return the JSON type of a value with an article, such as `a list`, for messages."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", dict: "an object", list: "a list"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
@@ -162,7 +162,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def read_blocks(path: Path, names: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the table that `write_examples` wrote, or only its columns `names`, in blocks that fit in memory."""
+    """Yield the table that `write_examples` wrote, or only its columns `names`, in blocks of up to 32,768 rows."""
     import pyarrow.parquet as pq
 
     with _reading(path), pq.ParquetFile(path, pre_buffer=False) as file:
@@ -183,11 +183,9 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete its folder and load the data again") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path} is no file of examples ({error!r}); delete its folder and load the data again"
+            f"{path} is missing, broken or no file of examples ({error!r}); delete its folder and load the data again"
         ) from error
 
 
@@ -223,20 +221,21 @@ def _kept_value(value: Any) -> Any:
 def draw(
     examples: Sequence[Example], limit: int | None, holdout: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Draw a seeded sample of the examples (the pool), and `holdout` other examples; both in the order of the source.
+    """Return a seeded sample of the examples (the pool), and `holdout` other examples, both in the order of the source.
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
-    examples are drawn (None: all); with the same seed, a smaller pool is part of every larger pool. Examples with equal
-    prompts (history, instruction and input) are held out together, so held-out examples and pool share no prompt. A
-    group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the group is then
-    neither held out nor in the pool.
+    examples are drawn (None: all). With the same seed, a smaller pool is part of every larger pool.
+
+    Examples with equal prompts (history, instruction and input) are held out together, so held-out examples and pool
+    share no prompt. A group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the
+    group is then neither held out nor in the pool.
 
     Raises:
         ConfigError: there are fewer than `holdout` examples, or none is left for the pool.
     """
     import numpy as np
 
-    # two random streams: held-out rows must not depend on `limit`, nor the order of the pool's draw on `holdout`
+    # two random streams, so that held-out rows do not depend on `limit`, nor the order of the pool on `holdout`
     held_order, pool_order = (np.random.default_rng([seed, stream]).permutation(len(examples)) for stream in (0, 1))
     held, barred = _hold_out(examples, holdout, held_order.tolist())
     free = [index for index in pool_order.tolist() if index not in barred]
@@ -250,7 +249,7 @@ def draw(
 
 
 def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
-    """Return the held-out positions, taken in `order`, and those of all examples whose prompt is held out."""
+    """Return the held-out positions, taken in `order`, and the positions of all examples whose prompt is held out."""
     if holdout == 0:
         return [], set()
     groups: dict[tuple[object, ...], list[int]] = {}

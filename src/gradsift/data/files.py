@@ -1,18 +1,16 @@
-"""The files that `data.path` names, and their rows.
+"""Finds the files that `data.path` names, and reads their rows.
 
-If a file's content does not fit the type that its name states, reading it raises a `DataError` that names the place.
-Broken rows are neither repaired nor skipped.
+The end of a file's name states its type. If the content has another type or is broken, reading raises a `DataError`
+that names the place. Broken rows are neither repaired nor skipped.
 """
 
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import io
 import json
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -27,10 +25,10 @@ from gradsift.errors import DataError
 from gradsift.manifests import file_hash
 
 STANDARD_INPUT = "-"
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (
-    *_TEXT_SUFFIXES,
-    *(suffix + packed for packed in (".gz", ".zst") for suffix in _TEXT_SUFFIXES),
+    *(suffix + packed for packed in ("", *_COMPRESSED) for suffix in _TEXT_SUFFIXES),
     ".parquet",
     ".arrow",
 )
@@ -40,8 +38,9 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
     """Return the files that `data.path` names, in the order in which their rows are numbered.
 
     Args:
-        paths: one or several of: a file, a pattern as in `folder/*.jsonl`, `-` for standard input, or a folder that
-            `datasets.save_to_disk` wrote or that holds shards of one type, which are read in the order of their names.
+        paths: one or several of: a file, a pattern such as `folder/*.jsonl`, `-` for standard input, or a folder. A
+            folder is one that `datasets.save_to_disk` wrote, or holds shards of one type. Shards are read in the order
+            of their names.
         downloads: the folder for a copy of standard input.
         group: group of the option that names the files, for errors.
 
@@ -62,7 +61,7 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
             matching = sorted(file for file in Path(place.anchor or ".").glob(pattern) if file.is_file())
             if not matching:
                 raise DataError(
-                    f"{group}.path={path}: no file has such a name; check the pattern (now in {Path.cwd()})"
+                    f"{group}.path={path}: no file matches this pattern; check it (working folder: {Path.cwd()})"
                 )
             files += matching
     for file in files:
@@ -87,7 +86,7 @@ def _files_in(folder: Path, group: str) -> list[Path]:
         try:
             names = [each["filename"] for each in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{state} is not as datasets.save_to_disk writes it ({error!r})") from error
+            raise DataError(f"{state} was not written by datasets.save_to_disk ({error!r}); save it again") from error
         return [folder / Path(name).name for name in names]
     shown = (each for each in folder.iterdir() if each.is_file() and not each.name.startswith("."))
     files = sorted(file for file in shown if file.name.lower().endswith(SUFFIXES))
@@ -95,7 +94,7 @@ def _files_in(folder: Path, group: str) -> list[Path]:
     if len(kinds) != 1:
         content = f"files of the types {', '.join(kinds)}" if kinds else "no file of a known type"
         raise DataError(
-            f"{group}.path={folder} is a folder with {content}; give a pattern for the files that hold the rows, as in "
+            f"{group}.path={folder} is a folder with {content}; give a pattern for the files with the rows, such as "
             f"{group}.path='{folder}/*.{kinds[0] if kinds else 'jsonl'}'"
         )
     return files
@@ -104,7 +103,7 @@ def _files_in(folder: Path, group: str) -> list[Path]:
 def _copy_of_standard_input(downloads: Path) -> Path:
     content = _standard_input()
     if not content.strip():
-        raise DataError("data.path=- reads standard input, which holds no row; pipe JSON rows into the command")
+        raise DataError("data.path=-: standard input holds no row; pipe JSON rows into the command")
     copy = downloads / f"stdin-{hashlib.sha256(content).hexdigest()[:16]}.json"
     if not copy.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
@@ -129,8 +128,8 @@ def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
 def read_rows(path: Path, holder: str | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow file, in order.
 
-    .json     an array of objects; an object in which one value is such an array, as {"data": [...]}; or JSON lines,
-              since many files with JSON lines are named .json
+    .json     an array of objects; an object in which one value is such an array, such as {"data": [...]}; or one object
+              per line, since many such files are named .json
     .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped
     .csv, .tsv
               the first line has the column names and determines the delimiter; every cell is text
@@ -161,7 +160,7 @@ def _text_rows(path: Path, kind: str, holder: str | None) -> Iterator[SourceRow]
     with _opened(path) as opened:
         stream = _as_utf8(path, opened)
         if kind == "jsonl":
-            yield from _unwrapped(path, _json_lines(path, stream))
+            yield from _json_lines(path, stream)
             return
         text = _decoded(path, stream.read(), 1).lstrip("\ufeff")
         yield from _json_rows(path, text, holder) if kind == "json" else csv_rows(path, text, kind)
@@ -176,29 +175,26 @@ def file_kind(path: Path, group: str = "data") -> str:
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
     if not path.exists():
-        raise DataError(f"{group}.path={path} does not exist; check the name (now in {Path.cwd()})")
+        raise DataError(f"{group}.path={path} does not exist; check the name (working folder: {Path.cwd()})")
     if not path.is_file():  # reading a pipe or a device may never end
         raise DataError(
-            f"{group}.path={path} is no regular file but a pipe, a socket or a device; write the rows to a file first, "
-            "and give that"
+            f"{group}.path={path} is a pipe, a socket or a device; write the rows to a file, and give that file"
         )
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
-        raise DataError(f"{group}.path={path} is of no known type; its name must end in one of: {', '.join(SUFFIXES)}")
+        raise DataError(f"{group}.path={path} has no known type; its name must end in one of: {', '.join(SUFFIXES)}")
     kind = name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[1]
     return "jsonl" if kind == "ndjson" else kind
 
 
-def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if name.endswith(".zst"):
-        import pyarrow as pa
+def _opened(path: Path) -> io.BufferedReader:
+    compression = _COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    import pyarrow as pa
 
-        unpacked: Any = pa.input_stream(str(path), compression="zstd")
-        return io.BufferedReader(unpacked)
-    return path.open("rb")
+    unpacked: Any = pa.input_stream(str(path), compression=compression)
+    return io.BufferedReader(unpacked)
 
 
 def hash_of(path: Path) -> str:
@@ -211,40 +207,38 @@ def hash_of(path: Path) -> str:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except gzip.BadGzipFile as error:
-        raise DataError(f"{path} is not gzip ({error}); remove .gz from its name if it is plain text") from error
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path} is broken gzip ({error}); {AGAIN}") from error
     except OSError as error:
-        if error.errno is None and path.name.lower().endswith(".zst"):
-            raise DataError(f"{path} is broken zstd ({error}); {AGAIN}") from error
+        if error.errno is None:  # from the decompression
+            raise DataError(f"{path} is broken or no {path.suffix} file ({error}); {AGAIN}") from error
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------------------------------- encodings
 
 
-def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """Return the stream, or one of UTF-8 if a byte order mark shows that it is UTF-16 or UTF-32."""
+def _as_utf8(path: Path, stream: io.BufferedReader) -> io.BufferedReader | io.BytesIO:
+    """Return the stream, converted to UTF-8 if it begins with a byte order mark of UTF-16 or UTF-32."""
     encoding = json.detect_encoding(stream.peek(4)[:4])
-    if encoding not in ("utf-16", "utf-32"):  # without such a mark it has another name
+    if encoding not in ("utf-16", "utf-32"):  # `detect_encoding` returns these two only for a byte order mark
         return stream
     try:
         text = stream.read().decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: byte {error.start} is not {encoding.upper()}, which the file's byte order mark announces "
+            f"{path}: byte {error.start} is not {encoding.upper()}, the encoding of the file's byte order mark "
             f"({error.reason}); save the file in UTF-8"
         ) from error
     return io.BytesIO(text.encode("utf-8"))
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """Return the text of UTF-8 bytes, which begin at line `line` of the file."""
+    """Decode UTF-8 bytes; `line` is the number of their first line in the file."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
-        raise DataError(f"{path} holds NUL bytes, as UTF-16 without a byte order mark does; save the file in UTF-8")
+        raise DataError(
+            f"{path} begins with NUL bytes, so it may be UTF-16 without a byte order mark; save the file in UTF-8"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -258,12 +252,12 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
 
 
 def _values(path: Path, text: str, line: int) -> list[Any]:
-    """Return the JSON values of `text`, which begins at line `line` of the file."""
+    """Return the JSON values of `text`; `line` is the number of its first line in the file."""
     try:
         return outside_json.loads_all(text)
     except outside_json.RepeatedKeyError as error:
         place = f", line {line}" if "\n" not in text.strip() else ""
-        raise DataError(f"{path}{place}: {error}; rename or delete one of the two") from error
+        raise DataError(f"{path}{place}: {error}; rename or delete one of them") from error
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}, column {error.colno}"
         raise DataError(f"{path}, {place}: broken JSON ({error.msg}); {_remedy(path, text, error)}") from error
@@ -278,10 +272,8 @@ def _remedy(path: Path, text: str, error: json.JSONDecodeError) -> str:
     if rest.startswith(("//", "/*", "#")):
         return "JSON has no comments: delete them"
     if rest[0] in "]}" and before.endswith(","):
-        return "delete the comma before that place"
-    if rest[0] == "," and before.endswith("}"):
-        return "delete the commas between the objects, or put the objects in brackets and let the name end in .json"
-    return "mend that place"
+        return "delete the comma before it"
+    return "correct the JSON there"
 
 
 def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[SourceRow]:
@@ -289,73 +281,43 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[SourceRow]:
     for line, data in enumerate(lines, start=1):
         text = _decoded(path, data, line).strip(outside_json.BLANK)
         if index == 0 and text.startswith("["):
-            raise DataError(f"{path} holds a JSON array instead of one object a line; let its name end in .json")
+            raise DataError(f"{path} holds a JSON array instead of one object per line; let its name end in .json")
         for value in _values(path, text, line):
             yield SourceRow(index, value, line)
             index += 1
 
 
 def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]:
-    if holder is None and _is_json_lines(text):
-        return _unwrapped(path, _json_lines(path, io.BytesIO(text.encode("utf-8"))))
     values = _values(path, text, 1)
-    if all(isinstance(value, list) for value in values):  # several arrays, if files were concatenated
+    if all(isinstance(value, list) for value in values):  # concatenated files have several arrays
         return _numbered(chain.from_iterable(values))
-    if all(isinstance(value, dict) for value in values) and len(values) > 1:
+    if len(values) > 1 and isinstance(values[0], dict):  # one object per line, as in .jsonl
         return _numbered(values)
     value = values[0]
     if len(values) > 1 or not isinstance(value, dict):
         content = f"{len(values)} values" if len(values) > 1 else json_type(value)
         raise DataError(f"{path} holds {content}; it must hold an array of objects")
-    rows = value.get(holder) if holder else _rows_in(path, value)
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        return _numbered(rows)
-    raise DataError(
-        f"{path} holds one object with the keys {listed(value)}; it must hold an array of objects, one a row"
-    )
+    if holder is None:
+        return _numbered(_rows_in(path, value))
+    if not isinstance(value.get(holder), list):
+        raise DataError(f"{path}: the object has no list {holder!r}; its keys are {listed(value)}")
+    return _numbered(value[holder])
 
 
-def _is_json_lines(text: str) -> bool:
-    """Return whether the first line that is not empty consists of complete JSON objects."""
-    first = text.lstrip(outside_json.BLANK).partition("\n")[0]
-    if not first.startswith("{"):
-        return False
-    try:
-        outside_json.loads_all(first)
-    except json.JSONDecodeError:
-        return False
-    except outside_json.RepeatedKeyError:
-        pass  # `_json_lines` reports the error
-    return True
+def _rows_in(path: Path, content: dict[str, Any]) -> list[Any]:
+    """Return the rows of a file with a single object.
 
-
-def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
-    """Return the rows; if the only row is an object that holds the rows, as {"data": [...]}, return the rows in it."""
-    first, second = next(rows, None), next(rows, None)
-    if first is not None and second is None and isinstance(first.content, dict):
-        inner = _rows_in(path, first.content)
-        if inner is not None:
-            return iter([first]) if inner == [first.content] else _numbered(inner)
-    return chain((row for row in (first, second) if row is not None), rows)
-
-
-def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of a file that holds one object; None if it holds no list of rows.
-
-    If the object has a column of a known format, the object itself is the only row. Otherwise its only list of objects
-    holds the rows.
+    If the object has a column of a known format, or no list of objects, it is the only row. Otherwise its list of
+    objects holds the rows.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]
-    if len(content) == 1 and next(iter(content.values())) == []:
-        return []
     names = [name for name, value in content.items() if _are_rows(value)]
     if len(names) > 1:
         raise DataError(
-            f"{path} holds several lists of objects ({listed(names)}); write the one that holds the rows to a file of "
-            "its own"
+            f"{path} holds several lists of objects ({listed(names)}); write the list of rows to a separate file"
         )
-    return content[names[0]] if names else None
+    return content[names[0]] if names else [content]
 
 
 def _are_rows(value: Any) -> bool:

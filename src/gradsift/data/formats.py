@@ -1,6 +1,6 @@
-"""Parses rows into examples, with one parser for each format of datasets.
+"""Parses rows into examples, with one parser for each format.
 
-A row that cannot be trained on becomes a `Rejected` with the reason; the other rows are still parsed.
+A row that cannot be trained on becomes a `Rejected` with the reason; parsing continues with the next row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradsift.data.turns import (
 )
 from gradsift.errors import DataError
 
-_UNSHOWN = {  # columns that change the meaning of a row and that an example cannot hold, and what they hold
+_UNSHOWN = {  # columns that change the meaning of a row but have no place in an example, and their content in words
     "tools": "tools",
     "functions": "tools",
     "reasoning_content": "reasoning apart from the answer",
@@ -43,7 +43,9 @@ def parse_rows(
     group: str = "data",
     occurrences: Counter[str] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples of rows, and the rows that are rejected. The formats have these columns:
+    """Return the examples of rows, and the rows that are rejected.
+
+    The formats have these columns:
 
     alpaca             instruction, input (may be missing or null), output. If the data has columns chosen and rejected
                        in place of output, chosen is the output
@@ -58,7 +60,7 @@ def parse_rows(
         rows: rows of a reader, or pairs of a row's position and its columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
-        occurrences: how often each content hash has occurred in other sources; the examples are added to the counts.
+        occurrences: number of examples of other sources with each content hash; the new examples are counted in it.
 
     Raises:
         DataError: there is no row, no format fits, two columns could be the same field, or no row can be used.
@@ -91,7 +93,7 @@ def parse_rows(
 
 
 def _original(content: Any) -> dict[str, Any]:
-    """Return the columns as JSON values; raise Unusable for content that would be lost or that marks a bad response."""
+    """Return the columns as JSON values; raise Unusable if one has no place in an example or marks a bad response."""
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
     original = {}
@@ -106,11 +108,11 @@ def _original(content: Any) -> dict[str, Any]:
         meaning = _UNSHOWN.get(folded(name))
         if meaning and not is_empty(value):
             raise Unusable(
-                f"column {name!r} holds {meaning}, which would be lost; delete the column to train on the others alone"
+                f"column {name!r} holds {meaning}, which would be lost; delete it to train on the other columns"
             )
     by_name = {folded(name): value for name, value in original.items()}
     mark = "label" if by_name.keys() == {"prompt", "completion", "label"} else "kto_tag"
-    if by_name.get(mark) is False:  # in data for KTO, as LLaMA-Factory and TRL have it
+    if by_name.get(mark) is False:  # as in the KTO data of LLaMA-Factory and TRL
         raise Unusable(f"column {mark!r} is false, which marks the response as undesired")
     return original
 
@@ -126,8 +128,8 @@ def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
         return  # the parser names the column
     columns = ", ".join(map(repr, other.needed))
     raise Unusable(
-        f"field {missing[0]!r} is missing: the row has another shape ({columns}) than the first rows; write the "
-        "rows of each shape to a file of their own, and join the files with data=mixture"
+        f"field {missing[0]!r} is missing: the row has other columns ({columns}) than the first rows; write the rows "
+        "of each format to a separate file, and join the files with data=mixture"
     )
 
 
@@ -138,7 +140,7 @@ def _alpaca(row: Mapping[str, Any], shape: Shape) -> Conversation:
     input = input if input.strip() else ""
     if folded(fields.output) == "chosen" and isinstance(reply := _decoded(row.get(fields.output)), list | dict):
         if input:
-            raise Unusable(f"field {column!r} has no place beside the turns of {fields.output!r}")
+            raise Unusable(f"field {column!r} cannot be combined with the turns of {fields.output!r}")
         asked = _decoded(row.get(fields.instruction))
         if isinstance(asked, list):
             prompt = turns_of(asked)
@@ -178,7 +180,7 @@ def _with_system(row: Mapping[str, Any], shape: Shape, turns: list[Turn]) -> lis
         return turns
     if not isinstance(row[column], str):
         raise Unusable(
-            f"column {column!r} is {json_type(row[column])}, no system prompt; fields.system=null ignores it"
+            f"column {column!r} is {json_type(row[column])}, not a system prompt; fields.system=null ignores it"
         )
     system = Turn("system", text_of(row, column))
     if not turns or turns[0].role != "system":
@@ -208,18 +210,18 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
         answer = [Turn("assistant", text_of({name: reply}, name, filled=True))]
     else:
         answer = turns_of([reply]) if isinstance(reply, dict) else turns_in({name: reply}, name)
-    if answer in (prompt, prompt[-1:]):  # the prompt's column holds the chosen reply too
+    if answer in (prompt, prompt[-1:]):  # the prompt's column includes the chosen reply
         return conversation(prompt)
     spoken = [turn for turn in answer if turn.role != "system"]
     if not spoken or spoken[0].role != "user":
         return conversation([*prompt, *answer])
     if not all(turn in spoken for turn in prompt if turn.role != "system"):
-        raise Unusable(f"the prompt is not among the turns of {name!r}, which begin with the user's")
+        raise Unusable(f"the prompt is not among the turns of {name!r}, although the first of them is a user turn")
     return conversation([*(turn for turn in prompt if turn.role == "system" and turn not in answer), *answer])
 
 
 def _decoded(value: Any) -> Any:
-    """Return the list of turns that `value` holds as JSON text; `value` itself if it holds no such list."""
+    """Return the list of turns if `value` is the JSON text of one, otherwise `value` itself."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:

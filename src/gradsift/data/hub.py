@@ -11,7 +11,7 @@ from pathlib import Path
 from gradsift.data.examples import SourceRow
 from gradsift.errors import DataError, first_line
 
-_PATIENCE = 10.0  # seconds in which the hub must answer the check before a run
+_TIMEOUT = 10.0  # seconds that the check before a run waits for the hub
 _GATED = "is gated: accept its terms on its hub page, then log in with `hf auth login`"
 _UNNAMED = "is no name of a hub dataset; give it as OWNER/NAME"
 
@@ -20,8 +20,8 @@ def require_dataset(id: str, revision: str | None) -> None:
     """Ask the hub whether a dataset can be read, as a check before the slow imports of a run.
 
     Raises:
-        DataError: see `load_hub`. If the hub cannot be reached (always so with HF_HUB_OFFLINE=1), the error is raised
-            only if the local cache has nothing of the dataset.
+        DataError: see `load_hub`. If the hub cannot be reached, which is always so with HF_HUB_OFFLINE=1, this is an
+            error only if the local cache has nothing of the dataset.
     """
     from huggingface_hub import HfApi, errors
 
@@ -29,7 +29,7 @@ def require_dataset(id: str, revision: str | None) -> None:
     http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     api = HfApi()
     try:
-        if api.dataset_info(id, revision=revision, timeout=_PATIENCE).gated:
+        if api.dataset_info(id, revision=revision, timeout=_TIMEOUT).gated:
             api.auth_check(id, repo_type="dataset")
     except errors.GatedRepoError as error:
         raise DataError(f"data.id={id} {_GATED}") from error
@@ -50,17 +50,18 @@ def load_hub(
     first: int | None = None,
     group: str = "data",
 ) -> Iterator[SourceRow]:
-    """Return the rows of a hub dataset, loaded with `datasets` (from the local cache if HF_HUB_OFFLINE=1).
+    """Return the rows of a hub dataset. `datasets` loads them, from the local cache if HF_HUB_OFFLINE=1.
 
     Code that comes with a dataset is never run.
 
     Args:
-        first: read only this many rows from the start, without downloading the others; None for all rows.
+        first: number of rows to read from the start, without downloading the others; None for all rows.
         group: group of the options that name the dataset, for errors.
 
     Raises:
-        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; or the dataset
-            has several subsets (the message lists them) and `subset` is None; or a local file or folder is named `id`.
+        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached. Also if the
+            dataset has several subsets and `subset` is None (the message lists them), or if a local file or folder has
+            the name `id`.
     """
     _require_no_local(id, group)
     import datasets
@@ -90,9 +91,7 @@ def load_hub(
 def _require_no_local(id: str, group: str) -> None:
     """Raise DataError if a file or folder is named `id`; `datasets` would load it instead."""
     if Path(id).exists():
-        raise DataError(
-            f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or take another folder to run in"
-        )
+        raise DataError(f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or run in another folder")
 
 
 def _missing(id: str, revision: str | None, group: str) -> DataError:
@@ -114,7 +113,7 @@ def _files_instead(group: str) -> str:
 
 
 def _may_be_cached(id: str) -> bool:
-    """Return whether the local caches may hold a dataset (also True for another dataset of its owner)."""
+    """Return whether the local caches may hold a dataset; also True if they hold another dataset of its owner."""
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
@@ -133,4 +132,4 @@ def _advice(message: str, split: str, subset: str | None, group: str) -> str:
             f"its rows are made by a script, which is not run; give {group}.revision=refs/convert/parquet if the hub "
             f"has converted it, or {_files_instead(group)}"
         )
-    return f"{group}.split={split}: {' '.join(message.split())[:300]}; check it, or {_files_instead(group)}"
+    return f"{group}.split={split}: {' '.join(message.split())[:300]}; correct it, or {_files_instead(group)}"

@@ -1,4 +1,4 @@
-"""The load stage: makes examples with ids from the rows of any source, and lists the rows that it rejects."""
+"""The load stage: makes examples with ids from the rows of a data source, and lists the rejected rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from gradsift.scoring.scores import write_scores
 from gradsift.selection.budget import proportional_shares
 
 VERSION = 2  # version of the stage for the embedded world
-ROWS_VERSION = 3  # version of the stage for other data
+ROWS_VERSION = 3  # version of the stage for all other data
 EXAMPLES_FILE = "examples.parquet"
 HELDOUT_FILE = "heldout.parquet"
 PUBLISHED_FILE = "published.parquet"  # the examples' scores from the file `data.scores`
@@ -60,15 +60,15 @@ class RowSource(NamedTuple):
     """Files or a hub dataset."""
 
     name: str  # name of the data in errors
-    settings: dict[str, Any]  # what the rows depend on besides the options that name the source, as a file's hash
+    settings: dict[str, Any]  # what determines the rows besides the config's options, such as a file's hash
     read: Callable[[], Iterator[SourceRow]]
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
     """Return the artifact of the load stage; make it if the store does not have it.
 
-    Rows are read and checked, and examples get ids. Then duplicates are dropped (`config.dedup`), examples are held out
-    (`config.holdout`), and a share of the other examples is corrupted (`config.corruption`).
+    The stage reads and checks the rows and gives the examples ids. Then it drops duplicates (`config.dedup`), holds out
+    examples (`config.holdout`), and corrupts a share of the others (`config.corruption`).
     """
     settings, downloads = _settings(config), runtime.store.root / "downloads"
     slug, version = config.name, ROWS_VERSION
@@ -116,7 +116,7 @@ def _make(runtime: Runtime, config: DataConfig, sources: Mapping[str, RowSource]
     labels = Labels(["clean"] * len(pool), None)
     if world is not None:
         labels = _world_labels(world, pool)
-        # the benchmark's questions and reference answers are the held-out examples: all are clean, unlike the pool
+        # the held-out examples are the benchmark's questions with their right answers, so they are clean
         held = [{**item, "output": item["reference"]} for item in world.benchmark]
         heldout, _ = parse_rows(enumerate(held), "alpaca", FieldsConfig())
         (folder / BENCHMARK_FILE).write_text(json.dumps(world.benchmark, indent=1), encoding="utf-8")
@@ -145,7 +145,7 @@ def require_dataset(store: Store, config: HubDataConfig) -> None:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options as settings; newer options are left out while off, so that earlier results stay valid."""
+    """Return the options as settings, without newer options that are off, so that earlier results stay valid."""
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -192,9 +192,10 @@ def row_source(
 
 
 def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples and the rejected rows of all sources, with rows numbered consecutively across all sources.
+    """Return the examples and the rejected rows of all sources, with rows numbered consecutively across the sources.
 
-    The column `config.source_column` of `original` holds the name of the source. Raise DataError if it exists already.
+    The column `config.source_column` of `original` holds the name of the source. Raises DataError if the data has a
+    column of this name.
     """
     examples: list[Example] = []
     rejected: list[Rejected] = []
@@ -207,7 +208,7 @@ def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -
         parsed, unusable = parse_rows(rows, entry.format, entry.fields, source.name, group, occurrences)
         if any(column in example.original for example in parsed):
             raise DataError(
-                f"{source.name} has a column {column!r} already; give the name of another one for the sources, as in "
+                f"{source.name} already has a column {column!r}; choose another column for the sources' names, as in "
                 "data.source_column=mixture_source"
             )
         examples += [replace(example, original={**example.original, column: name}) for example in parsed]
@@ -219,7 +220,7 @@ def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -
 def weighted(config: MixtureDataConfig, examples: Sequence[Example]) -> list[Example]:
     """Return a seeded sample in which the sources' shares follow their weights; without weights, all examples.
 
-    With `config.limit` the sample has `limit` + `holdout` examples, otherwise it is as large as possible. Raise
+    With `config.limit` the sample has `limit` + `holdout` examples, otherwise it is as large as possible. Raises
     ConfigError if a source has too few examples for its share.
     """
     weights = np.array([source.weight or 0.0 for source in config.sources.values()])
@@ -250,14 +251,7 @@ def _without_duplicates(
     if config.dedup == "none":
         return list(examples), []
     with runtime.display.task(f"data.dedup={config.dedup}", len(examples)) as advance:
-        kept, repeated = dedup.deduplicated(examples, config.dedup, config.dedup_threshold, advance)
-    if repeated and config.holdout >= len(kept):
-        raise ConfigError(
-            f"data.dedup={config.dedup} drops {len(repeated):,} of the {len(examples):,} rows, and "
-            f"data.holdout={config.holdout} leaves none of the other {len(kept):,} to select from; give a smaller "
-            "data.holdout, or data.dedup=none"
-        )
-    return kept, repeated
+        return dedup.deduplicated(examples, config.dedup, config.dedup_threshold, advance)
 
 
 def _with_scores(
@@ -270,7 +264,7 @@ def _with_scores(
 ) -> tuple[list[Example], list[Rejected], dict[str, Any]]:
     """Write the scores of `data.scores`, if given; return the examples with a score, all rejected rows, and counts.
 
-    `kept` are all accepted examples of the data, held-out examples included.
+    `kept` holds all accepted examples of the data, including the held-out examples.
     """
     unscored: list[Rejected] = []
     counts: dict[str, Any] = {}
@@ -281,8 +275,7 @@ def _with_scores(
         counts = {"rows_without_score": len(unscored), "unused_scores": unused}
         runtime.display.say(
             f"  {file.name} has scores for {len(pool):,} of {len(pool) + len(unscored):,} rows; the other "
-            f"{len(unscored):,} are rejected; {unused:,} of its scores are of texts that are not in "
-            "the data"
+            f"{len(unscored):,} are rejected; {unused:,} of its scores are of texts that are not in the data"
         )
     counts |= {"accepted": len(kept) - len(unscored), "rejected": len(rejected) + len(unscored)}
     return pool, sorted([*rejected, *unscored], key=lambda row: row.row), counts
@@ -292,7 +285,7 @@ def _with_scores(
 
 
 def _world_labels(world: verifiable.World, pool: Sequence[Example]) -> Labels:
-    """Return the labels of the pool; a copy of a row that is not in the pool is labelled clean."""
+    """Return the labels of the pool. A duplicate is labelled clean if the row that it repeats is not in the pool."""
     known = [world.labels[example.row_index] for example in pool]
     questions = [verifiable.task_of(example.instruction, example.input).question for example in pool]
     asked = {question for question, label in zip(questions, known, strict=True) if label.quality == "clean"}
@@ -301,7 +294,7 @@ def _world_labels(world: verifiable.World, pool: Sequence[Example]) -> Labels:
         alone = label.quality in COPIES and question not in asked
         quality.append("clean" if alone else label.quality)
         if alone:
-            asked.add(question)  # a second copy of the same row repeats this copy
+            asked.add(question)  # a second duplicate of the same row repeats this one
     return Labels(quality, [label.family for label in known])
 
 
@@ -310,7 +303,8 @@ def _corrupt(
 ) -> tuple[list[Example], Labels, dict[str, int]]:
     """Corrupt a share of the pool, and return it with its labels and the number of rows of each kind.
 
-    Only examples labelled clean are corrupted or copied. Examples of the embedded world get words of this world only.
+    Only examples labelled clean are corrupted or copied. Corrupted examples of the embedded world keep to its
+    vocabulary.
     """
     is_world = isinstance(config, VerifiableDataConfig)
 
@@ -339,7 +333,7 @@ def pool_of(loaded: Artifact) -> list[Example]:
 
 
 def heldout_of(loaded: Artifact) -> list[Example]:
-    """Return the examples that were held out for the held-out loss; may be empty."""
+    """Return the examples that were held out for the held-out loss, if there are any."""
     return read_examples(loaded.file(HELDOUT_FILE))
 
 
@@ -350,7 +344,7 @@ def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
 
 
 def labels_of(loaded: Artifact) -> Labels | None:
-    """Return the labels of the examples, or None if the data has no labels. Use them for reports only."""
+    """Return the labels of the examples, or None if the data has none. Only reports and reference scorers use them."""
     path = loaded.file(LABELS_FILE)
     if not path.is_file():
         return None

@@ -19,11 +19,10 @@ _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally freq
 
 
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
-    """Return the rows of a table whose first line names the columns.
+    """Return the rows of a CSV table, whose first line holds the column names.
 
-    The delimiter is the character among comma, semicolon, tab and bar that is most frequent in the first line outside
-    quotes. A line `sep=;` before the column names, as spreadsheets write, sets the delimiter instead. A line that
-    repeats the column names, as in concatenated files, is skipped.
+    The delimiter is comma, semicolon, tab or bar, whichever is most frequent outside quotes in the first line. A line
+    that repeats the column names, as in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.
@@ -32,10 +31,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     Raises:
         DataError: the quotes are broken, a row has more or fewer cells than columns, or a column name is repeated.
     """
-    skipped = 0
-    if named := re.match(r'"?sep=(.)"?\r?\n', text):
-        text, skipped = text[named.end() :], 1
-    delimiter = named[1] if named else max(_DELIMITERS[kind], key=_first_line(text).count)
+    delimiter = max(_DELIMITERS[kind], key=_first_line(text).count)
     limit = csv.field_size_limit(sys.maxsize)  # the module's default is 131,072 characters per cell
     try:
         reader = csv.reader(
@@ -47,18 +43,18 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
         header = next((cells for cells in reader if cells), [])
         _require_different(path, header)
         rows: list[SourceRow] = []
-        line = reader.line_num + 1 + skipped  # where the next row begins; a quoted cell can contain line breaks
+        line = reader.line_num + 1  # where the next row begins; a quoted cell can contain line breaks
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise DataError(
-                    f"{path}, line {line}: {len(cells)} cells for {len(header)} columns; mend the quotes, or {AGAIN}"
+                    f"{path}, line {line}: {len(cells)} cells for {len(header)} columns; correct the quotes, or {AGAIN}"
                 )
             if cells and [cells[0].lstrip("\ufeff"), *cells[1:]] != header:
                 rows.append(SourceRow(len(rows), dict(zip(header, cells, strict=True)), line))
-            line = reader.line_num + 1 + skipped
+            line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {reader.line_num + skipped}: broken CSV ({error}); mend the quotes, or {AGAIN}"
+            f"{path}, line {reader.line_num}: broken CSV ({error}); correct the quotes, or {AGAIN}"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -66,25 +62,25 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
 
 def _first_line(text: str) -> str:
-    """Return the first line that is not blank (the column names), without the text inside quotes."""
+    """Return the first line that is not blank, which holds the column names, with the text inside quotes removed."""
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
 
 
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
-    """Return whether a blank follows every delimiter of the first line, and a quote follows such a blank in any line.
+    """Return whether every delimiter of the first line is followed by a blank, and a quote follows one in any line.
 
-    If the blank were not skipped, the quote would be read as part of the cell's text.
+    The csv module reads a quote after a blank as part of the cell's text, unless it skips such blanks.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
 
 
 def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
-    """Yield the rows of a parquet file, or of an Arrow file in the stream format (as `datasets` writes) or file format.
+    """Yield the rows of a parquet file, or of an Arrow file in the file format or the stream format of `datasets`.
 
     Raises:
-        DataError: the file is broken, or a value cannot be read. The message then names row and column.
+        DataError: the file is broken, or a value cannot be read; for a value, the message names row and column.
     """
     import pyarrow as pa
 
@@ -95,7 +91,7 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
                 yield SourceRow(index, row)
                 index += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no whole {kind} file ({first_line(error)[:120]}); {AGAIN}") from error
+        raise DataError(f"{path} is not a complete {kind} file ({first_line(error)[:120]}); {AGAIN}") from error
 
 
 def _batches(path: Path, kind: str) -> Iterator[Any]:
@@ -117,7 +113,7 @@ def _batches(path: Path, kind: str) -> Iterator[Any]:
 
 def _require_different(path: Path, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise DataError(f"{path}: column names must differ, but are {listed(names)}; rename some")
+        raise DataError(f"{path}: two columns have the same name (columns: {listed(names)}); rename one")
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
@@ -129,15 +125,10 @@ def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
             for row, value in enumerate(column):
                 try:
                     value.as_py()
-                except UnicodeDecodeError as cause:
-                    raise DataError(
-                        f"{path}, row {first + row}, column {name!r}: byte 0x{cause.object[cause.start]:02x} is not "
-                        "UTF-8; decode the text with the encoding that it has, and write the file again"
-                    ) from cause
                 except (ValueError, OverflowError) as cause:
                     raise DataError(
-                        f"{path}, row {first + row}, column {name!r}: a {column.type} that cannot be read ({cause}); "
-                        "write the column as text"
+                        f"{path}, row {first + row}, column {name!r}: this {column.type} cannot be read ({cause}); "
+                        "write the column as UTF-8 text"
                     ) from cause
         raise DataError(f"{path}, rows from {first}: {error}; write the file again") from error
     return rows

@@ -1,7 +1,7 @@
-"""The target set: examples of what the finetuned model should be good at, each of which belongs to one task.
+"""The target set: examples of the tasks that the finetuned model should be good at.
 
 LESS, G2IS, RDS+ and other methods select examples of the pool towards the target set. Target rows are read like the
-rows of the data, but a row that cannot be used raises an error instead of being rejected, since a target set is small.
+rows of the data, but a row that cannot be used is an error instead of being rejected, since target sets are small.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ EXAMPLES_FILE = "examples.parquet"
 TASKS_FILE = "tasks.json"
 OVERLAP_FILE = "overlap.jsonl"
 OVERLAP_VERSION = 2
-_ALIKE = 0.8  # Jaccard similarity from which prompts are similar, as for near duplicates
-_NAMED = 5  # largest number of rows that the warning names; the file `overlap.jsonl` lists all
+_ALIKE = 0.8  # smallest Jaccard similarity of similar prompts; the default of near duplicates too
+_NAMED = 5  # maximum number of rows in the warning; `overlap.jsonl` lists all
 
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Q examples and the task of each; the examples of a task are adjacent."""
+    """Q examples and the task of each example; the examples of a task are adjacent."""
 
     examples: list[Example]
     tasks: list[str]
@@ -53,7 +53,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
     """Return the artifact with the target rows, at most `config.limit` of each task.
 
     Raises:
-        ConfigError: the config has no target set, or the embedded world lacks one of its tasks or has too few rows.
+        ConfigError: the config has no target set, or the embedded world lacks a task or has too few questions of it.
         DataError: a file is missing, empty or of another schema, or a row cannot be used.
     """
     settings, parents = asdict(config), []
@@ -68,7 +68,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
         parents.append(loaded)
         by_task = partial(_examples_of_world, config, loaded)
     else:
-        raise ConfigError(NO_TARGET_SET.format(method="what was chosen"))
+        raise ConfigError(NO_TARGET_SET.format(method="this configuration"))
 
     def make(folder: Path) -> Mapping[str, Any]:
         examples: list[Example] = []
@@ -96,7 +96,7 @@ def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
     files = {task: path / url.rsplit("/", 1)[-1] for task, url in config.urls.items()}
     if len(set(files.values())) < len(files):
         raise ConfigError(
-            f"target_set.path={config.path}: two of target_set.urls end in one file's name, so two tasks would have "
+            f"target_set.path={config.path}: two of target_set.urls end in the same file name, so two tasks would have "
             "the same rows; leave target_set.path empty, or give one file with target_set.task=COLUMN"
         )
     return files
@@ -110,7 +110,7 @@ def _examples_of_files(config: FilesTargetSetConfig, files: Mapping[str, Path]) 
         examples, rejected = parse_rows(rows, config.format, config.fields, source=str(file), group="target_set")
         if rejected:
             raise DataError(
-                f"{file}, row {rejected[0].row}: {rejected[0].reason}; mend or delete the row, or check "
+                f"{file}, row {rejected[0].row}: {rejected[0].reason}; correct or delete the row, or check "
                 "target_set.format and the names of its columns as in target_set.fields.output=NAME"
             )
         for task, example in zip(tasks, examples, strict=True):
@@ -122,7 +122,7 @@ def _task_of(row: SourceRow, column: str, file: Path) -> str:
     task = row.content.get(column) if isinstance(row.content, dict) else None
     if not isinstance(task, str) or not task.strip():
         raise DataError(
-            f"{file}, row {row.row}: column {column!r} holds {task!r}, which is no text that names a task; check "
+            f"{file}, row {row.row}: column {column!r} holds {task!r} instead of the name of a task; check "
             "target_set.task"
         )
     return task
@@ -145,9 +145,10 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 
 
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
-    """Find target rows whose prompt is equal or similar to a prompt in the pool, and list them in `overlap.jsonl`.
+    """List the target rows whose prompt is equal or similar to a prompt in the pool, in `overlap.jsonl`.
 
-    Print a warning if there are any: a method could select these very rows, which would flatter its result.
+    Prints a warning if there are any: a method could select these rows of the pool, which would make its result look
+    better than it is.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -166,9 +167,9 @@ def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Ar
         lines = made.file(OVERLAP_FILE).read_text(encoding="ascii").splitlines()
         first = ", ".join(str(json.loads(line)["row"]) for line in lines[:_NAMED])
         runtime.display.say(
-            f"  warning: {made.info['overlapping']} of {made.info['rows']} target rows are in the data too, or nearly "
-            f"(data row {first}{', ...' if len(lines) > _NAMED else ''}; all in {made.file(OVERLAP_FILE)}), which "
-            "flatters what is selected; take other target rows"
+            f"  warning: {made.info['overlapping']} of {made.info['rows']} target rows have the same or a similar "
+            f"prompt as a row of the data (row {first}{', ...' if len(lines) > _NAMED else ''}; all in "
+            f"{made.file(OVERLAP_FILE)}), so results would be too good; take other target rows"
         )
     return made
 
@@ -182,7 +183,8 @@ def overlap(
     that share a triple are compared.
 
     Returns:
-        (position of the target row, example, what they share: `prompt and response`, `prompt` or `similar prompt`)
+        Tuples (position of the target row, example, relation). The relation is `prompt and response` or `prompt` if
+        these are equal, otherwise `similar prompt`.
     """
     own = [_prompt_shingles(target) for target in targets]
     holders: dict[tuple[str, ...], list[int]] = {}
@@ -203,12 +205,12 @@ def overlap(
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Print a warning if target rows are among the benchmark's questions `asked`, as (instruction, input)."""
+    """Print a warning if target rows are among the benchmark's questions `asked`, pairs of instruction and input."""
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
         runtime.display.say(
-            f"  warning: {leaked} of {len(targets)} target rows are questions of the benchmark too, which flatters its "
-            "figures; take other target rows (target_set), or other benchmark.sets"
+            f"  warning: {leaked} of {len(targets)} target rows are questions of the benchmark too, so its results "
+            "would be too good; take other target rows (target_set), or other benchmark.sets"
         )
 
 

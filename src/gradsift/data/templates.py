@@ -2,12 +2,12 @@
 
 alpaca  The prompt published with Stanford Alpaca, in its forms with and without input. As in Alpaca's training code,
         the prompt ends with "### Response:", and the response follows without a line break. A system prompt replaces
-        the introduction. A further exchange begins with "\\n\\n### Instruction:\\n".
-plain   Instruction, input and response, each starting on a new line. The turns of a history start on new lines too.
+        the introduction. Further exchanges begin with "\\n\\n### Instruction:\\n".
+plain   Instruction, input and response, each on a new line. Earlier turns begin on new lines too.
 chat    The tokenizer's own chat template (see `gradsift.data.chat_templates`). An input follows its instruction after a
         line break.
 FILE.jinja
-        A chat template in a file of the user, used in place of the tokenizer's.
+        A chat template in a file of the user, which replaces the tokenizer's chat template.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REQUEST = "Write a response that appropriately completes the request."
 
 
 def render(example: Example, template: str, tokenizer: Any = None) -> list[Segment]:
-    """Return the text of an example as segments; every assistant turn that is trained is a response segment.
+    """Return the text of an example as segments; the assistant turns that are trained are response segments.
 
     Args:
         template: alpaca, chat, plain or the file of a chat template.
@@ -40,7 +40,7 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
 def prompt_segments(
     instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
 ) -> list[Segment]:
-    """Return the segments that `render` puts before the response, so that a response can be generated after them.
+    """Return the segments that `render` puts before the response, as the prompt of a generation.
 
     Arguments and errors are those of `render`.
     """

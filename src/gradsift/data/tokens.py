@@ -2,13 +2,13 @@
 
 With a text template (alpaca, plain), prompts and responses of an example are tokenised as one text, as in Alpaca's and
 TRL's code. A token that holds both the end of a prompt and the start of its response counts as prompt, because
-generation starts after the whole prompt and so cannot produce this token. A token that holds the end of a response and
-the start of the next prompt counts as prompt too. Prompts and responses are tokenised separately if the tokenizer gives
-no offsets (a slow tokenizer), or with a chat template, whose turns end at special tokens.
+generation starts after the whole prompt and cannot produce this token. A token that holds the end of a response and the
+start of the next prompt counts as prompt too. With a chat template, whose turns end at special tokens, and with a slow
+tokenizer, which gives no offsets, prompts and responses are tokenised separately.
 
-The tokenizer's start token comes first if the tokenizer adds one by itself (Llama) and the chat template does not. The
-tokenizer's end token is added as the last token of the response, unless the text that a chat template rendered ends
-with a special token. A special token that is spelled out in an example's text is tokenised as plain text.
+The first token is the tokenizer's start token if the tokenizer adds one by itself (Llama). The last token of the
+response is the tokenizer's end token, unless the text of a chat template already ends with a special token. A special
+token that is spelled out in an example's text is tokenised as plain text.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class Encoded:
     row_index: int  # the example's row in the data's source, for messages
     input_ids: np.ndarray  # (T,) int32
     is_response: np.ndarray  # (T,) bool; False for the first token, so that every response token has a token before it
-    lane: int = 0  # number of the adapter that the example passes through, if several adapters train side by side
+    lane: int = 0  # number of the example's adapter, if several adapters are trained side by side
 
     @property
     def scored(self) -> int:
-        """The number of response tokens that are predicted; the example's first token never is."""
+        """Number of response tokens that are predicted; the first token of an example is never predicted."""
         return int(self.is_response[1:].sum())
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What `encode` cut or left out."""
+    """What `encode` truncated or left out."""
 
     truncated_prompts: int  # number of examples that lost prompt tokens
     truncated_responses: int  # number of examples that lost response tokens
@@ -72,7 +72,7 @@ class EncodeReport:
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
-    """Return what an example's tokens depend on besides the tokenizer, as part of a stage's settings."""
+    """Return the settings of a stage that, together with the tokenizer, determine the tokens of its examples."""
     return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
 
 
@@ -99,7 +99,7 @@ def encode(
     Args:
         template: alpaca, chat, plain or the file of a chat template.
         max_length: tokens, prompt and response together; at least 2.
-        progress: called with the number of examples that were just done.
+        progress: called with the number of examples that were just tokenised.
 
     Raises:
         ConfigError: tokenizer or template cannot be used, or the template can render none of the rows.
@@ -171,7 +171,7 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids of a prompt, not truncated, with the start token and the generation prompt if there are any.
+    """Return the token ids of a prompt, with start token and generation prompt if there are any, without truncation.
 
     Raises:
         ConfigError: the template cannot be used, or cannot render this prompt.
@@ -185,13 +185,13 @@ def encode_prompt(
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
-    """Return the text, or only a start of at least `max_length` tokens if the text is far longer (see `shorten`)."""
+    """Return the text. If it is far longer than `max_length` tokens, return only a start of at least this length."""
     (segment,) = shorten([Segment(text, is_response=True)], tokenizer, max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Yield the texts in short lists, each for one call of the tokenizer, to bound the memory of its own records."""
+    """Yield the texts in lists for one call of the tokenizer each, short enough to bound the tokenizer's memory."""
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -226,7 +226,10 @@ def refused_rows(
 ) -> Artifact:
     """Return the artifact with the rows of the pool that the template cannot render, as `write_rejected` writes them.
 
-    `report` tokenises the pool, unless that was done before.
+    Args:
+        model: artifact of the model whose tokenizer and template are used.
+        loaded: artifact of the load stage.
+        report: returns the report of `encode` for the pool; called only if the store lacks the artifact.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -282,8 +285,8 @@ def _tokenised(
         )
     if unknown > _MOST_UNKNOWN * total:
         raise DataError(
-            f"{unknown / total:.0%} of the data's tokens are unknown to the tokenizer {tokenizer.name_or_path!r}: it "
-            "was made for other text; choose a model that fits the data"
+            f"{unknown / total:.0%} of the data's tokens are unknown to the tokenizer {tokenizer.name_or_path!r}; "
+            "choose a model whose tokenizer fits the data"
         )
 
 
@@ -294,9 +297,9 @@ def _apart(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[P
 
 
 def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
-    """Tokenise each example as one text; a token that spans prompt and response goes to the prompt.
+    """Tokenise each example as one text; a token that spans prompt and response counts as prompt.
 
-    A byte-level tokenizer's offsets may leave out blanks at the ends of a token. This moves no token to another
+    The offsets of a byte-level tokenizer may leave out blanks at the ends of a token. This assigns no token to another
     segment, because no template's prompt ends with a blank.
     """
     texts = ["".join(segment.text for segment in segments) for segments in rendered]

@@ -1,11 +1,11 @@
 """Token ids of segments, and the truncation of examples before and after they are tokenised.
 
 Prompt tokens are cut first, from the left. At least one token is kept before the response: the start token or, if
-there is none, the last token of the first prompt.
-Response tokens are cut only if they do not fit even without the prompt. Then a conversation loses whole exchanges, the
-earliest first. If a single response is left that does not fit, its end is cut.
+there is none, the last token of the first prompt. Response tokens are cut only if all responses together do not fit.
+Then a conversation loses whole exchanges, the earliest first. If the last response alone does not fit, its end is cut.
 
-Tokenising 100 MB of text takes 20 GB of memory. So `shorten` drops most of the text that `truncate` would cut off.
+Tokenising 100 MB of text takes 20 GB of memory. `shorten` therefore removes most of the text that `truncate` would cut
+off before the text is tokenised.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text change
 
 
 def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
-    """Return the parts cut to `max_length` tokens; the first part must hold the start token, or nothing."""
+    """Return the parts, cut to `max_length` tokens. The first part must hold the start token or no token."""
     start, *rest = parts
-    rest = [  # adjacent parts of one kind are joined, so that a prompt of several parts is cut as a whole
+    rest = [  # join adjacent parts of one kind, so that a prompt of several parts is cut as a whole
         (list(chain.from_iterable(ids for ids, _ in run)), is_response)
         for is_response, run in groupby(rest, key=lambda part: part[1])
     ]
@@ -68,7 +68,7 @@ def ids_of_texts(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning about texts that are too long for the model: `truncate` cuts them
+        verbose=False,  # no warning about texts that are too long for the model, because `truncate` cuts them
         **options,
     )
 
@@ -89,10 +89,9 @@ def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[in
 def shorten(segments: list[Segment], tokenizer: Any, max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
-    `truncate` cuts prompts on the left and responses on the right, and removes the earliest exchanges. At most
-    `max_length` exchanges can stay. So a long prompt keeps only its end, and a long last response only its start, each
-    with at least `max_length` + 64 tokens. `truncate` removes every earlier response that is cut here. Such a response
-    keeps its end, and the next prompt also keeps its start, because one token may hold characters of both.
+    Only the last `max_length` exchanges are kept. A long prompt keeps its end and the last response its start, each
+    with at least `max_length` + 64 tokens. A long earlier response, which `truncate` removes, keeps its end, and the
+    next prompt also keeps its start, because one token may hold characters of both.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if _characters(segments) <= window:

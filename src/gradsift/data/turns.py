@@ -1,7 +1,7 @@
-"""Parses the lists of turns in datasets, which have several forms, into turns of system, user and assistant.
+"""Parses conversations, which datasets store in several forms, into system, user and assistant turns.
 
-Reasoning under a separate key of a turn becomes a think block before the answer. A row is rejected if it holds content
-that an example cannot hold, such as tool calls or images.
+Reasoning under a separate key of a turn becomes a think block before the answer. A row is rejected if it has content
+that has no place in an example, such as tool calls or images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROLES = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _KEYS = (("role", "content"), ("from", "value"))
-MEDIA = {  # names of columns and keys, and what they hold
+MEDIA = {  # names of columns and keys, and their content in words
     "image": "images",
     "images": "images",
     "audio": "audio",
@@ -35,7 +35,7 @@ MEDIA = {  # names of columns and keys, and what they hold
     "video": "videos",
     "videos": "videos",
 }
-_UNSHOWN = {  # keys of a turn that change its meaning, and what they hold
+_UNSHOWN = {  # keys that change the meaning of a turn but have no place in an example, and their content in words
     "tool_calls": "tool calls",
     "function_call": "a function call",
     "tools": "tools",
@@ -62,10 +62,14 @@ class Conversation(NamedTuple):
 
 
 def text_of(row: Mapping[str, Any], key: str, name: str | None = None, *, filled: bool = False) -> str:
-    """Return the text under `key`, which must be more than white space if `filled`.
+    """Return the text under `key`.
+
+    Args:
+        name: name of the text in errors; by default `field 'key'`.
+        filled: whether text of only white space is an error.
 
     Raises:
-        Unusable: it is no such text; the reason calls it `name`, by default `field 'key'`.
+        Unusable: the key is missing, or its value is not text that can be tokenised.
     """
     name = name or f"field {key!r}"
     if key not in row:
@@ -76,7 +80,7 @@ def text_of(row: Mapping[str, Any], key: str, name: str | None = None, *, filled
     if "\0" in value:
         raise Unusable(f"{name} holds a NUL character")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise Unusable(f"{name} holds half a surrogate pair, which is no character")
+        raise Unusable(f"{name} holds half a surrogate pair, which is not a character")
     if filled and not value.strip():
         raise Unusable(f"{name} is empty")
     return value
@@ -96,7 +100,7 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
     of turns that is stored by columns.
 
     Raises:
-        Unusable: the column is missing or holds something else, or a turn has a role or content that cannot be used.
+        Unusable: the column is missing or holds no list of turns, or a turn has a role or content that cannot be used.
     """
     if name not in row:
         raise Unusable(f"field {name!r} is missing")
@@ -120,7 +124,7 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 
 
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """Return the turns in a column of earlier exchanges: pairs of user's and assistant's text, or a list of turns."""
+    """Return the turns in a column of earlier exchanges: a list of (user text, assistant text) pairs, or of turns."""
     value = _decoded(row[name], name)
     if is_empty(value):
         return []
@@ -132,7 +136,7 @@ def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
         return turns_of(value)
     for pair in value:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise Unusable(f"field {name!r} holds an exchange that is no pair of two texts")
+            raise Unusable(f"field {name!r} holds an exchange that is not a pair of texts")
     return turns_of([text for pair in value for text in pair])
 
 
@@ -146,10 +150,10 @@ def conversation(turns: list[Turn]) -> Conversation:
     """
     replies = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not replies:
-        raise Unusable("no turn is the assistant's")
+        raise Unusable("there is no assistant turn")
     trained = [place for place in replies if turns[place].is_trained]
     if not trained:
-        raise Unusable("no turn of the assistant is to be trained: all have weight 0")
+        raise Unusable("no assistant turn is trained: all have weight 0")
     turns = turns[: trained[-1] + 1]
     if turns[0].role == "system" and not turns[0].content.strip():
         turns = turns[1:]
@@ -157,21 +161,19 @@ def conversation(turns: list[Turn]) -> Conversation:
     for number, turn in enumerate(turns[first:]):
         expected = "assistant" if number % 2 else "user"
         if turn.role != expected:
-            raise Unusable(
-                f"user and assistant do not take turns: a turn of the {turn.role} where the {expected}'s is due"
-            )
+            raise Unusable(f"user and assistant turns do not alternate: {turn.role} turn instead of {expected} turn")
     return Conversation(turns[:-2], turns[-2].content, "", turns[-1].content)
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """Return the list that `value` holds as JSON text, or `value` if it is not text that begins with a bracket."""
+    """Return the list if `value` is the JSON text of one, and `value` itself if it is not text that begins with [."""
     if not isinstance(value, str) or not value.lstrip(outside_json.BLANK).startswith("["):
         return value
     try:
         return outside_json.loads(value.strip(outside_json.BLANK))
     except json.JSONDecodeError as error:
         raise Unusable(
-            f"field {name!r} is text that is no JSON list of turns ({error.msg} at character {error.pos}); write it "
+            f"field {name!r} is text but not a JSON list of turns ({error.msg} at character {error.pos}); write it "
             "with json.dumps"
         ) from error
 
@@ -190,7 +192,7 @@ def _turn(entry: Any, number: int) -> Turn:
                 f"turn {number} holds {meaning} ({key!r}), which would be lost; delete the key to train without it"
             )
     if role_name in _TOOL_ROLES:
-        raise Unusable(f"turn {number} has the role {role_name!r}; a tool's turns would be lost")
+        raise Unusable(f"turn {number} has the role {role_name!r}; tool turns cannot be used")
     if role_name not in ROLES:
         raise Unusable(f"turn {number} has the role {role_name[:40]!r}; known: {', '.join(ROLES)}")
     role, name = ROLES[role_name], f"{content_key!r} of turn {number}"
@@ -208,14 +210,12 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
         return text
     reasoning = {text_of(entry, key, f"{key!r} of turn {number}", filled=True) for key in keys}
     if role != "assistant":
-        raise Unusable(f"turn {number} holds reasoning ({keys[0]!r}), but is the {role}'s")
+        raise Unusable(f"turn {number} holds reasoning ({keys[0]!r}), but is a {role} turn")
     if len(reasoning) > 1:
         raise Unusable(f"turn {number} holds different reasoning in {' and '.join(map(repr, keys))}; delete one")
     (thoughts,) = reasoning
     if any(tag in said for said in (text, thoughts) for tag in ("<think>", "</think>")):
-        raise Unusable(
-            f"turn {number} holds reasoning in {keys[0]!r}, and a think block beside it; keep one of the two"
-        )
+        raise Unusable(f"turn {number} holds reasoning in {keys[0]!r} and also a think block; keep one of the two")
     return f"<think>\n{thoughts}\n</think>\n\n{text}"
 
 
@@ -227,18 +227,18 @@ def _part(part: Any, name: str) -> str:
         raise Unusable(f"{name} is {json_type(part)}, not an object")
     kind = part.get("type", "text")
     if kind not in _TEXT_PARTS:
-        raise Unusable(f"{name} is of type {str(kind)[:40]!r}; a text template shows text alone")
+        raise Unusable(f"{name} is of type {str(kind)[:40]!r}; only text can be used")
     if others := [str(key) for key, value in part.items() if key not in _PART_KEYS and not is_empty(value)]:
-        raise Unusable(f"{name} holds {', '.join(others)[:80]}; a text template shows text alone")
+        raise Unusable(f"{name} holds {', '.join(others)[:80]}; only text can be used")
     return text_of(part, "text", f"'text' in {name}")
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Return False if a weight of an assistant turn is 0 or false, otherwise True; other turns never carry loss."""
+    """Return False for an assistant turn with the weight 0 or false, otherwise True (not used for other roles)."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
             raise Unusable(f"turn {number} has the {key} {str(weight)[:40]!r}; known: 0 (not trained) and 1")
         if weight and role != "assistant":
-            raise Unusable(f"turn {number} has the {key} {weight}, but a turn of the {role} is never trained")
+            raise Unusable(f"turn {number} has the {key} {weight}, but a {role} turn is never trained")
     return role != "assistant" or all(weights.values())

@@ -1,18 +1,18 @@
 """The embedded world: seeded instruction examples whose answers can be checked exactly.
 
 There are thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words.
-Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Some of the rows are spoilt on
-purpose, which means that their answers are wrong. Every row has a label, so the rows that a method selects can be
-checked exactly.
+Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Some rows are spoilt on purpose:
+their answers are wrong. The label of each row states whether its answer is right and, if not, how it was spoilt. So
+the rows that a method selects can be checked exactly.
 
-A label states whether the answer of the row is right and, if not, how it was spoilt. Contradictory twins are two rows
-with the same prompt and different answers. The row with the wrong answer is labelled `contradictory` and is spoilt. The
-row with the right answer is labelled `clean`, though no method can distinguish the two without knowing the task.
-Duplicates repeat clean rows. They are redundant, not spoilt, and have labels of their own.
+Contradictory twins are two rows with the same prompt and different answers. The row with the wrong answer is labelled
+`contradictory` and is spoilt. The row with the right answer is labelled `clean`, though no method can distinguish the
+two without knowing the task. Duplicates repeat clean rows. They are redundant, not spoilt, and have labels of their
+own.
 
-With `delayed` there are two more families, about operations whose names have no meaning before training. A `named` row
-shows what one name does, and a `chained` row applies two named operations one after the other. So
-`chained` rows are hard to learn before the names are known (delayed credit, an open question of GRADFILTERING).
+The option `delayed` adds two families about operations whose names have no meaning before training. A `named` row shows
+what one operation does, and a `chained` row applies two operations one after the other. So `chained` rows are hard to
+learn before the names are known (delayed credit, an open question of GRADFILTERING).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Task:
 
     @property
     def question(self) -> tuple[str, str]:
-        """What is asked, whatever the wording."""
+        """Name of the family and arguments, which do not depend on the wording."""
         return self.family.name, self.arguments
 
     @property
@@ -144,7 +144,7 @@ def _draw_table(rng: random.Random) -> str:
 
 
 def _about(solve: Callable[[list[str], list[str]], list[str]]) -> Callable[[str], str]:
-    """Return the function that solves tasks whose arguments are the words asked about, `MARK` and further words."""
+    """Return a function that splits its arguments at `MARK` and calls `solve` with the words before and after it."""
 
     def solved(arguments: str) -> str:
         asked, words = arguments.split(f" {MARK} ")
@@ -159,7 +159,7 @@ def _swap_ends(arguments: str) -> str:
 
 
 # The operations of the delayed families by name. The names are in the vocabulary, but only `named` rows show what they
-# mean; the pretraining text does not.
+# mean. The pretraining text does not contain the operations.
 OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
     "BA": lambda words: words[::-1],
     "DI": lambda words: [words[-1], *words[1:-1], words[0]],
@@ -170,7 +170,8 @@ OPERATIONS: dict[str, Callable[[list[str]], list[str]]] = {
 
 
 def _draw_operated(names: Sequence[str], rng: random.Random) -> str:
-    # the number of words is always 4; `randint` stays because it takes bits of the random stream
+    # The number of words is always 4. `randint` is called because it takes bits of the random stream, on which recorded
+    # datasets depend.
     return " ".join([*names, MARK, *rng.sample(SYLLABLES, rng.randint(4, 4))])
 
 
@@ -222,8 +223,8 @@ _WORDINGS = {
     "list by one capital word and by another / write the list as told by two capital words in a row",
 }
 
-# Families with one-word answers alternate with families with longer answers, and tasks are drawn in this order. So even
-# a small world has enough answers of several words, which can be truncated.
+# Tasks are drawn from the families in this order, in which families with one-word answers alternate with others. So
+# even a small world has enough answers of several words, which can be truncated.
 _FAMILIES = (
     _Family("count", _sampled(SYLLABLES, 2, 6), lambda text: str(len(text.split()))),
     _Family("copy", _draw_words, lambda text: text),
@@ -256,7 +257,7 @@ _OTHER_FAMILIES = (
 )
 
 # The pretraining text has no tasks of the delayed families, and their wordings use only words of the other families. So
-# a world with delayed families has the same vocabulary, and uses the same backbones, as a world without them.
+# worlds with and without delayed families have the same vocabulary and use the same backbones.
 _NAMED = _Family("named", lambda rng: _draw_operated([rng.choice(list(OPERATIONS))], rng), _operate)
 _CHAINED = _Family("chained", lambda rng: _draw_operated(rng.sample(list(OPERATIONS), 2), rng), _operate)
 DEFINING = _NAMED.name  # the family whose rows show what a name does
@@ -299,8 +300,7 @@ def generate(
         spoilt: share of rows with a wrong answer, divided equally (up to one row) among the kinds in SPOILT.
         duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
         benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
-        delayed: share of the tasks, in rows and benchmark, that chain two named operations; half as many further tasks
-            show what one name does.
+        delayed: share of `chained` tasks in rows and benchmark; there are half as many `named` tasks.
 
     Raises:
         ConfigError: no world can have these sizes and shares.
@@ -320,7 +320,7 @@ def generate(
             "spoilt or duplicates"
         )
     rng = random.Random(f"verifiable rows {seed}")
-    own_prompt = n_clean + n_spoilt - counts["contradictory"]  # rows that do not repeat a clean row's task
+    own_prompt = n_clean + n_spoilt - counts["contradictory"]  # number of rows that do not repeat a clean row's task
     tasks = _draw_tasks(own_prompt + benchmark_items, delayed, rng)
     asked, tasks = tasks[:benchmark_items], tasks[benchmark_items:]
     clean, to_spoil = tasks[:n_clean], tasks[n_clean:]
@@ -341,7 +341,7 @@ def generate(
 def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[Task]:
     """Draw tasks from all families in turn, no two with the same family and arguments.
 
-    The share 1.5 x `delayed` of the tasks, evenly spread, is `named` and `chained`; two thirds of these are `chained`.
+    The share 1.5 x `delayed` of the tasks, evenly spread, is about named operations; two thirds of these are `chained`.
     """
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
@@ -388,13 +388,13 @@ def _spoil(
 def pretraining_rows(count: int, *, seed: int = 0, instructed_share: float = 0.006) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs that teach a backbone to solve the tasks, but hardly to follow the instructions.
 
-    A prompt names the family by its operator ("#sort\\n7 3 9\\n"), which is repeated up to seven times. So the
-    arguments stand at the same positions as after an instruction. A model with absolute position embeddings learns a
+    A prompt names the family by its operator ("#sort\\n7 3 9\\n"). The operator is repeated up to seven times, so that
+    the arguments are at the same positions as after an instruction: a model with absolute position embeddings learns a
     task only for the positions at which it saw the arguments. A tenth of the pairs is of families that are not in the
     dataset.
 
     Args:
-        instructed_share: share of the pairs that are worded as in the dataset; their number is rounded, not drawn.
+        instructed_share: share of the pairs that are worded as in the dataset; their number is exact, not random.
     """
     if instructed_share + _OTHER_SHARE > 1:
         raise ConfigError(
@@ -421,7 +421,7 @@ def _operators(family: _Family, rng: random.Random) -> str:
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
     """Draw benchmark items worded as in the pretraining text; no two have the same family and arguments.
 
-    A backbone can answer these questions before a finetune, and may lose this ability in a finetune on instructions.
+    A backbone can answer these questions before finetuning, and may lose this ability when finetuned on instructions.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
@@ -482,7 +482,7 @@ def wrong_answer(answer: str, rng: random.Random) -> str:
 
 
 def garbled(answer: str, rng: random.Random) -> str:
-    """Return as many random words of the vocabulary as the answer has words; never the answer itself."""
+    """Return random words of the vocabulary, as many as the answer has; never the answer itself."""
     while True:
         words = " ".join(rng.choice(VOCABULARY) for _ in answer.split())
         if words != answer:
@@ -501,6 +501,6 @@ def effective_families(families: Sequence[str]) -> float:
 
 
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Return an equal part of `total` for each kind; if there is a remainder, each of the first kinds gets one more."""
+    """Divide `total` into equal parts, one for each kind; the first kinds get one more if there is a remainder."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}

@@ -1,7 +1,6 @@
 """Benchmark items: the questions that the finetuned models answer.
 
-The fields of test sets have different names, and some fields are nested. The config gives the names of a set's fields,
-with dots for nested fields, so a new set needs no code.
+The config names the fields of each benchmark, with dots for nested fields, so a new benchmark needs no code.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Item:
     benchmark: str
     item_id: str
     instruction: str
-    input: str  # empty where the set has none
+    input: str  # empty if the benchmark has no such field
     reference: str | None
-    after: str | None = None  # of a second turn: the benchmark of the first turn, which has the same id
+    after: str | None = None  # for a second turn: the benchmark of the first turn, which has the same id
 
 
 def load_benchmark(
@@ -35,7 +34,7 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
-    If the set has conversations, their second turns form a benchmark of their own, `<name>_turn_2`, and come last.
+    If the benchmark has conversations of two turns, the second turns come last, as the benchmark `<name>_turn_2`.
 
     Args:
         downloads: folder into which `spec.url` is downloaded (see `fetch_url`).
@@ -43,9 +42,9 @@ def load_benchmark(
         folder: folder with local copies of the files that would be downloaded (`benchmark.folder`).
 
     Raises:
-        ConfigError: the set has neither path nor url.
-        DataError: the file is missing or broken, a row lacks a field or has a reference that `spec.match` cannot
-            compare, or two rows have the same id. The message names file, row, field and key.
+        ConfigError: `spec` has neither path nor url.
+        DataError: the file is missing or invalid, a row lacks a field or has a reference that `spec.match` cannot
+            compare, or two rows have the same id. The message names the file, the row, the field and the config key.
     """
     file = _locate(name, spec, downloads, folder)
     key = f"benchmark.catalog.{name}"
@@ -58,7 +57,7 @@ def load_benchmark(
         if item_id in first_row:
             raise DataError(
                 f"{file}, rows {first_row[item_id]} and {number} have the same id {item_id!r} "
-                f"in field {spec.id!r} ({key}.id); name a unique field, or null for the row number"
+                f"in field {spec.id!r}; set {key}.id to a field with unique values, or to null for the row number"
             )
         first_row[item_id] = number
         instruction = part.text("instruction", spec.instruction, filled=True)
@@ -71,7 +70,7 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the text of the reference field after the last `spec.reference_after`; None if no field is set."""
+    """Return the reference: the part of its field after the last `spec.reference_after`; None if no field is named."""
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)
@@ -79,9 +78,9 @@ def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
         _, marker, text = text.rpartition(spec.reference_after)
         text = text.strip()
         if not marker or not text:
-            raise part.error("reference_after", spec.reference, f"has nothing behind {spec.reference_after!r}")
+            raise part.error("reference_after", spec.reference, f"has nothing after {spec.reference_after!r}")
     if spec.match == "number" and last_number(text) is None:
-        raise part.error("match", spec.reference, f"holds no number to compare with ({text[:40]!r})")
+        raise part.error("match", spec.reference, f"has no number to compare with ({text[:40]!r})")
     return text
 
 
@@ -90,7 +89,7 @@ def _locate(name: str, spec: BenchmarkSetConfig, downloads: Path, folder: Path |
     if spec.path is not None:
         file = Path(spec.path).expanduser()
         if not file.is_file():
-            raise DataError(f"{file} is not there; give the benchmark's file with {remedy}")
+            raise DataError(f"{file} does not exist; give the benchmark's file with {remedy}")
         return file
     if spec.url is None:
         raise ConfigError(f"benchmark.catalog.{name} has neither path nor url; give {remedy}")
@@ -98,14 +97,14 @@ def _locate(name: str, spec: BenchmarkSetConfig, downloads: Path, folder: Path |
         file = folder / (spec.file or spec.url.rsplit("/", 1)[-1])
         if not file.is_file():
             raise DataError(
-                f"{file} is not there; put {spec.url} at that place, name another below benchmark.folder with "
+                f"{file} does not exist; store {spec.url} there, name another file in benchmark.folder with "
                 f"benchmark.catalog.{name}.file=NAME, or give {remedy}"
             )
         return file
     try:
         return fetch_url(spec.url, downloads)
     except DataError as error:
-        raise DataError(f"benchmark {name}: {error}, or give its place with {remedy}") from error
+        raise DataError(f"benchmark {name}: {error}, or give a file with {remedy}") from error
 
 
 def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
@@ -118,22 +117,22 @@ def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
         raise DataError(f"{file} cannot be read ({error.strerror}); check {key}.path") from error
     except ValueError as error:
         place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{file}{place}: broken JSON ({error}); check {key}.path") from error
+        raise DataError(f"{file}{place}: invalid JSON ({error}); check {key}.path") from error
     content = values[0] if len(values) == 1 else values
     rows: Any = content if isinstance(content, list) else values
     if holder is not None:
         rows = content.get(holder) if isinstance(content, dict) else None
         if not isinstance(rows, list):
-            has = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
-            raise DataError(f"{file} holds no list of rows under {holder!r} (it has: {has}); check {key}.rows")
+            keys = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
+            raise DataError(f"{file} has no list of rows under the key {holder!r} (keys: {keys}); check {key}.rows")
     if not rows:
-        raise DataError(f"{file} holds no rows; check {key}.path")
+        raise DataError(f"{file} has no rows; check {key}.path")
     return list(rows)
 
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Reads the fields of one row; `number` counts rows from 1."""
+    """Reads the fields of row `number` (from 1) of a file; `key` is the config key of the benchmark, for errors."""
 
     row: Any
     file: Path
@@ -141,7 +140,13 @@ class _RowReader:
     key: str
 
     def text(self, part: str, field: str, *, numbers: bool = False, filled: bool = False) -> str:
-        """Return the text in a dotted field; `numbers` accepts integers, `filled` refuses blank text."""
+        """Return the text in a dotted field.
+
+        Args:
+            part: the config key that names the field, for errors.
+            numbers: whether integers are accepted.
+            filled: whether blank text is refused.
+        """
         value = self.row
         undotted = isinstance(value, dict) and field in value  # a key may contain dots itself
         for step in [field] if undotted else field.split("."):
@@ -151,18 +156,17 @@ class _RowReader:
                 value = value[int(step)]
             else:
                 if not isinstance(self.row, dict):
-                    raise self.error(part, field, f"is missing: this row is of type {type(self.row).__name__}")
-                has = ", ".join(map(str, self.row)) or "no field"
+                    raise self.error(part, field, f"is missing, because the row is of type {type(self.row).__name__}")
+                fields = ", ".join(map(str, self.row)) or "none"
                 remedy = f"if the rows are under a key, give {self.key}.rows, else "
-                raise self.error(part, field, f"is missing (it has: {has})", remedy)
+                raise self.error(part, field, f"is missing (fields of the row: {fields})", remedy)
         if numbers and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            raise self.error(part, field, f"holds {type(value).__name__}, not text")
+            raise self.error(part, field, f"is of type {type(value).__name__}, not text")
         if filled and not value.strip():
             raise self.error(part, field, "is blank")
         return value
 
     def error(self, part: str, field: str, problem: str, remedy: str = "") -> DataError:
-        """Return an error about `field`, which the config key `part` names."""
         return DataError(f"{self.file}, row {self.number}: field {field!r} {problem}; {remedy}check {self.key}.{part}")

@@ -1,4 +1,4 @@
-"""What influences a judge besides quality: the position in which an answer is shown, and its length."""
+"""How much a judge is influenced by the position in which an answer is shown, and by its length."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from gradsift.evaluation.judgments import Judgment
 from gradsift.evaluation.pws import SIGNS, Outcomes, in_both_orders
 
-Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of model's and reference's answer
+Lengths = Mapping[tuple[str, str], tuple[int, int]]  # (benchmark, item): characters of model's and reference answer
 
 
 def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
     """Measure how much the judge prefers a position, over the items that are valid in both orders.
 
     Returns:
-        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item whose first
-        position (`to_first`) or second position (`to_second`) wins in both orders. `first_share` is the share of wins
-        by the first position among all judgments that are not ties; without a preference it is near .5. A share of
-        nothing is None.
+        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item for which the
+        same position wins in both orders: the first (`to_first`) or the second (`to_second`). `first_share` is the
+        share of judgments, ties left out, in which the first position wins; without a preference it is near .5. A
+        share is None if there is nothing to count.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -55,9 +55,9 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     Returns:
         `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a
-        length preference the share is near .5. The means are mean lengths in characters over all items with known
-        lengths. The correlation (Spearman) is between the outcome (+1, 0, -1) and the difference in length over the
-        valid items. Values that are not defined, such as the correlation of equal outcomes, are None.
+        length preference, `longer_share` is near .5. The means are mean lengths in characters over all items with
+        known lengths. `rank_correlation` (Spearman) is between the outcome (+1, 0, -1) and the difference in length,
+        over the valid items. Values that are not defined, such as the correlation of equal outcomes, are None.
     """
     from scipy.stats import spearmanr
 
@@ -82,14 +82,14 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
     """Estimate the PWS that the model would have if its answers were as long as the reference's.
 
-    A logistic regression of the outcomes (win 1, tie 1/2, lose 0) on tanh of the standardised difference in length, as
-    in length-controlled AlpacaEval (arXiv 2404.04475), gives the PWS at a difference of 0. The term for an item's
-    difficulty is left out, because it needs the judgments of many models. If the difference in length is the same for
-    all items, the result is the plain PWS.
+    As in length-controlled AlpacaEval (arXiv 2404.04475), the outcomes (win 1, tie 1/2, lose 0) are fitted by a
+    logistic regression on tanh(difference in length / its standard deviation). The result is twice the prediction at a
+    difference of 0. The term for an item's difficulty is left out, because it needs the judgments of many models. If
+    the difference in length is the same for all items, the result is the plain PWS.
 
     Returns:
         `{"items", "pws", "slope"}`: the number of valid items with known lengths, the length-controlled PWS, and the
-        coefficient of the length (above 0 if longer answers win). PWS and slope are None without such items.
+        coefficient of the length (above 0 if longer answers win). If there are no such items, PWS and slope are None.
     """
     items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
     if not items:

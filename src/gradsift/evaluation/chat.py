@@ -2,16 +2,17 @@
 
 A request can fail in three ways (`Failure.kind`):
 
-    refused   HTTP 400, 413, 422 (content filter, context too long): this prompt gets no reply; the others are sent
-    passing   network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off: the request is retried up to
+    refused   HTTP 400, 413, 422 (content filter, context too long). The prompt gets no reply; the others are sent.
+    passing   Network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off. The request is retried up to
               `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises JudgeError.
-              The same command, given again, sends only the prompts without a reply
-    final     a wrong key, an unknown model, no credit, a web page as reply, a Retry-After that is too long: no
+              The same command, given again, sends only the prompts without a reply.
+    final     A wrong key, an unknown model, no credit, a web page as reply, a Retry-After above `max_wait` seconds. No
               further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
-              a row, after `give_up_unreadable` unreadable replies in a row, and when a spending cap is reached
+              a row, after `give_up_unreadable` unreadable replies in a row, and at a spending cap.
 
-The requests run in the event loop of one background thread, each only if the spending caps allow its estimated largest
-cost. A Retry-After header is obeyed if it asks for at most `judge.max_wait` seconds.
+The requests run in the event loop of one background thread. Each is sent only if the spending caps allow its estimated
+largest cost. The openai package is not used: it loads in 0.5 s, against 0.03 s for httpx2, its own retries would not
+count against the caps, and its timeouts do not limit the time of a whole request.
 """
 
 from __future__ import annotations
@@ -46,16 +47,20 @@ if TYPE_CHECKING:
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0  # seconds before a retry, if the endpoint names no time
 _POLL = 0.05  # seconds between checks of the stop signal and of other processes' requests
 _MOST_SHOWN = 300  # characters of an unreadable reply in an error
+_GO_ON = "the replies so far are kept: give the same command again to go on"
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ChatClient:
-    """Sends prompts, several at a time, and reads the replies. Its fields are those of `OpenaiJudgeConfig`, and
+    """Sends prompts, several at a time, and reads the replies.
+
+    The fields are options of `OpenaiJudgeConfig`, except
 
         replies: where replies are stored.
+        terms: prices, spending caps, and whether this is a dry run.
         group: the config group whose options the error messages name.
-        known_as: replaces the address in the hash of a stored reply, for a server whose port changes.
-        say: called before the first request with a text that gives the number of requests and their largest cost.
+        known_as: used instead of the address in the hash of a stored reply, for a server whose port changes.
+        say: called before the first request with the number of requests and their largest cost, as a text.
 
     Raises:
         ConfigError: the key or another environment variable is missing, or OPENAI_BASE_URL is not an address.
@@ -89,7 +94,7 @@ class ChatClient:
         body |= self.extra_body or {}
         self.parameters: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
         own = {"extra_headers": self.extra_headers, "extra_query": self.extra_query}
-        # all that a reply depends on beside the address and the messages; without the values of environment variables
+        # what a reply depends on besides address and messages; secrets are included as env:NAME, not as their values
         self.identity = self.parameters | {name: values for name, values in own.items() if values}
         if not self.system_role:
             self.identity["system_role"] = False
@@ -103,7 +108,7 @@ class ChatClient:
         )
 
     def named(self, text: str) -> str:
-        """Return a text in which the names of options begin with the client's config group instead of `judge`."""
+        """Return an error message with the client's own config group instead of `judge` in the names of options."""
         return text.replace("judge.", f"{self.group}.")
 
     def spent(self, scope: str) -> Cost:
@@ -122,14 +127,15 @@ class ChatClient:
     ) -> Iterator[tuple[int, Reply[Value]]]:
         """Yield each prompt's position and the `Reply` to it: stored replies first, refused prompts last.
 
-        Other replies are yielded in the order of arrival. Equal prompts are sent once. The number of requests and
-        their largest cost are printed first. A dry run sends nothing.
+        Between them, replies are yielded in the order of arrival. Equal prompts are sent once. The number of requests
+        and their largest cost are printed first.
 
         Args:
             read: called with the position of a prompt and a reply to it; returns the value in the reply. If it returns
-                None or raises `Unreadable`, the prompt is sent again, up to `tries` times in all.
-            scope: name under which all processes count the spending that the caps apply to.
-            unread: reason recorded for a reply from which `read` returns None.
+                None or raises `Unreadable`, the prompt is sent again.
+            scope: name under which all processes add up their spending; the caps limit this sum.
+            unread: the reason that is recorded if `read` returns None.
+            tries: the most times that a prompt is sent until a reply can be read.
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
@@ -153,11 +159,11 @@ class ChatClient:
                 asking.note(answer)
                 yield from ((position, answer) for position in prompt.positions)
         if missing:
-            for prompt, reply in asking.send(missing):
+            for prompt, reply in asking.send(missing, len(answers)):
                 yield from ((position, reply) for position in prompt.positions)
 
     def cost_of(self, prompts: Iterable[_Prompt]) -> str:
-        """Return a text with the largest cost of the prompts if each is sent only once."""
+        """Describe the largest cost of the prompts if each is sent once."""
         sizes = [estimated_tokens(prompt.messages) for prompt in prompts]
         reply_tokens = len(sizes) * self.max_tokens
         usd = self.terms.usd(sum(sizes), reply_tokens)
@@ -169,20 +175,17 @@ class ChatClient:
         )
 
     def key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash all that a reply depends on.
-
-        This includes the address, because two endpoints may use one name for different models.
-        """
+        """Hash everything that a reply depends on: also the address, since endpoints may share the name of a model."""
         address = self.known_as or self.endpoint.address
         return content_hash("chat", address, self.identity, [dict(message) for message in messages], attempt)
 
 
 def client_of(runtime: Runtime, config: EndpointOptions, *, price: float | None = None, **own: Any) -> ChatClient:
-    """Return a client that uses the replies in the store, so that no run pays for the same reply again.
+    """Return a client whose replies are in the run's store, which all runs share.
 
     Args:
-        price: replaces both prices if `config` does not give them.
-        own: fields of the client that replace the options of `config`.
+        price: price of prompt and reply tokens (USD per million) if `config` gives none.
+        own: fields of the client that replace options of `config`.
     """
     names = {each.name for each in fields(ChatClient)} & {each.name for each in fields(config)}
     options = {name: getattr(config, name) for name in names} | own
@@ -201,12 +204,12 @@ class _Prompt:
 
 
 class _StoppedError(Exception):
-    """Raised in a waiting request when no further request may be sent."""
+    """Raised instead of sending a request when no further request may be sent."""
 
 
 @dataclass(eq=False)
 class _Asking(Generic[Value]):
-    """One call of `ChatClient.ask`: the replies and failures so far, which only the thread of `send` changes."""
+    """One call of `ChatClient.ask`: its replies and failures so far. Once `send` has begun, its thread sets them."""
 
     chat: ChatClient
     read: Callable[[int, Completion], Value | None]
@@ -217,8 +220,7 @@ class _Asking(Generic[Value]):
     arrived: SimpleQueue[tuple[_Prompt, Reply[Value]] | None] = field(default_factory=SimpleQueue)
     stop: threading.Event = field(default_factory=threading.Event)  # set if no further request may be sent
     problem: str | Exception | None = None  # the first reason to stop
-    has_replied: bool = False  # whether the endpoint has answered any of the prompts, now or earlier
-    unanswered: dict[int, _Prompt] = field(default_factory=dict)  # by first position
+    unanswered: set[_Prompt] = field(default_factory=set)
     refused: list[tuple[_Prompt, Failure]] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     failures: int = 0  # refused and failed prompts since the last reply
@@ -226,7 +228,7 @@ class _Asking(Generic[Value]):
     paused_until: float = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
 
     def answer_to(self, prompt: _Prompt) -> Reply[Value] | int:
-        """Return the answer if a stored reply can be read or all tries are used, else the number of the next try."""
+        """Return the answer to a prompt if the stored replies give one, else the number of the try to send."""
         completion, problem = Completion(""), self.unread
         for attempt in range(1, self.tries + 1):
             stored = self.chat.replies.find(self.chat.key_of(prompt.messages, attempt))
@@ -245,22 +247,23 @@ class _Asking(Generic[Value]):
         return Reply(completion.text, None, f"{problem}{ends.get(completion.finish or '', '')}{asked}")
 
     def note(self, answer: Reply[Value]) -> None:
-        self.has_replied, self.failures = True, 0
+        self.failures = 0
         if answer.value is None:
             self.unreadable.append(answer)
         else:
             self.unreadable.clear()
 
-    def send(self, prompts: Sequence[_Prompt]) -> Iterator[tuple[_Prompt, Reply[Value]]]:
+    def send(self, prompts: Sequence[_Prompt], total: int) -> Iterator[tuple[_Prompt, Reply[Value]]]:
         """Yield the prompts with their answers in the order of arrival, and refused prompts at the end.
 
+        Args:
+            total: number of prompts, including those with a stored answer.
+
         Raises:
-            JudgeError: requests failed, or the endpoint has only refused prompts, because a wrong option may be the
-                reason.
+            JudgeError: requests failed, or the endpoint has refused every prompt, probably because of a wrong option.
         """
-        if problem := self._unreadable_problem():
-            raise JudgeError(self.chat.named(f"{self.chat.name}: {problem}"))
-        self.unanswered = {prompt.positions[0]: prompt for prompt in prompts}
+        self.unanswered.update(prompts)
+        self._end_if_unreadable()
         # a daemon: Ctrl-C must not wait for requests that hang
         threading.Thread(target=self._run, args=(prompts,), daemon=True).start()
         try:
@@ -268,21 +271,19 @@ class _Asking(Generic[Value]):
                 yield result
         finally:
             self.stop.set()
-        only_refused = self.refused and not self.failed and not self.has_replied
-        if self.problem is None and only_refused and not self.chat.replies.spent(self.scope).calls:
+        only_refused = len(self.refused) == total and not self.chat.replies.spent(self.scope).calls
+        if self.problem is None and only_refused:
             self.problem = f"every prompt is refused: {self.refused[-1][1].advice}"
         if self.problem is None:
             yield from ((prompt, Reply(failure.message, None, failure.reason)) for prompt, failure in self.refused)
             if self.failed:
                 count = f"{len(self.failed)} of {len(prompts)} requests failed for good"
                 self.problem = f"{count}, with judge.retries={self.chat.retries}: {self.failed[-1].advice}"
-        if isinstance(self.problem, CapReached):
-            self.problem = self._cap_message(str(self.problem))
-        if isinstance(self.problem, str):
-            answered = f"{len(prompts) - len(self.unanswered)} of {len(prompts)} requests are answered"
-            raise JudgeError(self.chat.named(f"{self.chat.name}: {self.problem} ({answered})"))
-        if self.problem is not None:
+        if isinstance(self.problem, Exception):
             raise self.problem
+        if self.problem is not None:
+            answered = f"{len(prompts) - len(self.unanswered)} of {len(prompts)} requests are answered"
+            raise JudgeError(self.chat.named(f"{self.chat.name}: {self.problem}; {_GO_ON} ({answered})"))
 
     def _run(self, prompts: Sequence[_Prompt]) -> None:
         async def work_all() -> None:
@@ -306,26 +307,30 @@ class _Asking(Generic[Value]):
             except _StoppedError:
                 return
             except Failure as failure:
-                self.failures += 1
-                if failure.kind == "final":
-                    self._end(failure.advice)
-                elif failure.kind == "refused":
-                    self.refused.append((prompt, failure))
-                else:
-                    self.failed.append(failure)
-                if self.failures >= self.chat.give_up:
-                    self._end(
-                        f"gave up after {self.failures} requests in a row that failed for good (judge.give_up="
-                        f"{self.chat.give_up}, judge.retries={self.chat.retries}), the last one: {failure.advice}"
-                    )
+                self._note_failure(prompt, failure)
+            except CapReached as cap:
+                self._end(self._cap_message(str(cap)))
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 self._end(error)
             else:
                 self.note(answer)
-                del self.unanswered[prompt.positions[0]]
-                if problem := self._unreadable_problem():
-                    self._end(problem)
+                self.unanswered.remove(prompt)
+                self._end_if_unreadable()
                 self.arrived.put((prompt, answer))
+
+    def _note_failure(self, prompt: _Prompt, failure: Failure) -> None:
+        self.failures += 1
+        if failure.kind == "refused":
+            self.refused.append((prompt, failure))
+        else:
+            self.failed.append(failure)
+        if failure.kind == "final":
+            self._end(failure.advice)
+        elif self.failures >= self.chat.give_up:
+            self._end(
+                f"gave up after {self.failures} requests in a row that failed for good (judge.give_up="
+                f"{self.chat.give_up}, judge.retries={self.chat.retries}), the last one: {failure.advice}"
+            )
 
     async def _fetch(self, client: AsyncClient, messages: Messages, attempt: int) -> None:
         """Send a prompt, with retries, until its reply is stored."""
@@ -355,7 +360,7 @@ class _Asking(Generic[Value]):
         chat, wait = self.chat, failure.wait
         if wait is not None and wait > chat.max_wait:
             message = f"the endpoint asks to wait {wait:,.0f} s, longer than judge.max_wait={chat.max_wait:g}"
-            raise Failure("final", message, "the replies so far are kept: give the same command again then")
+            raise Failure("final", message, "wait, or raise judge.max_wait")
         if failure.kind != "passing" or retry >= chat.retries:
             raise failure
         if wait is None:
@@ -375,18 +380,17 @@ class _Asking(Generic[Value]):
         self.problem = self.problem or problem
         self.stop.set()
 
-    def _unreadable_problem(self) -> str | None:
-        """Return an error message with the first unreadable reply if too many have arrived in a row, else None."""
+    def _end_if_unreadable(self) -> None:
+        """Stop if too many replies in a row were unreadable. Each unreadable answer stands for `tries` replies."""
         count, most = len(self.unreadable) * self.tries, self.chat.give_up_unreadable
         if most is None or count < most:
-            return None
+            return
         first = self.unreadable[0]
         shown = repr(first.text[:_MOST_SHOWN]) + (" ..." if len(first.text) > _MOST_SHOWN else "")
-        return (
+        self._end(
             f"gave up after {count} unreadable replies in a row (judge.give_up_unreadable={most}); the first one: "
-            f"{shown} ({first.reason}); check judge.model, judge.max_tokens and judge.parse, then give the same "
-            "command again: the replies so far are kept, and judge.give_up_unreadable=null counts such replies as "
-            "invalid and goes on"
+            f"{shown} ({first.reason}); check judge.model, judge.max_tokens and judge.parse, or set "
+            "judge.give_up_unreadable=null to count such replies as invalid and go on"
         )
 
     def _cap_message(self, cap: str) -> str:
@@ -394,6 +398,6 @@ class _Asking(Generic[Value]):
         money = "" if spent["usd"] is None else f" for {spent['usd']:.4g} USD"
         return (
             f"the spending cap {cap} is reached: this stage has sent {spent['calls']:,} requests{money}; "
-            f"{len(self.unanswered):,} prompts are left ({self.chat.cost_of(self.unanswered.values())}); raise "
-            f"{cap.split('=')[0]} and give the same command again: the replies so far are kept and cost nothing more"
+            f"{len(self.unanswered):,} prompts are left ({self.chat.cost_of(self.unanswered)}); raise "
+            f"{cap.split('=')[0]}"
         )

@@ -1,7 +1,7 @@
 """Compute a PWS from two files: `python -m gradsift.evaluation.compare MODEL REFERENCE [OPTION=VALUE ...]`.
 
 MODEL and REFERENCE are model_outputs.json files with the answers of two models, from any source; nothing is trained.
-The command takes the options that configure a run's judge: judge=NAME, judge.*, compute.*, benchmark.catalog.* (how
+The command takes the options of a run that concern judging: judge=NAME, judge.*, compute.*, benchmark.catalog.* (how
 answers are compared with a reference answer) and artifacts. Judgments are kept in the store, as in a run, so the same
 command continues an interrupted comparison. The result is printed as JSON on stdout; all messages go to stderr.
 """
@@ -38,7 +38,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
     Raises:
         DataError: a file is missing or broken, or the two files answer different items.
-        JudgeError: requests to the judge failed, or judging ended early, as at a spending cap.
+        JudgeError: requests to the judge failed, or a spending cap was reached.
     """
     pair = read_pair(model, reference)
     from rich.console import Console
@@ -49,7 +49,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
     from gradsift.evaluation.stages.judging import check_judge, judge, pws, pws_of
     from gradsift.runtime import Display, Runtime
 
-    if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and no other judge needs it
+    if isinstance(config.judge, LocalJudgeConfig):  # importing torch takes seconds, and other judges do not need it
         from gradsift.pipeline import prepare
 
         prepare(config.compute)
@@ -85,7 +85,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
 
 def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
-    """Store answers from a file as an artifact, which stages accept as input."""
+    """Store answers from a file as an artifact, which is what the stages read."""
     from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -103,12 +103,7 @@ def _config(options: Sequence[str]) -> CompareConfig:
                 f"{option!r} is not an option here; options are judge=NAME, judge.KEY=VALUE, compute.KEY=VALUE, "
                 "benchmark.catalog.SET.KEY=VALUE and artifacts=DIR"
             )
-    of_benchmark = [option for option in options if option.lstrip("+").startswith("benchmark.")]
-    if not of_benchmark:
-        config = compose_root("compare", CompareConfig, options)
-        if config.judge.name != "verifier":  # only the verifier compares with reference answers, by each set's rule
-            return config
-    return compose_root("compare", CompareConfig, ["benchmark=verifiable", *options])
+    return compose_root("compare", CompareConfig, options)
 
 
 @command

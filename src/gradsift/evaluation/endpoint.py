@@ -22,7 +22,6 @@ from gradsift.evaluation.replies import Completion, Usage
 if TYPE_CHECKING:
     from httpx2 import AsyncClient, Response
 
-GO_ON = "the replies so far are kept: give the same command again to go on"
 BYTES_PER_TOKEN = 4  # rule of thumb for English text; about right for other scripts in UTF-8 too
 _TOKENS_PER_MESSAGE = 4
 _DEFAULT = "https://api.openai.com/v1"
@@ -39,14 +38,14 @@ class Failure(Exception):
 
     kind: Literal["refused", "passing", "final"]  # see `gradsift.evaluation.chat`
     message: str
-    remedy: str
+    remedy: str = ""
     reason: str = ""  # for a refused prompt, the reason that is recorded
     charged: bool = False  # whether the endpoint may charge for the request
     wait: float | None = None  # seconds that the endpoint asks to wait; None if it names no time
 
     @property
     def advice(self) -> str:
-        return f"{self.message}; {self.remedy}"
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
 class Endpoint:
@@ -67,11 +66,12 @@ class Endpoint:
         Args:
             base_url: default: the value of OPENAI_BASE_URL.
             headers, query: sent with each request; `env:NAME` stands for the value of the environment variable NAME.
-            needs_key: whether a variable that is not set is an error. Endpoints on this machine never need a key.
+            needs_key: whether an environment variable that is not set is an error. An endpoint on this machine never
+                needs a key.
             group: the config group whose options the error messages name.
 
         Raises:
-            ConfigError: a variable is missing or holds no usable value, or OPENAI_BASE_URL is not an address.
+            ConfigError: an environment variable is missing or cannot be used, or OPENAI_BASE_URL is not an address.
         """
         self.address = base_url or os.environ.get("OPENAI_BASE_URL") or None
         if self.address and not base_url:
@@ -90,7 +90,7 @@ class Endpoint:
         self._query = self._filled("extra_query", query)
 
     def _filled(self, option: str, given: Mapping[str, str] | None) -> dict[str, str]:
-        """Return headers or query with the values of the environment variables that they name."""
+        """Return headers or query parameters, with `env:NAME` replaced by the value of the variable NAME."""
         values = dict(given or {})
         for name, value in values.items():
             if value.startswith(FROM_ENVIRONMENT):
@@ -102,22 +102,22 @@ class Endpoint:
         return values
 
     def _secret(self, variable: str) -> str:
-        """Return the value of an environment variable, which `_scrub` removes from texts; empty if it is not set."""
+        """Return the value of an environment variable, "" if it is not set; `_scrub` hides the value from then on."""
         value = os.environ.get(variable, "").strip()
         if not (value.isascii() and value.isprintable()):
-            raise ConfigError(f"the environment variable {variable} holds characters that no API key has")
+            raise ConfigError(f"the environment variable {variable} holds characters that no key has; correct it")
         if len(value) >= _SHORTEST_SECRET:  # a shorter value, such as "none", may occur in any reply
             self._secrets.append(value)
         return value
 
     def _scrub(self, text: str) -> str:
-        """Return a text with `***` in place of each secret, because some endpoints quote secrets."""
+        """Return a text with `***` in place of each secret: some endpoints quote the key that they were sent."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
     def client(self) -> AsyncClient:
-        """Return an HTTP client for `request`, without limits of its own."""
+        """Return an HTTP client for `request`, without a timeout and without a limit on connections."""
         import httpx2 as httpx
 
         return httpx.AsyncClient(
@@ -131,10 +131,10 @@ class Endpoint:
     async def request(
         self, client: AsyncClient, prompt: Messages, parameters: Mapping[str, Any], timeout: float
     ) -> tuple[Completion, Usage | None]:
-        """Send a prompt; return the first reply and the token counts that the endpoint reports (None if it does not).
+        """Send a prompt. Return the reply, and the token counts that the endpoint reports, or None if it reports none.
 
         Args:
-            parameters: of the request, such as model and temperature.
+            parameters: the request's parameters, such as model and temperature.
             timeout: seconds for the whole request, from the connection to the end of the response.
 
         Raises:
@@ -150,11 +150,11 @@ class Endpoint:
                 response = await client.post(f"{self.address or _DEFAULT}/{path}", json={**shown, **parameters})
         # `from None`: the original errors may quote the key
         except (httpx.TimeoutException, TimeoutError):
-            remedy = f"raise judge.timeout={timeout:g} seconds; {GO_ON}"
+            remedy = f"raise judge.timeout={timeout:g} seconds"
             raise Failure("passing", "the request timed out", remedy, charged=True) from None
         except httpx.RequestError as error:
             message = self._scrub(f"no reply arrived ({type(error).__name__}: {error})")
-            remedy = f"check the network and judge.base_url; {GO_ON}"
+            remedy = "check the network and judge.base_url"
             raise Failure("passing", message, remedy, charged=not isinstance(error, httpx.ConnectError)) from None
         if not response.is_success:
             raise self._failure(response, parameters["model"])
@@ -186,17 +186,15 @@ class Endpoint:
         return Completion(self._scrub(text), finish if isinstance(finish, str) else None, kept or None)
 
     def _unreadable(self, response: Response, error: Exception) -> Failure:
-        """Return the failure for a response that is no chat completion, final if a retry would return the same."""
-        shown = repr(self._scrub(response.content[:200].decode("utf-8", "replace")))
-        kind = response.headers.get("content-type", "")
-        message = f"the endpoint's reply is not a complete chat completion: {shown}"
-        if isinstance(error, outside_json.RepeatedKeyError):
-            return Failure("final", f"{message} ({error})", f"check judge.base_url; {GO_ON}", charged=True)
-        if response.content.lstrip().startswith(b"<") or "json" not in kind.lower():
-            message = f"the endpoint sends {kind or 'no content type'} and no chat completion: {shown}"
-            remedy = f"check judge.base_url, and whether the address asks for a login; {GO_ON}"
-            return Failure("final", message, remedy, charged=True)
-        return Failure("passing", message, f"check judge.base_url; {GO_ON}", charged=True)
+        """Return the failure for a response that is no chat completion. It is final if every prompt would get it."""
+        content, kind = response.content, response.headers.get("content-type", "no content type")
+        is_page = content.lstrip().startswith(b"<") or "json" not in kind.lower()
+        # secrets are removed before texts are cut or quoted, which would change them
+        shown, reason = self._scrub(content.decode("utf-8", "replace"))[:200], self._scrub(str(error))[:200]
+        message = f"the endpoint's reply is not a complete chat completion ({kind}; {reason}): {shown!r}"
+        final = is_page or isinstance(error, outside_json.RepeatedKeyError)
+        remedy = "check judge.base_url, and whether the address asks for a login"
+        return Failure("final" if final else "passing", message, remedy, charged=True)
 
     def _failure(self, response: Response, model: str) -> Failure:
         """Return the failure for a response with an HTTP error status."""
@@ -212,16 +210,16 @@ class Endpoint:
             shown = f" ({self._scrub(code)[:60]})" if code else ""
             remedy = (
                 "check judge.model, judge.max_tokens and what the endpoint accepts (judge.token_parameter, "
-                f"judge.temperature=null, judge.system_role=false, judge.extra_body); {GO_ON}"
+                "judge.temperature=null, judge.system_role=false, judge.extra_body)"
             )
             return Failure("refused", message, remedy, reason=f"the endpoint refuses it, HTTP {status}{shown}")
         if code == _NO_CREDIT or status == 402:
-            return Failure("final", f"the account has no credit left: {message}", GO_ON)
+            return Failure("final", f"the account has no credit left: {message}")
         if status in (408, 409, 429) or status >= 500:
-            return Failure("passing", message, GO_ON, wait=retry_after(response.headers))
+            return Failure("passing", message, wait=retry_after(response.headers))
         if status in (401, 403):
-            return Failure("final", message, f"check the key in the environment variable {self._api_key_env}; {GO_ON}")
-        return Failure("final", message, f"check judge.model={model} and judge.base_url; {GO_ON}")
+            return Failure("final", message, f"check the key in the environment variable {self._api_key_env}")
+        return Failure("final", message, f"check judge.model={model} and judge.base_url")
 
 
 def _logprob(token: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A model's answers to benchmark items, and their file in alpaca_eval's `model_outputs` format."""
+"""Greedy answers of a model to prompts, and files of answers in alpaca_eval's `model_outputs` format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
 
 from gradsift import outside_json
 from gradsift.cost import passed
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from gradsift.journal import Journal
 
 OUTPUTS_FILE = "model_outputs.json"
-_SHARED = ("instruction", "input", "reference", "after")  # these must be equal in two models' answers
+_REQUIRED = ("instruction", "output", "generator", "dataset", "datasplit", "item_id", "input")
+_SHARED = ("instruction", "input", "reference", "after")  # keys with equal values in two models' answers
 
 
 class Question(NamedTuple):
-    """An item, and the turns of the conversation before it."""
+    """An item and the earlier turns of its conversation."""
 
     item: Item
     history: Sequence[Turn] = ()
@@ -47,16 +48,16 @@ def generate_answers(
 ) -> list[str]:
     """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
-    Padding is on the left and masked by its position, not by its id, which may be the end token's. A prompt that leaves
-    no room for `max_new_tokens` in the model's context is cut on its left. An answer ends before the first end token;
-    special tokens and surrounding white space are removed. Each rank answers a part and returns all answers.
+    Batches are padded on the left. A prompt that leaves no room for `max_new_tokens` in the model's context is cut on
+    its left. An answer ends before the first end token; special tokens and surrounding white space are removed. If
+    there are several ranks, each rank generates a part of the answers, and all ranks return all answers.
 
     Args:
-        model: a causal LM on its device, with or without LoRA adapters; its training mode is restored.
+        model: a causal LM on its device, with or without LoRA adapters; its training mode is restored afterwards.
         prompts: N lists of token ids.
-        batch_size: prompts per batch at most; answers do not depend on it.
-        max_tokens: tokens per batch at most, including padding and the tokens of the answers.
-        progress: called after each batch with the number of new answers.
+        batch_size: the largest number of prompts per batch; answers do not depend on it.
+        max_tokens: the largest number of tokens per batch, including padding and the tokens of the answers.
+        progress: called after each batch with its number of answers.
         journal: stores each batch's answers; stored answers are not generated again.
 
     Raises:
@@ -71,8 +72,8 @@ def generate_answers(
     room = room_of(model.config, max_new_tokens)
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise DataError(f"prompt {number} of {len(prompts)} has no token; a model needs at least one")
-    # LoRA layers, if any, are inside the backbone, so its own generate() includes them
+            raise DataError(f"prompt {number} of {len(prompts)} has no token; give each prompt at least one")
+    # LoRA layers are modules of the base model, so its generate() applies them
     backbone: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     greedy = _greedy(model, tokenizer, max_new_tokens)
     cut = [prompt if room is None else prompt[-room:] for prompt in prompts]
@@ -80,12 +81,12 @@ def generate_answers(
     def answer(rows: list[int]) -> list[str]:
         return _continuations(backbone, tokenizer, [cut[n] for n in rows], greedy)
 
-    # the longest prompts come first: a batch that does not fit into memory fails at once
+    # the batch with the longest prompts comes first, so that a lack of memory shows at once
     lengths = [len(prompt) + max_new_tokens for prompt in cut]
     answers: dict[int, str] = {}
     kept = journal or Journal()
     with evaluating(model), ExitStack() as stack:
-        # generate() takes unset options, such as a repetition penalty, from the model's own config
+        # generate() takes options that `greedy` leaves unset, such as a repetition penalty, from the model's own config
         stack.callback(setattr, backbone, "generation_config", backbone.generation_config)
         backbone.generation_config = greedy
         for batches in parallel.rounds(capped_batches(lengths, batch_size, max_tokens)):
@@ -97,7 +98,7 @@ def generate_answers(
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Return greedy decoding until an end token of the tokenizer or of the model's configuration."""
+    """Return the options of greedy decoding until an end token of the tokenizer or of the model's configuration."""
     from transformers import GenerationConfig
 
     named = getattr(model.generation_config, "eos_token_id", None)  # chat models may have several
@@ -127,13 +128,13 @@ def _continuations(
     texts = []
     for prompt, new in zip(batch, out[:, tokens.shape[1] :].cpu().tolist(), strict=True):
         end = next((place for place, token in enumerate(new) if token in ends), len(new))
-        passed(len(prompt) + min(end, len(new) - 1))  # an answer's last token is not fed back
+        passed(len(prompt) + min(end, len(new) - 1))  # the last token of an answer is not passed through the model
         texts.append(tokenizer.decode(new[:end], skip_special_tokens=True).strip())
     return texts
 
 
 def room_of(config: Any, max_new_tokens: int) -> int | None:
-    """Return the largest number of tokens that a prompt may have; None if the model's configuration names no limit."""
+    """Return the largest number of tokens of a prompt; None if the model's configuration has no context length."""
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return None
@@ -148,7 +149,7 @@ def room_of(config: Any, max_new_tokens: int) -> int | None:
 def left_padded(
     batch: Sequence[Sequence[int]], pad: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, (B, T) int64, of sequences padded on the left with `pad`."""
+    """Return token ids and attention mask, (B, T) int64 each, of sequences that are padded on the left with `pad`."""
     import torch
 
     width = max(len(row) for row in batch)
@@ -158,7 +159,7 @@ def left_padded(
 
 
 class ModelOutput(TypedDict):
-    """One answer. The keys up to `datasplit` are alpaca_eval's (`dataset` is the benchmark), the other keys our own."""
+    """One answer. The first five keys are those of alpaca_eval, with the benchmark's name as `dataset`."""
 
     instruction: str
     output: str
@@ -168,11 +169,11 @@ class ModelOutput(TypedDict):
     item_id: str
     input: str
     reference: str | None
-    after: NotRequired[str]  # for the second turn of a conversation: dataset of the first turn
+    after: NotRequired[str]  # only for a second turn of a conversation: the dataset of the first turn
 
 
 def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str) -> list[ModelOutput]:
-    """Return the answers of `generator`, one row per item."""
+    """Return one row per item, with the answer of the model named `generator`."""
     rows = []
     for item, answer in zip(items, answers, strict=True):
         row = ModelOutput(
@@ -193,76 +194,67 @@ def model_outputs(items: Sequence[Item], answers: Sequence[str], generator: str)
 
 def write_model_outputs(path: Path, rows: Sequence[ModelOutput]) -> None:
     """Write `rows` as a JSON list."""
-    # ASCII escapes: text from the web may hold half a surrogate pair, which UTF-8 cannot encode
+    # ASCII escapes: texts from the web can contain lone surrogates, which UTF-8 cannot encode
     path.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="ascii")
 
 
 def read_model_outputs(path: Path) -> list[ModelOutput]:
-    """Read a `model_outputs.json`. A row without an id, as in alpaca_eval's own files, gets the row number as its id.
+    """Read a `model_outputs.json`. A row without an id, as in alpaca_eval's own files, gets its row number as id.
 
     Raises:
-        DataError: the file is missing or broken, an id is there twice, or a second turn lacks its first turn.
+        DataError: the file is missing or invalid, two rows have the same id, or a second turn lacks its first turn.
     """
     try:
         loaded = outside_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); generate the answers first") from error
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise DataError(f"{path} is not whole JSON ({error}); generate the answers again") from error
+        raise DataError(f"{path} is not valid JSON ({error}); generate the answers again") from error
     if not isinstance(loaded, list) or not loaded:
-        raise DataError(f"{path} holds no list of answers; it must be in alpaca_eval's model_outputs shape")
+        raise DataError(f"{path} is not a list of answers; give a file in alpaca_eval's model_outputs format")
     rows: dict[tuple[str, str], ModelOutput] = {}
     for number, content in enumerate(loaded, start=1):
         row = _read_row(content, number, path)
         if item_key(row) in rows:
-            raise DataError(f"{path}, row {number}: item {'/'.join(item_key(row))} is there twice")
+            raise DataError(f"{path}, row {number}: an earlier row has the same item {'/'.join(item_key(row))}")
         rows[item_key(row)] = row
     for row in rows.values():
-        if "after" in row and "after" in rows.get((row["after"], row["item_id"]), {"after": None}):
-            before = f"{row['after']}/{row['item_id']}"
-            raise DataError(f"{path}: {'/'.join(item_key(row))} needs {before} as the first turn before it")
+        if "after" not in row:
+            continue
+        first = rows.get((row["after"], row["item_id"]))
+        if first is None or "after" in first:
+            missing = f"{row['after']}/{row['item_id']}"
+            raise DataError(f"{path}: {'/'.join(item_key(row))} is a second turn, but {missing} is not its first turn")
     return list(rows.values())
 
 
-def _read_row(row: Any, number: int, path: Path) -> ModelOutput:
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, row {number} is of type {type(row).__name__}, not an object")
-
-    def text(name: str, default: str | None = None) -> str:
-        value = row.get(name, default)
-        if not isinstance(value, str):
+def _read_row(content: Any, number: int, path: Path) -> ModelOutput:
+    if not isinstance(content, dict):
+        raise DataError(f"{path}, row {number} is of type {type(content).__name__}, not a JSON object")
+    row = {"generator": path.stem, "dataset": "unnamed", "datasplit": "eval", "item_id": number, "input": ""} | content
+    if type(row["item_id"]) is int:
+        row["item_id"] = str(row["item_id"])
+    optional = [name for name in ("reference", "after") if row.get(name) is not None]
+    for name in (*_REQUIRED, *optional):
+        if not isinstance(row.get(name), str):
             raise DataError(f"{path}, row {number}: {name} is missing or is not text")
-        return value
-
-    item_id = row.get("item_id", number)
-    read = ModelOutput(
-        instruction=text("instruction"),
-        output=text("output"),
-        generator=text("generator", path.stem),
-        dataset=text("dataset", "unnamed"),
-        datasplit=text("datasplit", "eval"),
-        item_id=str(item_id) if type(item_id) is int else text("item_id"),
-        input=text("input", ""),
-        reference=None if row.get("reference") is None else text("reference"),
-    )
-    if row.get("after") is not None:
-        read["after"] = text("after")
-    return read
+    read = {name: row[name] for name in _REQUIRED} | {"reference": None} | {name: row[name] for name in optional}
+    return cast(ModelOutput, read)
 
 
 def item_key(row: ModelOutput) -> tuple[str, str]:
-    """Return benchmark and id, which identify an item across files."""
+    """Return benchmark and id, which identify an item in the files of all models."""
     return row["dataset"], row["item_id"]
 
 
 def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutput]:
-    """Return the first turn's row of each conversation, by the key of its second turn."""
+    """Return the row of each conversation's first turn, by the item key of the second turn."""
     by_key = {item_key(row): row for row in rows}
     return {key: by_key[row["after"], row["item_id"]] for key, row in by_key.items() if "after" in row}
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows; in the row of a second turn, instruction and output hold both turns of the conversation."""
+    """Return the rows, with both turns of the conversation in the instruction and output of each second turn's row."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:
@@ -276,19 +268,19 @@ def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
 def check_pairs(rows: Sequence[ModelOutput], reference_rows: Sequence[ModelOutput]) -> None:
     """Raise DataError unless two models answered the same items, with equal instructions, inputs and references."""
     of_model, of_reference = ({item_key(row): row for row in each} for each in (rows, reference_rows))
-    problems = [f"{'/'.join(key)} (only in the model's)" for key in of_model if key not in of_reference]
-    problems += [f"{'/'.join(key)} (only in the reference model's)" for key in of_reference if key not in of_model]
+    problems = [f"{'/'.join(key)} (only in the model's answers)" for key in of_model if key not in of_reference]
+    problems += [
+        f"{'/'.join(key)} (only in the reference model's answers)" for key in of_reference if key not in of_model
+    ]
     for key in of_model.keys() & of_reference.keys():
         mine, other = dict(of_model[key]), dict(of_reference[key])
         if differing := [part for part in _SHARED if mine.get(part) != other.get(part)]:
-            problems.append(f"{'/'.join(key)} (other {', '.join(differing)})")
-    if len(of_model) < len(rows) or len(of_reference) < len(reference_rows):
-        problems.append("an item that is there twice")
+            problems.append(f"{'/'.join(key)} (different {', '.join(differing)})")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise DataError(
-            f"the two models' answers are not to the same items: {'; '.join(sorted(problems)[:5])}{more}; "
-            "generate both with the same benchmark options"
+            f"the two models did not answer the same items: {'; '.join(sorted(problems)[:5])}{more}; generate both "
+            "models' answers with the same benchmark options"
         )
 
 

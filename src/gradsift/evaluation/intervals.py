@@ -1,16 +1,17 @@
-"""Confidence intervals of the pairwise winning score, for one model tuned with one seed or with several.
+"""Confidence intervals and tests of the pairwise winning score (PWS), over items and over seeds of the finetuning.
 
 An item's outcome is win (+1), tie (0) or lose (-1), and PWS - 1 is the mean outcome. The interval is Tango's score
-interval of the difference of two paired proportions (Statistics in Medicine 17, 1998). It contains the values t that a
-test of "the mean is t" does not reject; the test uses the variance under this hypothesis. Unlike the interval of a
-percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within [-1, 1].
+interval of the difference of two paired proportions (Statistics in Medicine 17, 1998). It contains the values t for
+which a test does not reject the hypothesis that the mean is t; the test uses the variance under this hypothesis. Unlike
+the interval of a percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within
+[-1, 1].
 
-Runs with different seeds answer the same items, so their outcomes are not independent. A two-way random effects model,
-with an effect of the seed and an effect of the item, gives the variance of the mean. The interval is then computed for
-an effective number of items: the number of independent items whose mean would have this variance. In the embedded world
-(`data=verifiable`), each data seed has its own questions under the same item ids, so the random effects
-model pairs unrelated questions as one item. The expected value of its variance of the mean is still right; only the
-lower bound in `variance_of_mean` makes it larger. `benchmarks/interval_coverage.py` measures the coverage.
+Runs with different seeds answer the same items, so their outcomes are not independent. A random effects model with the
+factors seed and item gives the variance of the mean. The interval is then computed for an effective number of items:
+the number of independent items whose mean would have this variance. In the embedded world (`data=verifiable`), each
+data seed has its own questions under the same item ids, so the model treats unrelated questions as one item. The
+estimate of the variance of the mean is still unbiased, except that the lower bound in `variance_of_mean` raises it.
+`benchmarks/interval_coverage.py` measures the coverage.
 
 Outcomes are arrays (S, N) of -1, 0 and 1, with S seeds and N items; `confidence` is the coverage, between 0 and 1.
 """
@@ -35,9 +36,9 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
 
 
 def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
-    """Return the effective number of items (see the module) and the degrees of freedom of the mean's variance.
+    """Return the effective number of items (see the module) and the degrees of freedom of the variance of the mean.
 
-    With one seed, or if the variance is 0, the two values are N and infinity. The effective number is at most S N.
+    The effective number is at most S N. With one seed, or if the variance is 0, the result is N and infinity.
     """
     seeds, items = outcomes.shape
     variance, freedom = variance_of_mean(outcomes)
@@ -48,11 +49,11 @@ def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
 
 
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
-    """Return the variance of the mean over seeds and items, and its degrees of freedom (Satterthwaite).
+    """Return the variance of the mean of `values` (S, N), and its degrees of freedom (Satterthwaite).
 
-    With mean squares of items (MS_i), seeds (MS_s) and the residual (MS_e), the variance of the mean of `values` (S, N)
-    in a two-way random effects model is (MS_i + MS_s - MS_e) / (S N). The result is at least the largest of the three
-    mean squares, divided by S N. With one seed it is MS_i / N.
+    In a two-way random effects model with the mean squares of items (MS_i), of seeds (MS_s) and of the residual (MS_e),
+    the variance is (MS_i + MS_s - MS_e) / (S N). If this is below the largest mean square divided by S N, the latter is
+    returned. With one seed the variance is MS_i / N.
     """
     seeds, items = values.shape
     mean = values.mean()
@@ -75,14 +76,14 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
     """Return Tango's score interval of `win - lose`.
 
     Args:
-        win, lose: shares of the items that are won and lost.
-        size: number of independent items; need not be whole.
+        win, lose: shares of items that are won and lost.
+        size: number of independent items; may be fractional.
         critical: quantile of the normal or t distribution, such as 1.96.
     """
     mean = win - lose
 
     def is_rejected(value: float) -> bool:
-        # share of lost items that is most likely if the mean is `value`
+        # expected_lose: maximum likelihood estimate of the share of lost items if the mean is `value`
         linear = -win - lose + (2 - mean) * value
         root = math.sqrt(max(0.0, linear**2 + 8 * lose * value * (1 - value)))
         expected_lose = (root - linear) / 4
@@ -104,10 +105,10 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    For one seed, the exact sign test on the items that are not ties gives the p-value; this test keeps its level for
-    any number of items. For several seeds the result is the larger p-value of two tests: the score test (McNemar) with
-    the variance from `variance_of_mean`, and the t test over the seeds' means. The score test alone rejects too often
-    if there are few seeds and they agree by chance. If all outcomes are ties, the p-value is 1.
+    For one seed, it is the p-value of the exact sign test on the items that are not ties; this test keeps its level for
+    any number of items. For several seeds, it is the larger p-value of two tests: the score test (McNemar) with the
+    variance from `variance_of_mean`, and the t test over the means of the seeds. The score test alone rejects too often
+    if there are few seeds whose means agree by chance. If all outcomes are ties, the p-value is 1.
     """
     from scipy import stats
 
@@ -123,7 +124,7 @@ def p_value(outcomes: np.ndarray) -> float:
 
 
 def _seeds_p_value(values: np.ndarray) -> float:
-    """Return the p-value of the t test over the seeds' means (S,); 0 if there is one seed or the means are equal."""
+    """Return the p-value of the t test over the means of the seeds; 0 if there is one seed or the means are equal."""
     from scipy import stats
 
     means = values.mean(1)
@@ -134,7 +135,7 @@ def _seeds_p_value(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two mean outcomes over the same items and seeds, with interval and p-value."""
+    """The difference of two mean outcomes over the same items and seeds, with its interval and p-value."""
 
     difference: float
     low: float
@@ -143,13 +144,13 @@ class Difference:
 
 
 def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> Difference:
-    """Compare two models that were judged against the same reference on the same items, with the same seeds.
+    """Compare the outcomes (S, N) of two models against the same reference, on the same items and with the same seeds.
 
     The interval combines the score intervals of the two models with the correlation of their means (method of variance
     estimates recovery, MOVER; Zou and Donner, Statistics in Medicine 27, 2008). Its width is above 0 even if all items
-    have the same difference. For one seed, or if the variance of the difference is 0, the p-value is from the exact
-    sign-flip test over items. Otherwise it is the larger p-value of two t tests: one with the variance of
-    `variance_of_mean`, and one over the seeds' means.
+    have the same difference. For one seed, or if the variance of the difference is 0, the p-value is that of the exact
+    sign-flip test over items. Otherwise it is the larger p-value of two t tests: one with the variance from
+    `variance_of_mean`, and one over the means of the seeds.
     """
     from scipy import stats
 
@@ -163,9 +164,9 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
     (low_1, high_1), (low_2, high_2) = mean_interval(first, confidence), mean_interval(second, confidence)
     below, above = float(first.mean()) - low_1, high_1 - float(first.mean())
     below_2, above_2 = float(second.mean()) - low_2, high_2 - float(second.mean())
-    # The interval is never narrower than the t interval of the mean difference, since the correlation is an estimate.
-    # Nor is it narrower than the interval that as many items and seeds would give if all outcomes were ties: models
-    # that do not differ on these items may differ on others.
+    # The interval is at least as wide as the t interval of the mean difference, because the correlation is an estimate.
+    # It is also at least as wide as the interval for outcomes that are all ties, because models that do not differ on
+    # these items may differ on others.
     of_gaps = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
     least = max(of_gaps, mean_interval(np.zeros_like(gap), confidence)[1])
     low = mean - max(least, math.sqrt(max(0.0, below**2 - 2 * correlation * below * above_2 + above_2**2)))
@@ -179,7 +180,7 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
 
 def _sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Return the share of the 2^N ways to set the signs of `gaps` (N,) that give an absolute sum >= |sum(gaps)|."""
+    """Return the share of the 2^N sign flips of `gaps` (N,) whose absolute sum is at least |sum(gaps)|."""
     from scipy import stats
 
     sums, shares = np.zeros(1), np.ones(1)
@@ -193,8 +194,8 @@ def _sign_flip_p_value(gaps: np.ndarray) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's adjusted p-values, in the order given.
 
-    Rejecting the hypotheses with an adjusted p-value below a level keeps the probability of any false rejection below
-    that level.
+    If all hypotheses with an adjusted p-value below a level are rejected, the probability of a false rejection is at
+    most this level.
     """
     values = np.asarray(p_values, dtype=float)
     order = np.argsort(values, kind="stable")

@@ -1,7 +1,7 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-After an interruption `judge_pairs` starts again with all pairs, but stored replies and scores are not computed again
-(see `gradsift.evaluation.replies` for endpoints, `gradsift.journal` for local models).
+After an interruption, `judge_pairs` starts again with all pairs. Replies and scores that are stored already are reused
+(those of endpoints in `gradsift.evaluation.replies`, those of local models in `gradsift.journal`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ORDERS: tuple[Order, Order] = ("forward", "reverse")
 
 @dataclass(frozen=True)
 class Judgment:
-    """One reply of a judge about one pair in one order: a line of `judgments.jsonl`.
+    """A judge's reply about one pair in one order: a line of `judgments.jsonl`.
 
-    In both orders `score_model` is the model's score and `score_reference` the reference model's. If `valid` is false,
-    both are None and `reason` says why. If `valid` is true, `reason` is a remark about the scores, or None.
+    In both orders, `score_model` is the model's score and `score_reference` the reference model's. If `valid` is false,
+    both scores are None and `reason` says why. If `valid` is true, `reason` is a remark about the scores, or None.
     """
 
     benchmark: str

@@ -1,13 +1,13 @@
 """Rules that decide whether an answer is right, given the benchmark's reference answer.
 
 exact   the same words in the same order (the rule of the embedded world)
-number  GSM8K and similar sets: the same number. The first number after the last `####` counts. If there is none,
-        the last number of the text counts
+number  GSM8K and similar sets: the same number. A text's number is the first one after its last `####`, or else the
+        last one of the text
 choice  BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
 The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
-our own, and the tests show them case by case. Which part of the answer counts may depend on the reference's kind
-(letter, fixed word or free text), but not on which letter, word or text is right.
+our own; tests/test_matching.py shows them case by case. Which part of the answer counts may depend on the kind of the
+reference (letter, fixed word or free text), but not on which letter, word or text is right.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gradsift.data.verifiable import answers_match
 from gradsift.errors import DataError
 
 Match = Callable[[str, str], bool]  # (answer, reference answer) -> right
-# a minus sign counts only where nothing is subtracted, commas only between groups of three digits
+# a minus sign counts unless it may be a subtraction or a range (3-5); commas count only between groups of three digits
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\].])[-\u2212])?[$\u20ac\u00a3]?"
     r"(?:(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?P<part>\.[0-9]+)?|(?<![\w.])(?P<below_one>\.[0-9]+))"
 )
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is\b|:)\s*:?", re.IGNORECASE)
 _CLOSED = ("yes", "no", "true", "false", "valid", "invalid")
-_EDGES = " \t\"'.,;:!?\u201c\u201d\u2018\u2019"  # removed around a statement; not brackets: some tasks ask for them
+_EDGES = " \t\"'.,;:!?\u201c\u201d\u2018\u2019"  # removed around a statement; no brackets, which may be the answer
 _LETTER = re.compile(r"\(([A-Z])\)")
 _BARE_LETTER = re.compile(r"(?:option\s+)?\(?([A-Z])(?:[).:,]|$)", re.IGNORECASE)
 

@@ -22,7 +22,7 @@ SIGNS: Mapping[Outcome, int] = {"win": 1, "tie": 0, "lose": -1}
 
 
 def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
-    """Return the PWS of some items with its interval of coverage `confidence`, as a cell of `pws.json`.
+    """Return the counts of the outcomes and the PWS with its interval of coverage `confidence`: a cell of `pws.json`.
 
     `n` includes invalid items. PWS and interval are None if no item is valid.
     """
@@ -39,9 +39,9 @@ def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
     """Return the outcome of one item for the model, from its judgments in the two orders.
 
-    "signs" gives sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. "sum" gives the sign
-    of the sum of the two differences. An item without a valid judgment in both orders is "invalid", because one order
-    alone would include the judge's position bias.
+    With "signs", the outcome is sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. With
+    "sum", it is the sign of the sum of the two differences. An item without a valid judgment in both orders is
+    "invalid", because the outcome of a single order would include the judge's position bias.
     """
     margins = []
     for judgment in (forward, reverse):
@@ -58,7 +58,7 @@ def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[
     """Return the judgments of each (benchmark, item) by order, sorted by benchmark and item.
 
     Raises:
-        DataError: an item has two judgments in the same order, as in the records of two runs.
+        DataError: an item has two judgments in the same order, for example from two runs.
     """
     pairs: dict[tuple[str, str], dict[Order, Judgment]] = {}
     for judgment in judgments:
@@ -66,7 +66,7 @@ def in_both_orders(judgments: Iterable[Judgment]) -> dict[tuple[str, str], dict[
         if judgment.order in orders:
             raise DataError(
                 f"item {judgment.benchmark}/{judgment.item_id} has two judgments in the order {judgment.order}; "
-                "keep those of one run"
+                "give the judgments of one run only"
             )
         orders[judgment.order] = judgment
     return dict(sorted(pairs.items()))
@@ -79,7 +79,7 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
 
 
 def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
-    """Return a cell (see `estimate`) for each benchmark in `benchmarks`, and one of all items in `pooled`."""
+    """Return `{"confidence", "benchmarks": {name: cell}, "pooled": cell of all items}`, with cells of `estimate`."""
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):
         by_benchmark.setdefault(benchmark, []).append(each)
@@ -90,8 +90,8 @@ def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
 def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
     """Return `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`.
 
-    The letters (w, t, l, i) have the order of the item ids. If two runs on the same data set have the same hash, they
-    judged the same items, and their letters can be compared item by item.
+    The letters (w, t, l, i) are sorted by item id. If two runs on the same data set have the same hash, they judged the
+    same items, and their letters can be compared item by item.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):
@@ -105,8 +105,8 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
 def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
     """Return `{"items", "accuracy", "kappa"}`: accuracy and Cohen's kappa over the items that are valid in both.
 
-    Both are None without such an item. `kappa` is also None, because its denominator is 0, if all outcomes and labels
-    are the same.
+    Both are None if there is no such item. `kappa` is also None if all outcomes and labels are the same, because its
+    denominator is then 0.
     """
     shared = [item for item, kind in outcomes.items() if "invalid" not in (kind, labels.get(item, "invalid"))]
     if not shared:

@@ -5,7 +5,8 @@ Four kinds of file are recognised by their content:
     judgments.jsonl       our own format: one judgment per line, both orders
     two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
                           rows. Answer1 is the model's answer, Answer2 the reference model's. `scores` are the scores of
-                          [Answer1, Answer2]. `scores_reverse` are the scores of [Answer2, Answer1], shown in this order
+                          [Answer1, Answer2]. `scores_reverse` are the scores of [Answer2, Answer1]. The judge was shown
+                          the answers in the order of the scores
     two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
                           [model's score, reference model's score], but only in QUERY0 is the model's answer shown
                           first. `assistant1_QUERY0` names the model
@@ -14,8 +15,8 @@ Four kinds of file are recognised by their content:
                           `generator_2` of the first row. A file holds one order; a second file, in which the outputs
                           are swapped, holds the other order
 
-PWS needs both orders. If all judgments have the same order, the result names this order in `orders`
-and has its win rate and PWS in `one_order`; `pws` is then None for each benchmark and pooled.
+PWS needs both orders. If all judgments have the same order, `orders` in the result names this order, `one_order` has
+the win rate and the PWS in this order alone, and `pws` is null for each benchmark and pooled.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -42,15 +43,15 @@ from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes, agreement, outcome
 
 @dataclass
 class Records:
-    """Judgments from any kind of file, and the lengths of the answers if the file has the answers."""
+    """Judgments from any kind of file, and the lengths of the answers in characters if the file has the answers."""
 
     judgments: list[Judgment]
-    lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # characters: model, reference
+    lengths: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)  # of model and reference model
     combine: Combine = "signs"
     model: str | None = None  # the model's name, if the file has it
 
     def add(self, benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> None:
-        """Add a judgment; `scores` are the model's score and the reference's, None for an invalid judgment."""
+        """Add a judgment; `scores` are those of the model and of the reference model, None if it is invalid."""
         model, reference = scores or (None, None)
         valid, reason = (True, None) if scores else (False, "the record holds no scores")
         self.judgments.append(Judgment(benchmark, item, order, "", "record", reply, model, reference, valid, reason))
@@ -65,25 +66,27 @@ def read_records(path: Path, model: str | None = None) -> Records:
     """Read the judgments of one file.
 
     Args:
-        model: generator whose wins are counted in an alpaca_eval file; default: `generator_2` of the first row.
+        model: the model's name in an alpaca_eval file; default: `generator_2` of the first row.
 
     Raises:
-        DataError: the file is missing or of an unknown kind, or a row is broken.
+        DataError: the file cannot be read, is of an unknown kind, or has a broken row.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; name a file of judge records")
-    if not path.read_bytes().strip():
+    try:
+        text = path.read_bytes().strip()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a file of judge records") from error
+    if not text:
         raise DataError(f"{path} is empty; name a file with judge records")
     if path.suffix == ".jsonl":
-        if rows := _query_rows(path):
-            return _queries(path, rows)
+        if b'"eval_QUERY0"' in text.split(b"\n", 1)[0]:
+            return _queries(path)
         judgments = read_judgments(path)
-        # see judges.Judge.combine: log-probabilities are summed over the orders, grades count by sign
+        # a local judge's scores are log-probabilities (see `Judge.combine`)
         summed = bool(judgments) and all(judgment.judge.startswith("local:") for judgment in judgments)
         return Records(judgments, combine="sum" if summed else "signs")
     try:
-        content = outside_json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = outside_json.loads(text)
+    except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); fetch or write it again") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         return _reviews(path, content)
@@ -110,36 +113,26 @@ def _reviews(path: Path, content: Mapping[str, Any]) -> Records:
     return records
 
 
-def _query_rows(path: Path) -> list[Any]:
-    """Return the rows of a file in DiverseEvol's format; none if its first line has another form."""
-    rows: list[Any] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
+def _queries(path: Path) -> Records:
+    benchmark = path.parent.parent.name or path.stem  # BENCHMARK/MODEL/rd_0_vs_chat.jsonl
+    records = Records([])
+    models: list[Any] = []
+    for number, line in _lines(path):
+        place = f"{path}, line {number}"
         try:
             row = outside_json.loads(line)
         except ValueError as error:
-            if not rows:
-                return []
-            raise DataError(f"{path}, line {number} is not JSON ({error}); correct the line") from error
-        if not rows and not (isinstance(row, dict) and "eval_QUERY0" in row):
-            return []
-        rows.append(row)
-    return rows
-
-
-def _queries(path: Path, rows: Sequence[Any]) -> Records:
-    benchmark = path.parent.parent.name or path.stem  # BENCHMARK/MODEL/rd_0_vs_chat.jsonl
-    model, reference = (rows[0].get(f"assistant{side}_QUERY0") for side in (1, 2))
-    records = Records([], model=str(model))
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}, row {number}"
+            raise DataError(f"{place} is not JSON ({error}); correct the line") from error
         _require_orders(row, "eval_QUERY0", "eval_QUERY1", place)
         shown = [row.get(f"assistant{side}_QUERY{query}") for query, side in ((0, 1), (0, 2), (1, 2), (1, 1))]
-        if shown != [model, reference, model, reference]:
+        models = models or shown[:2]  # the model and the reference model
+        if shown != [*models, *models]:
+            model, reference = models
             raise DataError(
-                f"{place}: the assistants are not {(model, reference)}, and {(reference, model)} in the second query"
+                f"{place}: the assistants are not {(model, reference)} in the first query and {(reference, model)} in "
+                "the second; correct the line"
             )
+        records.model = str(models[0])
         item = str(row.get("question_id", number))
         for query, order in enumerate(ORDERS):
             scores = _pair(row[f"eval_QUERY{query}"], place)
@@ -147,11 +140,18 @@ def _queries(path: Path, rows: Sequence[Any]) -> Records:
     return records
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not blank, and their numbers."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
 def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
     if not isinstance(row, dict) or forward not in row:
         raise DataError(f"{place}: `{forward}` is missing; correct the row")
     if reverse not in row:
-        raise DataError(f"{place}: `{reverse}` is missing, so the row holds one order alone, and PWS needs both")
+        raise DataError(f"{place}: `{reverse}` is missing, so the row holds only one order; PWS needs both")
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
@@ -181,7 +181,9 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
         item = item if repeat == 1 else f"{item} ({repeat})"
         generators = row.get("generator_1", "output_1"), row.get("generator_2", "output_2")
         if model not in generators:
-            raise DataError(f"{place}: neither output is by {model!r}, but by {generators[0]} and {generators[1]}")
+            raise DataError(
+                f"{place}: neither output is by {model!r}, but by {generators[0]} and {generators[1]}; give --model"
+            )
         order: Order = "reverse" if generators[1] == model else "forward"
         scores = None
         if valid:
@@ -194,7 +196,7 @@ def _annotations(path: Path, rows: Sequence[Any], model: str | None) -> Records:
 
 
 def read_all(paths: Sequence[Path], model: str | None = None) -> Records:
-    """Read several files, of different benchmarks or of the two orders of the same items, into one `Records`.
+    """Read several files into one `Records`: files of different benchmarks, or of the two orders of the same items.
 
     Raises:
         DataError: some files hold log-probabilities and others grades, or a file cannot be read.
@@ -212,7 +214,7 @@ def read_all(paths: Sequence[Path], model: str | None = None) -> Records:
 
 
 def describe(records: Records, confidence: float) -> dict[str, Any]:
-    """Return PWS with intervals, position and length bias, the orders and, if there is only one order, `one_order`.
+    """Return PWS with intervals, position and length bias, `orders` and, if there is only one order, `one_order`.
 
     Raises:
         DataError: an item has two judgments in the same order.
@@ -253,7 +255,7 @@ def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
 
 
 def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[str, Any]:
-    """Return PWS(first) - PWS(second) over the items that are valid for both models, as `difference` computes it.
+    """Test PWS(first) - PWS(second) over the items that are valid for both models (see `intervals.difference`).
 
     Raises:
         DataError: no item is valid for both models.
@@ -266,7 +268,7 @@ def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[st
 
 
 def compare_labels(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return `agreement` of the judge with people, the number of unlabelled items, and that of invalid outcomes.
+    """Return the judge's `agreement` with people, and the numbers of items without a label or with an invalid outcome.
 
     Raises:
         DataError: no item has both a valid outcome and a valid label.
@@ -290,11 +292,9 @@ def read_labels(path: Path) -> Outcomes:
         DataError: a line has another form, or an item has two different labels.
     """
     labels: dict[tuple[str, str], Outcome] = {}
-    for number, content in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not content.strip():
-            continue
+    for number, line in _lines(path):
         try:
-            row = outside_json.loads(content)
+            row = outside_json.loads(line)
             item = str(row.get("benchmark", "")), str(row["item_id"])
             if row["label"] not in get_args(Outcome):
                 raise ValueError(f"label={row['label']!r}")
@@ -302,8 +302,8 @@ def read_labels(path: Path) -> Outcomes:
                 raise ValueError(f"a second, different label of {row['item_id']!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path}, line {number}: {error!s} is not understood; a line has item_id, label (win, tie, lose or "
-                "invalid) and, where there are several, benchmark"
+                f"{path}, line {number}: {error}; a line has item_id, label (win, tie, lose or invalid) and, if there "
+                "are several benchmarks, benchmark"
             ) from error
     return labels
 

@@ -7,7 +7,6 @@ under the name of the finetune's artifact folder.
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import signal
@@ -50,7 +49,7 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings, besides the target, that answers depend on; different servers round differently."""
+    """Return the settings that answers depend on besides the target, such as the server, whose rounding is its own."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -65,12 +64,12 @@ def endpoint_answers(
     max_new_tokens: int,
     folder: Path,
 ) -> Iterator[Callable[[Sequence[Question], Advance], list[str]]]:
-    """Yield a function that answers questions. A server that `generator.serve` starts runs for as long as the block."""
+    """Yield a function that answers questions. A server that `generator.serve` starts is ended after the block."""
     model = config.model or str(target_config.model.path or target.path)
     name, where = model, ""
     if tuned:
         name = tuned.path.name
-        where = f"; it has to be served as {name}, the LoRA adapter in {tuned.path / 'adapter'}"
+        where = f"; the server must serve the LoRA adapter in {tuned.path / 'adapter'} under the name {name}"
     with ExitStack() as stack:
         base_url = config.base_url
         if config.serve:
@@ -130,7 +129,7 @@ def _answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, adv
 def _prompt_of(
     config: EndpointGeneratorConfig, target_config: TargetConfig, target: Artifact, max_new_tokens: int
 ) -> Callable[[Question], Messages]:
-    """Return the function that renders a question as messages or, in the target's template, as token ids."""
+    """Return a function that renders a question: as messages, or as token ids in the target's template."""
 
     def messages(question: Question) -> Messages:
         turns = [{"role": turn.role, "content": turn.content} for turn in question.history]
@@ -152,15 +151,15 @@ def _prompt_of(
 def vllm_arguments(
     model: str, name: str, *, dtype: str, revision: str | None, adapters: dict[str, Path], rank: int
 ) -> list[str]:
-    """Return arguments of `vllm serve`, without the port.
+    """Return arguments of `vllm serve`, without host and port.
 
     Args:
         model: hub id, or a folder.
-        name: the name that requests for the model without an adapter use.
-        adapters: folders in peft's format, by the names that requests use.
-        rank: the adapters' LoRA rank.
+        name: name in requests for the model without an adapter.
+        adapters: folders in peft's format, by their names in requests.
+        rank: LoRA rank of the adapters.
     """
-    # otherwise vLLM takes defaults, such as a repetition penalty, from the model's own generation config
+    # with --generation-config vllm, vLLM ignores the model's own generation config, such as a repetition penalty
     arguments = [model, "--served-model-name", name, "--dtype", dtype, "--generation-config", "vllm"]
     arguments += ["--revision", revision] if revision else []
     if adapters:
@@ -172,10 +171,10 @@ def vllm_arguments(
 
 @contextmanager
 def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
-    """Start a server and yield its base URL when it answers; after the block, end the server and all its processes.
+    """Start a server and yield its base URL as soon as it answers; end all its processes after the block.
 
     Args:
-        command: program and arguments; host and port are added.
+        command: program and arguments; `--host` and `--port` are added.
         log: file for the server's output.
 
     Raises:
@@ -184,7 +183,8 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/v1"
     arguments = [*command, "--host", "127.0.0.1", "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -193,7 +193,7 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + timeout
-        while not _answers(port):
+        while not _answers(address):
             if server.poll() is not None or time.monotonic() > deadline:
                 ended = f"ended with code {server.returncode}" if server.poll() is not None else "does not answer"
                 shown = log.read_text(encoding="utf-8", errors="replace")[-_MOST_SHOWN:].strip()
@@ -202,25 +202,23 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
                     f"raise generator.start_timeout={timeout:g}. Its last output: {shown or 'none'}"
                 )
             time.sleep(_POLL)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield address
     finally:
         _end(server)
 
 
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+def _answers(address: str) -> bool:
+    import httpx2 as httpx
+
     try:
-        connection.request("GET", "/v1/models")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+        return httpx.get(f"{address}/models", timeout=5, trust_env=False).is_success  # without a proxy
+    except httpx.HTTPError:
         return False
-    finally:
-        connection.close()
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """End a server and the processes that it started, which share its session."""
-    # SIGKILL even if the server has ended: its children may outlive it
+    """End a server and the processes that it started."""
+    # they share the server's process group; SIGKILL even if the server has ended, since its children may outlive it
     for signum, wait in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signum)

@@ -2,11 +2,10 @@
 
 A reply is stored under a hash of everything that it depends on. It is stored before it is parsed, so a killed process
 loses no reply that it had received. A request is entered as pending before it is sent. This reserves its cost, so that
-several processes stay below one cap together, and stops other processes from sending the same request.
+several processes together stay below a cap, and it stops other processes from sending the same request.
 
-Each process holds a file lock for as long as it lives. If the lock of the process that owns a pending request is
-free, that process has died, and the endpoint may have charged for the request. The request then counts as sent, at its
-estimated cost.
+Each process holds a file lock until it ends. If this lock is free, the process that entered a pending request has died,
+and the endpoint may have charged for the request. The request then counts as sent, at its estimated cost.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ CREATE TABLE IF NOT EXISTS pending (
 
 @dataclass(frozen=True)
 class Completion:
-    """A reply: its text, why it ended ("stop", CUT ...) and, if requested, log-probabilities token by token."""
+    """A reply: its text, why it ended ("stop", CUT, ...) and, if requested, the log-probabilities of its tokens."""
 
     text: str
     finish: str | None = None
@@ -56,7 +55,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Usage:
-    """Requests that an endpoint may charge for, and their tokens."""
+    """The tokens and the number of requests that an endpoint may charge for."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -69,7 +68,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Terms:
-    """Prices in USD per million tokens (None: unknown), and caps (None: no cap) on one scope's cost (see `claim`)."""
+    """Prices in USD per million tokens (None: unknown), and caps on the spending of one scope (None: no cap)."""
 
     price_input: float | None = None
     price_output: float | None = None
@@ -94,11 +93,11 @@ class Terms:
 
 
 class CapReached(Exception):
-    """The next request may cost more than a cap allows; the message is the cap, as in "judge.max_usd=5"."""
+    """The next request might exceed a cap; the message is the cap, as in "judge.max_usd=5"."""
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
-    """Switch to WAL mode. If another process is about to write, SQLite fails at once, whatever the timeout."""
+    """Switch to WAL mode, with retries: if another process is writing, SQLite fails at once, whatever its timeout."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -114,7 +113,7 @@ class Replies:
     """The file of replies. Threads and processes may share it, but SQLite's WAL mode needs a local file system."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        """Open the file at `path`, creating it if needed; `say` is called with each message about an unreadable reply.
+        """Open or create the file at `path`; `say` prints a message for each stored reply that cannot be read.
 
         Raises:
             GradsiftError: the file cannot be written, or is not an SQLite database.
@@ -149,15 +148,15 @@ class Replies:
         return None
 
     def claim(self, key: str, scope: str, estimate: Usage, terms: Terms) -> Literal["send", "wait", "stored"]:
-        """Reserve a request, of `estimate` tokens at most, before it is sent.
+        """Reserve the estimated largest cost of a request before it is sent.
 
         Returns:
-            "send": the caller must send the request, then call `keep` or `release`. "stored": the reply is stored.
-            "wait": call again later, because the same request is pending, or because the request does not fit below a
-            cap now. Pending requests count at their estimated cost, so the request may fit later.
+            "send": the cost is reserved; send the request, then call `keep` or `release`. "stored": the reply is
+            stored. "wait": call again later, because the same request is pending, or because the cost exceeds a cap
+            as long as other requests are pending. They may cost less than was reserved for them.
 
         Raises:
-            CapReached: the request does not fit below a cap, and nothing is pending.
+            CapReached: the cost exceeds a cap, and nothing is pending.
         """
         with self._writing():
             self._charge_dead_owners()
@@ -185,7 +184,7 @@ class Replies:
             self._charge(scope, usage)
 
     def release(self, key: str, scope: str, usage: Usage | None) -> None:
-        """End a failed request's reservation; `usage` is the most that the endpoint may charge (None: nothing)."""
+        """End the reservation of a failed request, for which the endpoint may charge `usage` (None: nothing)."""
         with self._writing():
             if self._unreserve(key) and usage is not None:
                 self._charge(scope, usage)
@@ -230,7 +229,7 @@ class Replies:
 
     @contextmanager
     def _writing(self, durable: bool = False) -> Iterator[None]:
-        """Run the block in a write transaction; its commit survives a power cut, by a disk flush, if `durable`."""
+        """Run the block in a write transaction. `durable` flushes it to disk, so that it survives a power cut."""
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")

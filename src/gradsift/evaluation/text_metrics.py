@@ -1,13 +1,14 @@
-"""Metrics of answers against reference answers, without a judge.
+"""Metrics that compare answers with reference answers, without a judge.
 
-accuracy  share of right answers, by the benchmark's own rule (see `gradsift.evaluation.matching`)
+accuracy  share of correct answers, by the benchmark's rule (see `gradsift.evaluation.matching`)
 rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin, 2004); package rouge-score: lower
           case, only ASCII letters and digits, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
 meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its defaults, words split as for BLEU.
-          It needs WordNet's files. nltk looks up a word's stem there, so a word that stemming changes has no synonyms
+          It needs WordNet's files. nltk looks up only the stem of a word there, so a word that differs from its
+          stem has no synonyms
 
-A metric that cannot be computed is None with a reason, never 0.
+A metric that cannot be computed is None, with a reason, and never 0.
 """
 
 from __future__ import annotations
@@ -26,24 +27,18 @@ _WORDNET_FILES = [
     *(f"{kind}.{part}" for kind in ("data", "index") for part in ("noun", "verb", "adj", "adv")),
 ]
 _REASONS = {
-    "rouge_l": "no reference answer has an ASCII letter or digit, and ROUGE-L counts nothing else",
-    "bleu": "no answer has four tokens, and BLEU multiplies the precisions of one to four in a row",
-    "meteor": "METEOR needs WordNet's files: give their folder with benchmark.wordnet_dir=DIR",
+    "rouge_l": "no reference answer has an ASCII letter or digit, and ROUGE-L ignores all other characters",
+    "bleu": "no answer has four tokens, and BLEU needs n-grams of up to four tokens",
+    "meteor": "METEOR needs WordNet's files; give their folder with benchmark.wordnet_dir=DIR",
 }
 
 
-def measure(
-    rows: Sequence[ModelOutput],
-    match_of: Callable[[str], str],
-    wordnet: Any = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
+def measure(rows: Sequence[ModelOutput], match_of: Callable[[str], str], wordnet: Any = None) -> dict[str, Any]:
     """Compute all metrics of one model's answers, over the items with a reference answer.
 
     Args:
-        match_of: returns the rule (a key of `MATCHERS`) by which a benchmark's answers are compared.
+        match_of: returns the rule (a key of `MATCHERS`) by which answers to a benchmark are compared.
         wordnet: nltk's reader of WordNet (see `read_wordnet`); None omits METEOR.
-        progress: called with the number of rows measured; each row counts twice, for its benchmark and for `pooled`.
 
     Returns:
         `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}` with metrics
@@ -62,13 +57,12 @@ def measure(
             "meteor": None if wordnet is None else meteor(answers, references, wordnet),
         }
         absent = {name: reason for name, reason in _REASONS.items() if values[name] is None}
-        progress(len(rows))
         return {**values, "absent": absent} if absent else values
 
     from sacrebleu.metrics import BLEU
 
     signed = BLEU()
-    signed.corpus_score(["a"], [["a"]])  # sacrebleu knows the number of references only after a first corpus
+    signed.corpus_score(["a"], [["a"]])  # the first corpus sets the number of references in the signature
     known = [row for row in rows if row["reference"] is not None]
     by_benchmark: dict[str, list[ModelOutput]] = {}
     for row in known:
@@ -81,7 +75,7 @@ def measure(
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return the mean ROUGE-L F-measure of the pairs whose reference has a word; None if there is no such pair."""
+    """Return the mean ROUGE-L F-measure over the pairs whose reference has a word; None if there is no such pair."""
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -96,7 +90,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return corpus BLEU; None if no answer has at least four tokens, because BLEU would be 0 for every such corpus."""
+    """Return corpus BLEU; None if no answer has four tokens, because BLEU would be 0 whatever the references are."""
     from sacrebleu.metrics import BLEU
 
     score = BLEU().corpus_score(list(answers), [list(references)])
@@ -104,7 +98,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Any) -> float:
-    """Return the mean METEOR of the pairs."""
+    """Return the mean METEOR over the pairs."""
     from nltk.translate.meteor_score import single_meteor_score
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -123,32 +117,29 @@ def check_wordnet(folder: str | None) -> Path | None:
     path = Path(folder).expanduser()
     if missing := [name for name in _WORDNET_FILES if not (path / name).is_file()]:
         raise ConfigError(
-            f"benchmark.wordnet_dir={folder} lacks {', '.join(missing)}; give the folder `dict` of WordNet 3.0 as "
-            "Princeton distributes it, or leave it empty for no METEOR"
+            f"benchmark.wordnet_dir={folder} lacks {', '.join(missing)}; give the folder `dict` of Princeton's WordNet "
+            "3.0, or null to omit METEOR"
         )
     return path
 
 
 def read_wordnet(folder: Path) -> Any:
-    """Return nltk's reader of WordNet's own text files."""
+    """Return nltk's reader of the files in WordNet's folder `dict`."""
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def map_wn(self, version: str = "wordnet") -> None:
-            """Skip the mapping of other languages, which needs a second copy of WordNet in nltk's own folders."""
+            """Skip the mapping to other versions of WordNet, which needs nltk's own copy of WordNet."""
 
-    nltk.data.path.append(str(folder))  # nltk reads no files outside these folders
+    nltk.data.path.append(str(folder))  # nltk reads files only below these folders
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # nltk warns that the files of other languages are missing
+        warnings.simplefilter("ignore", UserWarning)  # about missing files of other languages
         return Reader(str(folder), None)
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
     """Return after - before for each metric that both have; a lower metric or a higher loss means forgetting."""
-    numbers = {name for name, value in after.items() if isinstance(value, int | float)} - {"items"}
-    return {
-        name: float(after[name]) - float(value)
-        for name, value in before.items()
-        if name in numbers and isinstance(value, int | float)
-    }
+    numbers = [{name for name, value in values.items() if isinstance(value, int | float)} for values in (before, after)]
+    shared = numbers[0] & numbers[1] - {"items"}
+    return {name: float(after[name]) - float(before[name]) for name in before if name in shared}

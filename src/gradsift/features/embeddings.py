@@ -1,7 +1,7 @@
 """The embeddings stage: one vector of length 1 for the text of each example, computed by the run's embedder.
 
 Equal texts are embedded once, so that exact duplicates have equal embeddings. After an interruption, the stage
-continues at the block of texts that it was computing.
+continues with the first block of texts that was not finished.
 
 The embedder `hidden_states` pools the last hidden states of a causal language model over the tokens of a text:
 
@@ -45,7 +45,7 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of all examples with a non-empty text, the number of cut texts, and refused examples."""
+        """Return the tokens of examples with a non-empty text, the number of cut texts, and the rejected examples."""
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
         """Return vectors (B, D) float32, not necessarily of length 1, computed in one pass."""
@@ -54,7 +54,7 @@ class Encoder(Protocol):
 @dataclass(frozen=True)
 class Embedder:
     name: str
-    settings: Mapping[str, Any]  # what the vectors depend on besides the model; JSON values
+    settings: Mapping[str, Any]  # all that the vectors depend on besides the model; JSON values
     model: Artifact
     load: Callable[[], Encoder]
 
@@ -67,10 +67,10 @@ def embed(
 ) -> Artifact:
     """Return an artifact with the examples' embeddings, to be read with `read_features`.
 
-    A text that is empty, or that the proxy's chat template cannot render, has a row of zeros.
+    An example has a row of zeros if its text is empty or the proxy's chat template cannot render it.
 
     Args:
-        source: the artifact that the examples come from.
+        source: the artifact with the examples.
         rows: returns the examples and, for a target set, the task of each; for a pool, an empty list of tasks.
 
     Raises:
@@ -154,7 +154,7 @@ class HiddenStates:
         self.dimensions = int(self.model.config.get_text_config().hidden_size)
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """See `Encoder.read`; an example without a response token (with text=prompt: without a token) is left out."""
+        """See `Encoder.read`. A text without a response token (with text=prompt: without a token) counts as empty."""
         tokenizer, limit = self._backbone.tokenizer, min(self._config.max_length, self._backbone.context)
         if self._config.text == "prompt":
             ids, cut, refused = encode_prompts(examples, tokenizer, self._template, limit, advance)
@@ -164,7 +164,7 @@ class HiddenStates:
             ]
             return [prompt for prompt in prompts if len(prompt.input_ids)], cut, list(refused.values())
         encoded, report = encode(examples, tokenizer, self._template, limit, advance)
-        # not the sum, which would count most cut responses twice: a prompt is cut before its response
+        # not the sum: a response is cut only after its prompt, so most examples with a cut response are in both counts
         return encoded, max(report.truncated_prompts, report.truncated_responses), list(report.refused.values())
 
     @torch.inference_mode()
@@ -177,7 +177,7 @@ class HiddenStates:
 def hidden_states_embedder(
     config: EmbedderConfig, template: str, proxy: Artifact, backbone: Callable[[], Backbone]
 ) -> Embedder:
-    """Return the embedder that pools hidden states of the proxy's `backbone`; `template` is the proxy's."""
+    """Return the embedder that pools the hidden states of the proxy's `backbone`; `template` is the proxy's."""
     if not isinstance(config, HiddenStatesConfig):
         raise ConfigError(
             f"embedder={config.name} is not known; choose hidden_states, rds_plus or sentence_transformers"
@@ -201,7 +201,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     `mask` (B, T) is 1 at real tokens; every text has at least one.
     """
     real = mask.bool()
-    place = real.cumsum(1)  # t, counted over real tokens, so that the padding side does not matter
+    place = real.cumsum(1)  # t; padding is not counted, so the padding side does not matter
     if pooling == "mean":
         weights = real.float()
     elif pooling == "weighted_mean":
@@ -209,5 +209,5 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     else:  # last
         weights = (real & (place == place[:, -1:])).float()
     weights = weights / weights.sum(1, keepdim=True)
-    known = hidden.float().masked_fill(~real[:, :, None], 0.0)  # the state at a padding token may be NaN
+    known = hidden.float().masked_fill(~real[:, :, None], 0.0)  # states at padding tokens may be NaN
     return torch.einsum("bt,btd->bd", weights, known)

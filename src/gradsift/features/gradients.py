@@ -1,18 +1,18 @@
-"""Gradients of examples as vectors whose inner products are LESS's similarities (arXiv 2402.04333, section 4).
+"""Gradient features: vectors of examples whose inner products are LESS's similarities (arXiv 2402.04333, section 4).
 
     row_i = [ sqrt(w_1) u_i1, ..., sqrt(w_C) u_iC ],   u_ic = R Gamma_ic / |R Gamma_ic|
     <row_i, row_j> = sum_c w_c cos(R Gamma_ic, R Gamma_jc)
 
 The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c
 (the w_c are scaled to sum 1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient
-(`AdamState`, unless features.adam=false); for the target set, Gamma is the gradient itself. With
+(`AdamState`), or the gradient itself if features.adam=false. For the target set, Gamma is always the gradient. With
 features.normalise=false, u_ic = R Gamma_ic, and the inner products are not cosines.
 
 If an example's gradient at a checkpoint is zero, its row is zero in the columns of this checkpoint. An example
 without a response token has a row of zeros and is listed in `Features.silent`.
 
 The warm-up trains an adapter on a few random rows. One seed determines the rows, their order and the initial LoRA
-weights A; the published code fixes the seed of the rows.
+weights A. (In LESS's published code, the rows do not depend on the seed.)
 
 Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkpoint, B rows of a block.
 """
@@ -35,11 +35,10 @@ from gradsift.artifacts import Artifact
 from gradsift.config import FeaturesConfig, ProxyConfig, WarmupConfig
 from gradsift.data.batching import epoch_batches
 from gradsift.data.tokens import Encoded, encoding_settings
-from gradsift.errors import ConfigError, GradsiftError
-from gradsift.features.vectors import FEATURES_FILE, fill_block, finish_features, open_features, unit_rows
+from gradsift.errors import GradsiftError
+from gradsift.features.vectors import fill_block, finish_features, open_features, unit_rows
 from gradsift.gradients.per_sample import GradientPass, gradient_pass
 from gradsift.gradients.projection import Projection
-from gradsift.manifests import UNFINISHED
 from gradsift.proxy.epochs import OPTIMIZER_FILE, Epoch, ProxyInputs, adapter, train_epoch
 from gradsift.runtime import Advance, Runtime, derive_seed
 from gradsift.training import lora
@@ -49,9 +48,8 @@ from gradsift.training.optimization import BETAS, Optimization
 
 VERSION = 2
 WARMUP_VERSION = 3
-_BLOCK_BYTES = 2 * 2**30  # of gradients that are projected together; each block draws the projection again
-_MOST_ROWS = 512  # rows of a block, which an interrupted run may have to compute again
-_MOST_UNPROJECTED = 4 * 10**9  # numbers, 16 GB
+_BLOCK_BYTES = 2 * 2**30  # of a block of gradients, on a CPU; large, because each block draws the projection again
+_MOST_ROWS = 512  # of a block, because an interrupted run computes its last block again
 _EPS = 1e-8
 
 
@@ -79,7 +77,7 @@ def gradient_features(
         adam: whether to replace the gradients by Adam's updates.
 
     Raises:
-        GradsiftError: see `require_room`, or a gradient is not finite (the message names the rows).
+        GradsiftError: a gradient is not finite; the message names the rows.
     """
     checkpoints = [chain[-1]] if config.checkpoints == "last" else list(chain)
     settings = {
@@ -93,7 +91,7 @@ def gradient_features(
 
     def make(folder: Path) -> Mapping[str, Any]:
         rows = load()
-        size = require_room(runtime, config, rows, len(checkpoints), folder)
+        size = parameter_count(runtime, config, rows.inputs)
         _write(runtime, config, checkpoints, rows, size, folder, adam)
         shape = {"rows": len(rows.ids), "checkpoints": len(checkpoints), "dimensions": config.dimensions or size}
         return {**shape, "parameters": size}
@@ -102,52 +100,43 @@ def gradient_features(
     return runtime.store.obtain("features", slug, settings, parents, make, version=VERSION, size=size)
 
 
-def require_room(
-    runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int, folder: Path | None = None
-) -> int:
-    """Return P, after a check that the features can be computed and stored.
-
-    Args:
-        folder: the artifact's folder, where an interrupted run may have reserved disk space. If it is given, the size
-            of the features is printed.
+def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
+    """Return P.
 
     Raises:
-        ConfigError: with features.dimensions=null, the gradients are too large to be stored unprojected; or with
-            features.gradient_params=full, the adapter cannot be merged into the model.
-        GradsiftError: the disk has no room.
+        ConfigError: features.gradient_params=full, and the adapter cannot be merged into the model.
     """
-    parameters = int(rows.inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
-    with adapter(rows.inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
+    of_model = int(inputs.backbone.model.num_parameters())  # counted before the adapter adds its parameters
+    with adapter(inputs.backbone, config.warmup.lora, 0, runtime.compute) as adapted:
         if config.gradient_params == "full":
             lora.require_mergeable(adapted)
-        else:
-            parameters = sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
+            return of_model
+        return sum(parameter.numel() for parameter in lora.trainable_parameters(adapted).values())
+
+
+def require_room(runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int) -> None:
+    """Check that features at this number of checkpoints can be computed and stored.
+
+    Raises:
+        ConfigError: see `parameter_count`.
+        GradsiftError: the disk has no room.
+    """
+    parameters = parameter_count(runtime, config, rows.inputs)
     dimensions = config.dimensions or parameters
-    numbers = len(rows.ids) * checkpoints * dimensions
-    size = f"{len(rows.ids):,} rows x {checkpoints} checkpoints x {dimensions:,} dimensions"
-    if config.dimensions is None and numbers > _MOST_UNPROJECTED:
-        raise ConfigError(
-            f"features.dimensions=null keeps gradients as they are, here {size}, more than {_MOST_UNPROJECTED:,} "
-            "numbers; project them as in features.dimensions=8192"
-        )
-    file = folder / UNFINISHED / FEATURES_FILE if folder is not None else None
-    reserved = file.stat().st_blocks * 512 if file is not None and file.exists() else 0
+    size = 4 * len(rows.ids) * checkpoints * dimensions
     free = shutil.disk_usage(runtime.store.root).free
-    if 4 * numbers - reserved > free:
+    if size > free:
         raise GradsiftError(
-            f"the gradient features take {4 * numbers / 1e9:.1f} GB ({size} x 4 bytes), and {runtime.store.root} has "
-            f"{free / 1e9:.1f} GB free; lower features.dimensions, take features.checkpoints=last, or give another "
-            "folder with artifacts=DIR"
+            f"the gradient features take {size / 1e9:.1f} GB ({len(rows.ids):,} rows x {checkpoints} checkpoints x "
+            f"{dimensions:,} dimensions x 4 bytes), but {runtime.store.root} has only {free / 1e9:.1f} GB free; lower "
+            "features.dimensions, take features.checkpoints=last, or give another folder with artifacts=DIR"
         )
-    if folder is not None:
-        runtime.display.say(f"  gradient features: {size} x 4 bytes = {4 * numbers / 1e9:.2f} GB on disk")
-    return parameters
 
 
 def block_rows(size: int, device: torch.device) -> int:
     """Return B, the number of rows of a block, for gradients of `size` numbers each.
 
-    B is a power of two, so that a resumed run usually has the same blocks even if the free memory differs a little.
+    B is a power of two, so that a resumed run usually has the same blocks even if its free memory differs a little.
     """
     # a quarter of a GPU's free memory; the projection and the backward passes need the rest
     free = int(torch.cuda.mem_get_info(device)[0]) // 4 if device.type == "cuda" else _BLOCK_BYTES
@@ -223,7 +212,7 @@ class AdamState:
             for name, parameter in parameters.items():
                 moment = tensors.get(f"{kind}:{name}")
                 if moment is None or moment.shape != parameter.shape:
-                    raise GradsiftError(f"{path.name} holds no Adam moments of {name}; delete {path.parent.name}")
+                    raise GradsiftError(f"{path.name} has no Adam moments of {name}; delete {path.parent.name}")
                 parts.append(moment.flatten())
             moments.append(torch.cat(parts).to(device, torch.float32))
         return cls(*moments)
@@ -237,7 +226,7 @@ class AdamState:
         is zero gets the update 0 and not b1 m / sqrt(v' + eps), because m comes from other examples.
         """
         silent = ~gradients.any(1)
-        # the denominator first, since the numerator overwrites g; a second copy of (B, P) float32 may not fit in memory
+        # a second (B, P) copy might not fit in memory, so the numerator overwrites g, after the denominator has used it
         roots = gradients.square().mul_(1 - BETAS[1]).add_(self.second, alpha=BETAS[1]).add_(_EPS).sqrt_()
         adjusted = gradients.mul_(1 - BETAS[0]).add_(self.first, alpha=BETAS[0]).div_(roots)
         adjusted[silent] = 0.0
@@ -314,7 +303,7 @@ def warmup_rows(config: WarmupConfig, rows: int) -> int:
     count = min(config.rows, rows) if config.rows is not None else math.floor((config.share or 0) * rows + 1e-9)
     if count < 1:
         raise GradsiftError(
-            f"features.warmup.share={config.share} of {rows:,} rows is not a single one; give a larger share, or "
+            f"features.warmup.share={config.share} of {rows:,} rows is less than one row; give a larger share, or "
             "features.warmup.rows=NUMBER"
         )
     return count
@@ -342,7 +331,7 @@ def _warm_up_epoch(
     inputs = inputs._replace(encoded=[example for example in inputs.encoded if example.row in rows])
     if not inputs.encoded:
         raise GradsiftError(
-            f"none of the {len(drawn):,} warm-up rows has a response token; raise features.warmup.share (or rows)"
+            f"none of the {len(drawn):,} warm-up rows has a response token; raise features.warmup.share (or .rows)"
         )
     lengths = [len(example.input_ids) for example in inputs.encoded]
     plan = epoch_batches(lengths, config.batch_size, "random", derive_seed(seed, "warmup order", epoch))

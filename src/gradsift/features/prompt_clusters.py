@@ -1,9 +1,9 @@
 """Clusters of prompts, which an audit uses as task families if the data does not name families.
 
 The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
-length one, and clustered with k-means. This is cheap, and its seed is fixed. It needs no model, so the clusters
-favour no scorer that uses a model's features; but the scorer `contrast` finds similar prompts with the same vectors.
-The clusters reflect topics and wording rather than skills, so compare methods by clusters within one dataset only.
+length one, and clustered with k-means with a fixed seed. No model is used, so the clusters do not favour scorers that
+use a model's features. But the scorer `contrast` finds similar prompts with the same vectors. The clusters reflect
+topics and wording rather than skills, so compare methods by clusters within one dataset only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Return an artifact with the cluster of each example's prompt. All methods are measured by the same clusters.
+    """Return an artifact with the cluster of each example's prompt, the same for all methods.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
@@ -51,7 +51,7 @@ def clusters_of(artifact: Artifact) -> list[str]:
 
 
 def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
-    """Return the cluster (N,) of each text, counted from 0."""
+    """Return the number (N,) of each text's cluster, from 0."""
     from sklearn.cluster import MiniBatchKMeans
 
     different = len(set(texts))
@@ -69,9 +69,9 @@ def prompt_of(example: Example) -> str:
 def prompt_vectors(texts: Sequence[str]) -> Any:
     """Return TF-IDF vectors (N, D) of the texts' words and word pairs, of length one.
 
-    With more than 50 texts and more than 50 different words and pairs, the vectors are dense, reduced to 50 dimensions.
-    Otherwise they are sparse, with a dimension for each word and pair. All texts without a word get the same vector, in
-    an additional dimension, because a vector of zeros would be near to all others.
+    With more than 50 texts and more than 50 different words and pairs, the vectors are dense and have 50 dimensions.
+    Otherwise they are sparse and have a dimension for each word and pair. All texts without a word get the same vector,
+    in an additional dimension, because a vector of zeros would be near to all others.
 
     Raises:
         ConfigError: no text has a word.
@@ -84,7 +84,7 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
     try:
         features = TfidfVectorizer(analyzer=_words_and_pairs, sublinear_tf=True).fit_transform(texts)
     except ValueError as error:  # no prompt has a word
-        raise ConfigError(f"the prompts hold no words to compare them by ({error})") from error
+        raise ConfigError(f"the prompts hold no words by which to compare them ({error})") from error
     if features.shape[1] > _DIMENSIONS and len(texts) > _DIMENSIONS:
         features = normalize(TruncatedSVD(_DIMENSIONS, random_state=0).fit_transform(features))
     wordless = np.asarray(abs(features).sum(1)).reshape(-1, 1) == 0
@@ -95,6 +95,6 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
 
 
 def _words_and_pairs(text: str) -> list[str]:
-    """Return words of any length (also numbers, and runs of scripts without spaces) and pairs of adjacent words."""
+    """Return the words, of any length (numbers too; text without spaces is one word), and pairs of adjacent words."""
     words = re.findall(r"\w+", text.lower())
     return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]

@@ -45,7 +45,7 @@ class SentenceEncoder:
         self.dimensions = int(encoder.get_embedding_dimension())
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """See `Encoder.read`; no example is refused, because no chat template is used."""
+        """See `Encoder.read`. No example is rejected, because no chat template is used."""
         limit, tokenizer = self._encoder.max_seq_length, self._encoder.tokenizer
         texts, cut, row = [], 0, 0
         for contents in chunks((start_of(text_of(each, self._text), tokenizer, limit) for each in examples), len):
@@ -75,14 +75,14 @@ def text_of(example: Example, text: str) -> str:
 
 
 def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
-    """Return the embedder of this config; the model is pinned now (`sentence_encoder`) and loaded when first used."""
+    """Return the embedder of this config. The model is pinned (`sentence_encoder`) now and loaded on first use."""
     pin = sentence_encoder(runtime, config)
     settings = {"text": config.text, "max_length": config.max_length}
     return Embedder(config.name, settings, pin, functools.cache(lambda: load_sentence_encoder(runtime, config, pin)))
 
 
 def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Artifact:
-    """Return an artifact that pins the model: a folder by the hashes of its files, a hub model by its commit.
+    """Return an artifact that pins the model: a folder by the hashes of its files, or a hub model by its commit.
 
     Raises:
         ConfigError: the package is not installed.
@@ -147,6 +147,6 @@ def _loading(config: SentenceTransformersConfig) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:  # HfHubHTTPError is an OSError
         raise DataError(
             f"embedder.model={config.model} could not be loaded ({first_line(error)}): the hub cannot be reached and "
-            "the local cache does not have it, or it is no sentence-transformers model with safetensors; give a folder "
-            "that is"
+            "the model is not in the local cache, or it is not a sentence-transformers model with safetensors; give a "
+            "folder with such a model"
         ) from error

@@ -1,14 +1,14 @@
 """Vectors of examples on disk, filled block by block, and their inner products.
 
-A feature artifact holds `features.npy`, (N, D) float32 in the order of the examples and memory-mapped when read, and
+A feature artifact has a `features.npy`, (N, D) float32 in the order of the examples (memory-mapped when read), and an
 `ids.json`, which names the rows. A row has length 1, or length 0 if its example has no direction (a zero gradient, an
-empty text). A row of gradient features has a length between 0 and 1 if the gradient is zero at some checkpoints only,
-and any length with `features.normalise=false`.
+empty text). There are two exceptions for gradient features: a row has a length between 0 and 1 if the gradient is zero
+at some of the checkpoints, and rows may have any length with `features.normalise=false`.
 
 Inner products of rows of length 1 are cosines. They are computed block by block, so that no (N, N) matrix is in memory.
-`blocks` yields float64 rows, and `products` rounds their products to nine decimals. A product then depends neither on
-the block size nor on the row's place in a block, and equal vectors have equal products, so that a selector can break
-the tie by their order in the data.
+`blocks` yields float64 rows, and `products` rounds their products to nine decimals. So a product does not depend on the
+block size or on the row's place in a block, and equal vectors have equal products: a selector can break such a tie by
+the order of the data.
 
 Shape letters: N examples, n requested rows, D features, B rows of a block, C other vectors, K anchors.
 """
@@ -46,7 +46,7 @@ class Features:
 
     vectors: np.ndarray  # (N, D) float32, often memory-mapped
     tasks: tuple[str, ...] = ()  # (N,) the task of each row of a target set; empty for a pool
-    silent: tuple[int, ...] = ()  # rows of zeros whose example has no response token
+    silent: tuple[int, ...] = ()  # rows whose example has no response token; they are all zeros
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -75,9 +75,9 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
-    """Return an array (rows, dimensions) float32 on disk. Fill it with `fill_block`, then call `finish_features`.
+    """Return an array (rows, dimensions) float32 on disk, to be filled with `fill_block` and `finish_features`.
 
-    The array of an interrupted run is opened again with the blocks that the run filled; a new array is all zeros.
+    If an interrupted run has left an array, it is opened again with the blocks filled so far. A new array is all zeros.
 
     Raises:
         OSError: the disk has no room for the array.
@@ -89,13 +89,14 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
         np.lib.format.write_array_header_1_0(stream, layout | {"shape": (rows, dimensions)})
         start = stream.tell()
         stream.flush()
-        if hasattr(os, "posix_fallocate"):  # writing to a mapped page when the disk is full would kill the process
+        if hasattr(os, "posix_fallocate"):
+            # reserve the disk space, because writing to a mapped page of a full disk would kill the process
             os.posix_fallocate(stream.fileno(), 0, start + 4 * rows * dimensions)
     return np.memmap(path, dtype=np.float32, mode="r+", offset=start, shape=(rows, dimensions))
 
 
 def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make: Callable[[], np.ndarray]) -> bool:
-    """Write `make()` to `vectors[index]` unless an interrupted run has done so; return whether `make` was called.
+    """Write `make()` to `vectors[index]` unless an interrupted run has done so, and return whether `make` was called.
 
     The journal keeps a checksum of each block under `key` (a JSON value).
     """
@@ -125,7 +126,7 @@ def finish_features(
 
 
 def read_features(artifact: Artifact) -> Features:
-    """Return the features of an artifact; the vectors stay on disk until they are used."""
+    """Return the features of an artifact, with memory-mapped vectors."""
     vectors = np.load(artifact.file(FEATURES_FILE), mmap_mode="r", allow_pickle=False)
     names = json.loads(artifact.file(IDS_FILE).read_text(encoding="utf-8"))
     return Features(vectors, tuple(names["tasks"]), tuple(names["silent"]))

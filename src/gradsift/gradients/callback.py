@@ -3,11 +3,11 @@
 `GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
 TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step, by a
 probe (`gradients/probes.py`) that is attached to the model while it trains. transformers does not report exceptions to
-its callbacks, so after an exception the probe is removed by the model's next forward pass outside of a training.
+its callbacks, so after an exception the probe stays until the model's next forward pass outside of a training.
 
-The norm of an example is |grad L_i|, whatever number the trainer divides the loss of a batch by. L_i is the mean loss
-over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With `mean` and
-`sum` as Lightning's `reduction`, L_i is the example's loss as it enters the mean or sum over the batch.
+The norm of an example is |grad L_i|. It does not depend on how the trainer scales the loss of a batch. L_i is the mean
+loss over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With
+`reduction="mean"` or `"sum"` in Lightning, L_i is the example's loss as it enters the mean or sum over the batch.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ COLUMNS = ("norm_A", "norm_B", "loss")
 class NormRecords:
     """Collects norms and losses of examples, batch by batch.
 
-    The values are kept in one tensor on the device, which is enlarged when it is full. Thousands of small tensors, each
-    allocated among the large tensors of its step, would fragment the memory (gigabytes on a CPU).
+    The values are kept in one tensor on the device, which is enlarged when it is full. A small tensor per batch,
+    allocated between the large tensors of the step, would fragment the memory (by gigabytes on a CPU).
     """
 
     def __init__(self) -> None:
         self._values = torch.empty(2 + len(COLUMNS), 0, dtype=torch.float64)  # id, epoch, norm_A, norm_B, loss
         self._count = 0
-        self._names: dict[str, int] = {}  # the number of each id that is a string
+        self._names: dict[str, int] = {}  # numbers that stand for ids that are strings
 
     def add(
         self,
@@ -54,7 +54,7 @@ class NormRecords:
         losses: torch.Tensor | None = None,
         scale: torch.Tensor | float = 1.0,
     ) -> None:
-        """Add a batch of B examples, (B,) each: ids (whole numbers or strings), norms and, if known, losses.
+        """Add a batch of B examples: ids (whole numbers or strings), norms and, if known, losses, (B,) each.
 
         The norms are multiplied by `scale`, a number or (B,).
         """
@@ -69,7 +69,7 @@ class NormRecords:
             ids = torch.tensor([int(each) for each in ids])
         count = len(ids)
         if self._count + count > self._values.shape[1]:
-            # the size doubles, so N examples cause at most 2 N copies; otherwise each batch would copy all examples
+            # the size doubles, so that N examples cause O(N) copies
             larger = self._values.new_empty((len(self._values), 2 * self._count + count + 64), device=norm_a.device)
             larger[:, : self._count] = self._values[:, : self._count]
             self._values = larger
@@ -79,8 +79,8 @@ class NormRecords:
         self._count += count
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the records so far, for `load_state_dict`: a tensor and, if ids are strings, a list of them."""
-        # a copy without the spare columns: a view may be overwritten before it is saved, or saved with these columns
+        """Return the records so far: a tensor and, if the ids are strings, the list of ids."""
+        # a copy: a view would be saved with the spare columns, and might change before it is saved
         values = {"values": self._values[:, : self._count].clone()}
         return {**values, "names": list(self._names)} if self._names else values
 
@@ -89,7 +89,7 @@ class NormRecords:
         self._names = {name: number for number, name in enumerate(state.get("names", ()))}
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return columns with an entry for each example in each epoch, in the order in which they were added.
+        """Return columns with one entry per example and epoch, in the order in which they were added.
 
         Returns:
             example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
@@ -143,12 +143,12 @@ class NormRecords:
 class GradientNormCallback(L.Callback):
     """Collects per-sample gradient norms in a Lightning `Trainer`.
 
-    A module can use automatic optimisation. Its `training_step` must then run one forward pass of the batch and return
-    the loss of the batch; gradient accumulation is taken into account. In a distributed training, each rank
-    collects the examples of its own batches.
+    With automatic optimisation, `training_step` must run one forward pass of the batch and return the loss of the
+    batch. Gradient accumulation is taken into account. In a distributed training, each rank collects the examples of
+    its own batches.
 
-    A module with an attribute `gradient_norms` computes the norms itself, as gradsift's modules do, because their steps
-    have several backward passes. The callback sets this attribute to a `NormProbe`, and the module returns `rows`,
+    A module with an attribute `gradient_norms` computes the norms itself. (gradsift's modules do, because their steps
+    have several backward passes.) The callback sets this attribute to a `NormProbe`, and the module returns `rows`,
     `losses`, `norm_A` and `norm_B`, (B,) each, from `training_step` or, in `Trainer.validate`, from `validation_step`.
     """
 
@@ -165,7 +165,7 @@ class GradientNormCallback(L.Callback):
             raise ConfigError(f"reduction={reduction!r} is not known; choose one of: mean, token_mean, sum")
         self._example_id = example_id
         self._reduction = reduction
-        self._norms: Any = None  # the `NormProbe` while a model is trained, or validated for its norms
+        self._norms: Any = None  # the attached `NormProbe`
         self._attached = ExitStack()
         self._of_batch: list[tuple[torch.Tensor, torch.Tensor]] = []  # one pair per backward pass of this batch
         self.records = NormRecords()
@@ -254,10 +254,10 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Collects per-sample gradient norms in transformers' `Trainer` or TRL's `SFTTrainer`, in one process.
 
     The training set needs a column with the ids of the examples (whole numbers or strings). The trainer must keep this
-    column, so set `TrainingArguments(remove_unused_columns=False)`. The callback withholds the ids from the collator,
-    adds them to the collated batch, and removes them before the model's forward pass. The number that the trainer
-    divides the loss by is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken
-    into account.
+    column, so set `TrainingArguments(remove_unused_columns=False)`. The callback hides the ids from the collator, adds
+    them to the collated batch, and removes them before the model's forward pass. The factor by which the trainer scales
+    the loss is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken into
+    account.
     """
 
     def __init__(self, example_id: str = "example_id") -> None:
@@ -270,7 +270,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self._attached = ExitStack()  # closing it removes the hooks, the probe and the collator
         self._ids: Any = None
         self._labels: torch.Tensor | None = None
-        self._divided_by: torch.Tensor | float | None = None  # divisor of the model's loss; None: number of labels
+        self._divided_by: torch.Tensor | float | None = None  # divisor in the model's loss; None: number of labels
         self._token_weight: torch.Tensor | None = None  # d (loss of the step) / d (negative log-likelihood of a token)
         self.records = NormRecords()
 
@@ -285,7 +285,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps the loader
         self._norms = self._attached.enter_context(attached(model, NormProbe()))
-        # first of all hooks: the ids have to leave the arguments before anything else reads them
+        # before all other hooks, so that none of them sees the ids
         before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
         self._attached.callback(before.remove)
         self._attached.callback(model.register_forward_hook(self._after_forward).remove)
@@ -315,7 +315,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         self.records.add(self._ids, int(state.epoch or 0), norm_a, norm_b, scale=scale)
         self._ids = None
 
-    on_pre_optimizer_step = on_substep_end  # of a step's last backward pass, after which `on_substep_end` is not called
+    on_pre_optimizer_step = on_substep_end  # the event after a step's last backward pass, which has no `on_substep_end`
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._detach()
@@ -336,15 +336,15 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
         return positional, named
 
     def _after_forward(self, model: Any, positional: Any, outputs: Any) -> None:
-        """Add a hook to the backward pass, which records the weight of a token's loss in the trainer's loss."""
+        """Register a hook on the backward pass that records the weight of a token's loss in the trainer's loss."""
         if not torch.is_grad_enabled() or self._labels is None:
             return
         log_probs = getattr(outputs, "log_probs", None)  # only TRL's model has them: TRL's trainer computes the loss
         if log_probs is not None and log_probs.requires_grad:
             log_probs.register_hook(self._weigh_by_log_probs)
         elif getattr(outputs, "loss", None) is not None and outputs.loss.requires_grad:
-            # The gradient that arrives at the model's loss is what the trainer multiplies that loss by, gradient
-            # accumulation included; the model itself has divided the sum over the tokens by `divided_by`.
+            # The gradient with respect to the model's loss is the factor by which the trainer scales that loss
+            # (gradient accumulation included). The model has divided the sum over the tokens by `divided_by`.
             divided_by = _labelled(self._labels).sum() if self._divided_by is None else self._divided_by
             outputs.loss.register_hook(lambda gradient: setattr(self, "_token_weight", gradient / divided_by))
 
@@ -357,7 +357,7 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _is_training() -> bool:
-    """Return whether `Trainer.train` is on the call stack; a callback is not told if an exception has ended it."""
+    """Return whether `Trainer.train` is on the call stack."""
     from transformers import Trainer  # the import takes a second; the callers have made it already
 
     frame = inspect.currentframe()
@@ -375,5 +375,5 @@ def _entry(batch: Any, name: str, purpose: str) -> Any:
 
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Return each example's number of tokens with a loss, (B,); the first token has none, as it is not predicted."""
+    """Return each example's number of tokens with a loss, (B,). The first token is never predicted, so it has none."""
     return (labels[:, 1:] != IGNORED).sum(1)

@@ -1,20 +1,19 @@
 """Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
 
 The loss is the mean negative log-likelihood of the example's response tokens. Its gradients with respect to the
-embedding and to the head are matrices of V x D numbers. The maximum, minimum, mean and standard deviation over all
-entries of each, zeros included, are exact, although no whole matrix is held in memory:
+embedding and to the head are V x D matrices. The maximum, minimum, mean and standard deviation of the entries of each
+matrix (zeros included) are exact, but no whole matrix is held in memory:
 
-    embedding  the row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
-               token's positions; the rows of all tokens that the example does not contain are zero
-    head       (Q - Y)^T H / n over the n places (positions whose next token is a response token): Q predicted
-               probabilities, Y one-hot targets, H last hidden states. The product is computed for a chunk of the
-               vocabulary at a time
+    embedding  The row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
+               token's positions. The rows of tokens that the example does not contain are zero.
+    head       (Q - Y)^T H / n over the n places (positions whose next token is a response token), with predicted
+               probabilities Q, one-hot targets Y and last hidden states H. The product is computed for one chunk of the
+               vocabulary at a time.
 
-The mean for the head is 0 by definition, because the probabilities and the target of a place both sum to one. The
-mean for the embedding is 0 up to rounding if every layer that reads the residual stream first subtracts the stream's
-mean over the hidden dimensions, as GPT-2's LayerNorm does and Llama's RMSNorm does not. If one tensor is both
-embedding and head (GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for each
-matrix alone.
+The mean for the head is 0, because the probabilities and the one-hot target of a place both sum to one. The mean for
+the embedding is 0 up to rounding if every layer that reads the residual stream first subtracts the stream's mean over
+the hidden dimensions. GPT-2's LayerNorm does, Llama's RMSNorm does not. If one tensor is both embedding and head
+(GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for each matrix separately.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
 n places of one example, D hidden size, V vocabulary, N examples.
@@ -22,7 +21,7 @@ n places of one example, D hidden size, V vocabulary, N examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,14 +32,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradsift.artifacts import Artifact
-from gradsift.config import ComputeConfig, LoraConfig
 from gradsift.data.batching import Batch, collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.journal import Journal
-from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.proxy.epochs import Ensemble, ProxyInputs, adapter
 from gradsift.proxy.member_tables import member_table
-from gradsift.runtime import Advance, Runtime
+from gradsift.runtime import Advance
 from gradsift.training import lora
 from gradsift.training.device import TokenBudget, numbers_at_once
 from gradsift.training.head import OutputHead, require_finite
@@ -60,7 +58,7 @@ class EmbeddingGradients:
     embedding_std: np.ndarray  # population std: std^2 + mean^2 = |gradient|^2 / (V x D)
     head_max: np.ndarray
     head_min: np.ndarray
-    head_mean: np.ndarray  # 0 by definition
+    head_mean: np.ndarray  # 0
     head_std: np.ndarray
     entries: int  # V x D
 
@@ -68,10 +66,8 @@ class EmbeddingGradients:
 COLUMNS = tuple(field.name for field in fields(EmbeddingGradients))[:-1]
 
 
-def embedding_gradients(
-    runtime: Runtime, member: Artifact, config: LoraConfig, load: Callable[[], ProxyInputs], count: int
-) -> Artifact:
-    """Return an artifact with the statistics of all N = `count` examples; for the arguments see `member_table`."""
+def embedding_gradients(ensemble: Ensemble, member: Artifact, count: int) -> Artifact:
+    """Return an artifact with the statistics of all N = `count` examples at a member's weights."""
 
     def table(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
         backbone, encoded, budget = inputs
@@ -84,22 +80,20 @@ def embedding_gradients(
     def info(inputs: ProxyInputs) -> dict[str, int]:
         return {"entries": inputs.backbone.model.get_input_embeddings().weight.numel()}
 
-    stage, file = "embedding_gradients", STATISTICS_FILE
-    return member_table(runtime, stage, file, config, member, load, table, passes=1, version=VERSION, info=info)
+    stage = "embedding_gradients"
+    return member_table(ensemble, stage, STATISTICS_FILE, member, table, passes=1, version=VERSION, info=info)
 
 
-def checked_inputs(
-    load: Callable[[], ProxyInputs], config: LoraConfig, compute: ComputeConfig
-) -> Callable[[], ProxyInputs]:
-    """Return `load` with the check of `UseOfEmbedding`, so that a member is not trained on an unsuitable model."""
+def with_check(ensemble: Ensemble) -> Ensemble:
+    """Return the ensemble with a check that raises the errors of `UseOfEmbedding` before a member is trained."""
 
-    def checked() -> ProxyInputs:
-        inputs = load()
-        with adapter(inputs.backbone, config, 0, compute) as adapted:
+    def load() -> ProxyInputs:
+        inputs = ensemble.load()
+        with adapter(inputs.backbone, ensemble.config.lora, 0, ensemble.runtime.compute) as adapted:
             UseOfEmbedding(adapted)
         return inputs
 
-    return checked
+    return ensemble._replace(load=load)
 
 
 def read_embedding_gradients(artifact: Artifact) -> EmbeddingGradients:
@@ -148,8 +142,8 @@ class UseOfEmbedding:
         embedding = causal.get_input_embeddings()
         if head is None or type(embedding) is not nn.Embedding:
             raise GradsiftError(
-                f"{type(causal).__name__} scales or caps what its embedding or its head gives, or one of them is in "
-                "proxy.lora.targets, so their gradients cannot be told from activations; take another proxy"
+                f"{type(causal).__name__} scales or caps what its embedding or head returns, or proxy.lora.targets "
+                "names one of them, so their gradients cannot be computed from activations; take another proxy"
             )
         self._head = head
         self._embedding = embedding
@@ -171,12 +165,11 @@ class UseOfEmbedding:
 
     def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return row numbers (B,) and statistics (B, 8) float64 of a batch's examples, on the CPU."""
-        # the batch is on the CPU, where its sizes can be read without waiting for the device
+        # `batch` stays on the CPU, where its sizes can be read without waiting for the device
         moved = batch.to(self._embedding.weight.device)
         hidden = self._head.hidden_states(moved.model_inputs(), moved.places)
         owners = moved.places // batch.input_ids.shape[1]  # (P,) examples
-        # L_i = (1/n_i) sum_t l_it, term by term: the backward pass of the sum over the batch then gives each example
-        # the gradient of its own mean
+        # L_i = (1/n_i) sum_t l_it, so each token's loss is divided by its example's n_i before the sum over the batch
         losses = self._head.token_losses(hidden, moved.targets) / moved.counts[owners]
         (backprops,) = torch.autograd.grad(losses.sum(), self._embedded)
         embedding = embedding_statistics(batch, backprops, self._embedding.num_embeddings)
@@ -195,22 +188,21 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
         vocabulary: V.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
-    # One key per example and token: a token that occurs in two examples has a row in the gradient of each.
+    # one key per example and token, because a token that occurs in two examples has a row in the gradient of each
     tokens, inverse = torch.unique(examples * vocabulary + batch.input_ids[examples, columns], return_inverse=True)
     owners = tokens // vocabulary
-    # 0 is a candidate for the extremes unless the example contains every token of the vocabulary, because then no row
-    # of its gradient is zero
+    # an absent token's row is zero, so 0 counts in the extremes unless the example contains the whole vocabulary
     absent = torch.bincount(owners, minlength=len(batch.rows)) < vocabulary
     examples, columns, inverse, owners, absent = (
         index.to(backprops.device) for index in (examples, columns, inverse, owners, absent)
     )
     rows = torch.zeros(len(tokens), backprops.shape[2], device=backprops.device)  # (U of all examples, D)
-    # float32 also for a bfloat16 model: the row of a frequent token is a sum of many backprops
+    # float32 also for a bfloat16 model, because the row of a frequent token is a sum of many backprops
     rows.index_add_(0, inverse, backprops[examples, columns].float())
-    zero = backprops.new_zeros(len(batch.rows), dtype=torch.float32)  # the rows of all other tokens
+    zero = backprops.new_zeros(len(batch.rows), dtype=torch.float32)
     largest = zero.where(absent, -torch.inf).scatter_reduce(0, owners, rows.amax(1), "amax")
     smallest = zero.where(absent, torch.inf).scatter_reduce(0, owners, rows.amin(1), "amin")
-    # float64: the variance is the difference of two means over V x D entries, nearly all of them zero
+    # float64, because the variance is a difference of two means over V x D entries, nearly all of which are zero
     total, squares = (zero.double().index_add(0, owners, part.double().sum(1)) for part in (rows, rows.square()))
     return _of_moments(largest, smallest, total, squares, vocabulary * backprops.shape[2])
 
@@ -227,10 +219,9 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)
         # Q - Y, the gradient of each place's loss with respect to its logits
         errors.scatter_add_(1, targets[:, None], errors.new_full((len(targets), 1), -1.0))
-        # the 1/n of the mean over the response tokens
-        hidden = hidden.float() / len(hidden)
+        hidden = hidden.float() / len(hidden)  # H / n
         extremes, squares = [], errors.new_zeros((), dtype=torch.float64)
-        # the whole (V, D) gradient of GPT-2's head would take 154 MB in float32, for each example
+        # the whole (V, D) gradient of GPT-2's head takes 154 MB in float32
         for chunk in errors.split(max(1, numbers_at_once(hidden.device, _CHUNK) // hidden.shape[1]), dim=1):
             gradient = chunk.t() @ hidden  # (rows of V, D)
             extremes.append(torch.stack(gradient.aminmax()))

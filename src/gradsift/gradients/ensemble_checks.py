@@ -2,7 +2,7 @@
 
 GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior, and a falling gradient norm as a sign
 of learning. The method fails if the ensemble collapses (V_t near 0) or the proxy does not learn (scores near 0). The
-ranking also changes if gradient norms rise, or if eps is larger than the number that it is added to.
+scores also lose their meaning if gradient norms rise, or if eps is larger than the number that it is added to.
 
 Examples without statistics (NaN) are left out.
 
@@ -21,39 +21,37 @@ from gradsift.diagnostics import Diagnostic
 from gradsift.gradients.statistics import Statistics
 from gradsift.training.optimization import read_curve
 
-# The comments say what was measured in the runs of experiments/LOG.md, in which no ensemble has collapsed.
+# "Measured" values are from the runs in experiments/LOG.md, in which no ensemble has collapsed.
 
 # Relative distance of two members' updates: 0 for equal ones, sqrt(2) for unrelated ones. Measured: 1.1 (nano, M = 5)
 # and 1.3 (SmolLM2, M = 3).
 LEAST_ADAPTER_SPREAD = 0.3
-# Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Members that never learned have 0.02,
-# because each draws its own A (smoke run), so members below the bound are copies.
+# Median of sqrt(V_t) / G_t. Measured: 0.10-0.11 (nano), 0.03 (SmolLM2). Even untrained members have 0.02 (smoke run),
+# because each draws its own A. So members below the bound are copies of each other.
 LEAST_NORM_SPREAD = 0.01
-# Relative fall of the loss between the snapshots, over the same examples, so without sampling noise. Measured:
-# 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
+# Relative fall of the loss between the snapshots. Both losses are of the same examples, so they have no sampling noise.
+# Measured: 0.06-0.11; a learning rate too small by orders of magnitude gives 1e-5 and less.
 LEAST_FALL_BETWEEN_SNAPSHOTS = 0.001
-# Relative fall of the loss from the first to the last tenth of the batches, which hold different examples. Measured:
-# 0.3.
+# Relative fall of the loss from the first to the last tenth of the batches, which are of other examples. Measured: 0.3.
 LEAST_FALL_FROM_START = 0.01
-# Least number of batches in such a tenth, over all members: with fewer, the losses of two tenths differ by chance more
-# than by learning (by 5 % in the smoke run).
+# Least number of batches in such a tenth, over all members. With fewer, two tenths differ more by chance (by 5 % in the
+# smoke run) than by learning.
 LEAST_BATCHES = 10
-# Share of examples whose norm rises. Above it, the training regime affects the scores more than the examples do.
+# Share of examples whose norm rises. Above this share, the scores depend more on the training than on the examples.
 MOST_NEGATIVE_DROPS = 0.5
-# Relative error of a norm in float32; tests find 1e-6 for most norms. The sign of a smaller change is not reliable.
+# Relative error of a norm in float32 (in tests, 1e-6 for most norms). The sign of a smaller change is not reliable.
 FLOAT32_ERROR = 1e-5
-# Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below this bound, every score is near zero and noise
-# decides the ranking.
+# Median of |G_s - G_t| / G_s. Measured: 0.08-0.16. Below this bound, all scores are near zero and ranked by noise.
 LEAST_DROP_SIZE = 0.005
-# Share of examples in which eps outweighs V_t or G_s. Examples with a V_t below eps get the highest scores. 1 % of the
+# Share of examples whose V_t or G_s is below eps. Examples with a V_t below eps get the highest scores, and 1 % of the
 # pool is a fifth of the paper's smallest budget.
 MOST_EPS_DOMINATED = 0.01
-# Median relative error of a norm in bfloat16 (only the part that differs between members), by the precision of the
-# residual stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
+# Median relative error of a norm in bfloat16, without the part that all members share, by the precision of the residual
+# stream (SmolLM2, 300 Alpaca rows; experiments/2026-11-22-gradient-engine).
 BFLOAT16_ERROR = {"float32": 0.0029, "bfloat16": 0.0041}
-# Ratio of BFLOAT16_ERROR to the median of sqrt(V_t) / G_t; its square is the share of V_t that is rounding. At ratios
-# of .09 and .13, the Spearman correlation of G-SNR in bfloat16 with G-SNR in float32 was .982 and .978; at least .98 is
-# wanted.
+# Ratio of BFLOAT16_ERROR to the median of sqrt(V_t) / G_t. Its square is the share of V_t that is rounding error. The
+# Spearman correlation of G-SNR in bfloat16 with G-SNR in float32 should be at least .98; it was .982 at a ratio of .09,
+# and .978 at .13.
 MOST_ERROR_OVER_SPREAD = 0.08
 
 
@@ -89,9 +87,9 @@ def diagnose_ensemble(
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
     """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
 
-    The factors themselves are not compared: A is drawn anew for each member and stays near its initial value, and B is
-    learnt for that A. So the factors of two members have a relative distance of sqrt(2) even if both members compute
-    the same function.
+    The factors themselves are not compared. Each member draws its own A, which stays near its initial value, and learns
+    B for this A. So the factors of two members differ (relative distance sqrt(2)) even if both members compute the same
+    function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
@@ -106,8 +104,7 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
         check = "that proxy.learning_rate and the number of steps move the adapters"
         return Diagnostic.judged(name, True, {value: None}, "the update of every member's adapter is still zero", check)
     first, second = np.triu_indices(len(adapters), k=1)
-    # |U - U'|^2 = |U|^2 + |U'|^2 - 2 <U, U'> for the updates U = B A of two members; for copies it may round to below
-    # zero
+    # |U - U'|^2 = |U|^2 + |U'|^2 - 2 <U, U'> for the updates U = B A of two members; may be rounded to below zero
     between = squares[first] + squares[second] - 2 * products[first, second]
     spread = float(np.sqrt(np.maximum(between, 0)).mean()) / norm
     seen = f"two members' updates lie {spread:.2g} of their norm apart (unrelated ones 1.4)"
@@ -143,25 +140,25 @@ def norm_spread(statistics: Statistics, members: int) -> Diagnostic:
         return Diagnostic.unknown(name, value, "no example has a gradient at the late snapshot")
     variation = float(np.median(variations))
     seen = f"the members' gradient norms of an example vary by {100 * variation:.2g}% of their mean"
-    check = "V_t, which is then rounding or less, and the members' seeds; a higher proxy.learning_rate parts them"
+    check = "the members' seeds; V_t may be rounding error, and a higher proxy.learning_rate makes the members differ"
     return Diagnostic.judged(name, variation < LEAST_NORM_SPREAD, {value: variation}, seen, check)
 
 
 def norm_precision(error: float, statistics: Statistics) -> Diagnostic:
     """Judge `error`, the relative rounding error of a norm (0 for float32), divided by the median of sqrt(V_t) / G_t.
 
-    The rounding errors of the members differ, so they are part of V_t. They are harmless only if they are much smaller
+    The members' rounding errors differ and therefore contribute to V_t. They are harmless only if they are much smaller
     than the differences between the members' norms.
     """
     name, value = "norm_precision", "error_over_spread"
     if not error:
-        return Diagnostic(name, "ok", {value: 0.0}, "gradient norms were taken in float32")
+        return Diagnostic(name, "ok", {value: 0.0}, "gradient norms were computed in float32")
     variations = _variations(statistics)
     spread = float(np.median(variations)) if variations.size else 0.0
     if not spread > 0:
         return Diagnostic.unknown(name, value, "the members do not differ")
     share = error / spread
-    seen = f"bfloat16 moves a norm by about {error:.1%}, the members differ by {spread:.1%}"
+    seen = f"bfloat16 changes a norm by about {error:.1%}, and the members differ by {spread:.1%}"
     check = "the ranking with compute.precision=float32"
     return Diagnostic.judged(name, share > MOST_ERROR_OVER_SPREAD, {value: share}, seen, check)
 
@@ -182,7 +179,7 @@ def loss_between_snapshots(statistics: Statistics) -> Diagnostic:
 
 
 def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
-    """Judge the relative fall of the loss (nats a token) of each member's batches, from the first tenth to the last."""
+    """Judge the relative fall of the loss (nats a token) from the first to the last tenth of the members' batches."""
     name = "loss_from_start"
     firsts: list[float] = []
     lasts: list[float] = []
@@ -191,7 +188,7 @@ def loss_from_start(curves: Sequence[Sequence[float]]) -> Diagnostic:
         firsts += curve[:tenth]
         lasts += curve[-tenth:]
     if len(firsts) < LEAST_BATCHES:
-        reason = f"a tenth of all members' batches is {len(firsts)}, too few to tell"
+        reason = f"a tenth of all members' batches is only {len(firsts)} of them, too few to compare"
         return Diagnostic.unknown(name, "relative_fall", reason)
     if not np.mean(firsts) > 0:
         return Diagnostic.unknown(name, "relative_fall", "the first batches have no loss that could fall")
@@ -211,7 +208,7 @@ def drop_sign(statistics: Statistics) -> Diagnostic:
     """Judge the mean drop G_s - G_t and the share of examples whose drop is negative.
 
     If the drop is negative, dividing by V_t favours a high variance, the opposite of the score's purpose. A drop within
-    rounding counts as not negative; `drop_size` warns of such drops.
+    the rounding error does not count as negative; `drop_size` warns of such drops.
     """
     name, value = "drop_sign", "negative_share"
     early, late = _defined(statistics.G_s, statistics.G_t)
@@ -256,7 +253,7 @@ def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
     shares = {name: float((eps >= values).mean()) for name, values in defined.items()}
     largest = max(shares, key=shares.__getitem__)
     places = " and ".join(f"at least {name} in {share:.1%} of the rows" for name, share in shares.items())
-    check = "scorer.eps, and V_t for a collapsed ensemble; there eps decides the score and not the ensemble"
+    check = "scorer.eps, and V_t for a collapsed ensemble; in these rows eps decides the score instead of the ensemble"
     values = {largest: shares[largest], **shares}
     return Diagnostic.judged(
         "eps_share", shares[largest] > MOST_EPS_DOMINATED, values, f"eps={eps:g} is {places}", check

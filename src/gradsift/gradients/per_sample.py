@@ -26,7 +26,7 @@ from gradsift.training.adapted import AdaptedLinear, fuse, layer_path, unfuse
 from gradsift.training.device import numbers_at_once
 from gradsift.training.head import ResponseLosses
 
-_BATCH_BYTES = 128 * 2**20  # upper bound for the gradients of one backward pass on a CPU
+_BATCH_BYTES = 128 * 2**20  # most bytes of the gradients of one backward pass on a CPU
 IGNORED = -100  # transformers' label of a token without a loss
 P = TypeVar("P", NormProbe, GradientProbe)
 
@@ -38,7 +38,7 @@ def attached(model: nn.Module, probe: P) -> Iterator[P]:
     Raises:
         GradsiftError: there is no adapted layer, or one without per-sample gradients (the message names it).
     """
-    # a model that was not adapted by gradsift has peft's own layers, which have no probes
+    # the layers of a model that was adapted by peft alone have no probes
     changed = fuse(model)
     try:
         layers = dict(lora.lora_layers(model))
@@ -47,7 +47,7 @@ def attached(model: nn.Module, probe: P) -> Iterator[P]:
         for name, layer in layers.items():
             if not isinstance(layer, AdaptedLinear):
                 raise GradsiftError(
-                    f"per-sample gradients need plain LoRA on frozen linear layers, and {layer_path(name)} is of class "
+                    f"per-sample gradients need plain LoRA on frozen linear layers, but {layer_path(name)} is of class "
                     f"{type(layer.get_base_layer()).__name__} or its adapter is not plain (DoRA, a bias, a second "
                     "adapter, a name that is not default); leave it out of lora.targets, and load the model unquantised"
                 )
@@ -64,21 +64,21 @@ def attached(model: nn.Module, probe: P) -> Iterator[P]:
 def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: int = 4096) -> np.ndarray:
     """Return the norm of each example's gradient with respect to the LoRA parameters, at the model's weights.
 
-    An example's loss is the mean negative log-likelihood of its labelled tokens; dropout is off. The model is left as
-    it was: no parameter, `.grad` or mode changes.
+    An example's loss is the mean negative log-likelihood of its labelled tokens; dropout is off. The model's
+    parameters, their `.grad` and its training mode do not change.
 
     Args:
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
         rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
             padded, `attention_mask`: lists or one-dimensional tensors of equal length.
-        tokens: most tokens of a forward pass, padding included; it affects the result by rounding only.
+        tokens: most tokens of a forward pass, padding included; changes the result only by rounding.
 
     Returns:
         (N,) float32, the L2 norm over A and B of all adapted layers.
 
     Raises:
-        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, labels that are not the input's
-            own tokens, or no token with a loss; the message names the row.
+        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, a label that is not the token at
+            its position, or no token with a loss; the message names the row.
         GradsiftError: a layer does not support per-sample gradients; the message names the layer.
     """
     encoded = encoded_rows(rows)
@@ -135,28 +135,28 @@ def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
 
 
 def _pad_id(model: Any) -> int:
-    return int(getattr(model.config, "pad_token_id", None) or 0)  # any token: a padded place has no loss
+    return int(getattr(model.config, "pad_token_id", None) or 0)  # any token will do, since padding has no loss
 
 
 @dataclass(frozen=True)
 class GradientPass:
-    """Computes the gradient of each example's mean response loss at fixed weights, with dropout off, as a float32 row.
+    """Computes each example's gradient of its mean response loss, at fixed weights with dropout off, as a float32 row.
 
-    The columns are the parameters in a fixed order, each flattened row by row. With `lora` (see `gradient_pass`), they
-    are A and B of each adapted layer; with `full`, the parameters of the model with the adapter merged into it, in the
-    order of `model.parameters()`.
+    The columns are the parameters, each flattened row by row. With `lora` (see `gradient_pass`), these are A and B of
+    each adapted layer; with `full`, the parameters of the model with the adapter merged into it, in the order of
+    `model.parameters()`.
     """
 
     size: int  # P
     device: torch.device
-    work: Callable[[Sequence[Encoded]], torch.Tensor]  # computes the gradients of as many examples as fit in memory
+    work: Callable[[Sequence[Encoded]], torch.Tensor]  # returns the gradients (B, P) of all given examples at once
 
     def __call__(self, examples: Sequence[Encoded]) -> torch.Tensor:
         """Return the gradients (B, P) float32 on the model's device."""
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield parts of the examples, of at least one example each, with gradients (B, P) that fit in memory."""
+        """Yield the examples in parts whose gradients (B, P) fit in memory, with these gradients."""
         size = max(1, numbers_at_once(self.device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self.work(examples[start : start + size])
@@ -167,8 +167,8 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int) -> Iterator[Gradie
     """Yield a `GradientPass` through an adapted model; on exit the model is as before.
 
     Args:
-        parameters: `lora` (the LoRA factors) or `full` (all weights of a copy of the backbone with the adapter merged
-            into it; this takes one backward pass per example, and P is the size of the model).
+        parameters: `lora` (the LoRA factors) or `full` (all weights of a copy of the model with the adapter merged into
+            it). With `full`, P is the size of the model, and each example needs a backward pass of its own.
 
     Raises:
         GradsiftError: see `attached`; with `full`, the adapter cannot be merged into the model.
@@ -184,13 +184,12 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int) -> Iterator[Gradie
             def work(examples: Sequence[Encoded]) -> torch.Tensor:
                 probe.forget()
                 losses = losses_of(collate(examples, pad_id).to(device))
-                # no example affects another one's loss, so row i of the sum's gradient is the gradient of example i;
-                # (B, P_l) for each layer
+                # (B, P_l) for each layer: L_i depends on row i only, so row i of the sum's gradient is that of L_i
                 parts = torch.autograd.grad(losses.sum(), [probe.probes[id(layer)] for layer in layers])
                 probe.forget()
                 return torch.cat(parts, 1)
 
-            # frozen factors count too: peft freezes the adapters of a model that it loads
+            # counts frozen factors too, because peft freezes the adapters of a model that it loads
             factors = [factor[ADAPTER].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
             size = sum(factor.numel() for factor in factors)
             yield GradientPass(size, device, work)
@@ -198,14 +197,14 @@ def gradient_pass(adapted: Any, parameters: str, pad_id: int) -> Iterator[Gradie
 
 def _full_pass(adapted: Any, pad_id: int) -> GradientPass:
     lora.require_mergeable(adapted)
-    # a copy: unmerging would leave rounding errors in the backbone, which other stages use too
+    # a copy, because unmerging would leave rounding errors in the backbone, which other stages also use
     model: Any = copy.deepcopy(adapted).merge_and_unload()
     parameters = list(model.requires_grad_(True).parameters())
     losses_of = ResponseLosses(model)
 
     def one(example: Encoded) -> torch.Tensor:
         losses = losses_of(collate([example], pad_id).to(parameters[0].device))
-        # an expert that no token of the example reaches has no gradient, which counts as zero
+        # an unused parameter, such as an expert that no token reaches, gets a gradient of zero
         parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten().to(torch.float32) for part in parts])
 

@@ -7,9 +7,9 @@ A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i
     grad_B L_i = s D_i^T (X_i A^T)        (O, R)
     |g_i|^2    = sum over layers of |grad_A L_i|_F^2 + |grad_B L_i|_F^2
 
-where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The training needs the sum of these products
-over the examples anyway, so computing them per example adds almost no cost (`per_sample_parts`). A padding token
-contributes nothing, because no loss depends on it and its row of D_i is zero.
+where g_i is the gradient of GRADFILTERING (arXiv 2601.13697, section 3). The training computes the sum of these
+products over the examples anyway, so computing them per example (`per_sample_parts`) adds almost no cost. A padding
+token contributes nothing: no loss depends on it, so its row of D_i is zero.
 
 A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
 results as the probe's "gradient": squared norms of each example (`NormProbe`), which autograd adds up over the layers
@@ -39,12 +39,12 @@ def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> 
         examples: B.
     """
     left = left.reshape(examples, -1, left.shape[-1])
-    # (B, R, T) x (B, T, K): the sum over the tokens stays within an example
+    # (B, R, T) x (B, T, K): each sum is over the tokens of one example
     return torch.bmm(left.transpose(1, 2), right.reshape(examples, -1, right.shape[-1]))
 
 
 def is_recomputing() -> bool:
-    """Return whether this forward pass runs within a backward pass, where a checkpointed block is computed again."""
+    """Return whether this forward pass runs within a backward pass, to compute a checkpointed block again."""
     return torch._C._current_graph_task_id() != -1  # torch.utils.checkpoint makes this test too
 
 
@@ -79,7 +79,7 @@ class Probe:
         return self._examples
 
     def forget(self) -> None:
-        """Drop what an unfinished pass has gathered."""
+        """Reset the state of the current pass."""
         self._layers.clear()
         self._examples = None
 
@@ -96,21 +96,21 @@ class NormProbe(Probe):
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
         """Return the probe (2, B) float32 of the pass in which `layer` has the inputs `activations` (B, T, I)."""
-        # in the backward pass, a checkpointed block is computed again with the same examples; this is no second call
+        # a checkpointed block that is computed again in the backward pass does not count as a second call
         if self._probe is not None and is_recomputing():
             return self._probe
         examples = self._note(layer, activations)
         if self._probe is None:
-            # One probe for all layers: autograd adds up what the layers report in the gradient of this tensor, so the
-            # sum over the layers is made on the device, and the host waits for it once.
+            # One probe for all layers. Autograd adds up the layers' contributions to the gradient of this tensor, so
+            # the sum over the layers is computed on the device.
             self._probe = torch.zeros(2, examples, device=activations.device, requires_grad=True)
         return self._probe
 
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the squared norms (2, B) of a layer's gradients of A and of B."""
-        # A norm in bfloat16 would be rounded by up to .4 %, and the members may differ by only 3 % (`ensemble_checks`).
-        # The scale s is applied here, to (2, B) numbers, and not to the (B, R, I) products.
+        # At least float32: a norm in bfloat16 would be rounded by up to .4 %, and the norms of the members may differ
+        # by only 3 % (`ensemble_checks`). The scale s is applied to (2, B) norms instead of (B, R, I) products.
         dtype = torch.promote_types(parts_a.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(part, dim=(1, 2), dtype=dtype) for part in (parts_a, parts_b)]
         return torch.stack(norms).mul_(scale).square_().to(torch.float32)
@@ -161,7 +161,7 @@ class GradientProbe(Probe):
             return self.probes[id(layer)]
         examples = self._note(layer, activations)
         size = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
-        # a single zero, expanded: (B, P_l) zeros would take as much memory as the gradients, and nothing reads them
+        # one expanded zero, because (B, P_l) zeros, which nothing reads, would take as much memory as the gradients
         probe = torch.zeros((), device=activations.device).expand(examples, size).requires_grad_()
         self.probes[id(layer)] = probe
         return probe

@@ -10,8 +10,8 @@ The same bound holds for a dense matrix of random signs. Chunk c consists of the
 parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of
 the parameter's position (`training/masks.py`), so they are the same on every device and do not depend on P.
 
-Cost. A row of P parameters is gathered, multiplied by signs and summed. This takes 20 P bytes of memory traffic; a
-product with a dense matrix would take 2 P D operations. Drawing shifts and signs takes about 60 P bytes per call, for
+Cost: gathering a row of P parameters, multiplying by the signs and summing takes 20 P bytes of memory traffic. (A
+product with a dense matrix would take 2 P D operations.) Drawing shifts and signs takes about 60 P bytes per call, for
 all rows together. For Llama-2-7B with rank 128 on q, k, v and o (P = 134 million) and 32 rows of 512 tokens in a call,
 this is 3 GB a row: 3 % of the time of the row's backward pass on an A100 (2 TB/s, half of 312e12 bfloat16 operations a
 second) and 6 % on an H100 (3.35 TB/s, half of 990e12).
@@ -63,13 +63,13 @@ class Projection:
         """
         chunks = torch.arange(first, first + count, device=device)  # (C,)
         dimensions = torch.arange(self.dimensions, device=device)
-        # The seed is hashed before the chunk is added: otherwise seed 1 would draw for chunk c what seed 0 draws for c
-        # + 1.
+        # the seed is hashed before the chunk is added; otherwise seed 1 would draw for chunk c what seed 0 draws for
+        # chunk c + 1
         seeds = mixed(mixed(torch.tensor(self.seed, device=device)) + chunks)
         shifts = ((mixed(seeds) & 0x7FFFFFFF) % self.dimensions).int()
         places = dimensions.int() - shifts[:, None]
-        places += (places >> 31).bitwise_and_(self.dimensions)  # adds D to negative places; faster than a remainder
+        places += (places >> 31).bitwise_and_(self.dimensions)  # adds D to negative places, faster than a remainder
         places += torch.arange(count, device=device, dtype=torch.int32)[:, None] * self.dimensions
-        # the sign comes from the top bit, which the hash mixes best: an arithmetic shift gives 0 or -1, and | 1 turns
-        # these into 1 or -1
+        # the sign comes from the top bit, which the hash mixes best: the arithmetic shift returns 0 or -1, and | 1
+        # turns these into 1 or -1
         return places, ((bits(seeds, dimensions) >> 31) | 1).float()

@@ -1,8 +1,8 @@
 """The members' gradient norms on disk, and their mean and variance over the ensemble at the two snapshots.
 
 GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of |g_i^(m,e)|, V_i^(e) = variance over m (divided by M).
-The norms are read twice, one member at a time, so the memory needed grows with N and not with M. The norms of a member
-after an epoch are a `gradient_norms.parquet` for each shard of the rows.
+The norms are read twice, one member at a time, so the memory needed does not grow with M. A member's norms after an
+epoch are in one `gradient_norms.parquet` per shard of the rows.
 
 Shape letters: M members, N examples.
 """
@@ -36,7 +36,7 @@ def write_norms(
     shard: int = 0,
     shards: int = 1,
 ) -> dict[str, Any]:
-    """Write a table with row (position among the examples), all of `columns`, and n_tokens (number of response tokens).
+    """Write a table with `row` (position among the examples), `columns`, and `n_tokens` (number of response tokens).
 
     Args:
         columns: norm_A, norm_B and loss of the shard's examples `encoded`, (len(encoded),) each.
@@ -55,19 +55,19 @@ def write_norms(
 
 
 def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Return the table of a member's norms after an epoch, from all shards of this table, ascending by row.
+    """Return a member's norms after an epoch, joined from all shards, in ascending order of `row`.
 
     Args:
         names: columns to read besides `row`; None for all.
 
     Raises:
-        GradsiftError: the shards do not have each row once; the message names the shards and the rows.
+        GradsiftError: the shards together do not have each row exactly once; the message names the shards and the rows.
     """
     wanted = None if names is None else ["row", *names]
     tables = [pq.read_table(artifact.file(NORMS_FILE), columns=wanted) for artifact in shards]
     joined = pa.concat_tables(tables)
     rows = joined["row"].to_numpy()
-    if not (rows[1:] > rows[:-1]).all():  # several shards; a table in order is not copied, to save memory
+    if not (rows[1:] > rows[:-1]).all():  # sorting copies the table, and a single shard is sorted already
         joined = joined.sort_by("row")
         rows = joined["row"].to_numpy()
     twice, expected = np.unique(rows[1:][rows[1:] == rows[:-1]]), shards[0].info["all_rows"]
@@ -75,8 +75,9 @@ def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -
         sizes = zip(shards, tables, strict=True)
         parts = [f"{shard.path.name} ({table.num_rows} of {shard.info['rows']} rows)" for shard, table in sizes]
         raise GradsiftError(
-            f"{', '.join(parts)}: together these norms have {len(rows):,} rows, and must have each of {expected:,} "
-            f"once; first rows that occur twice: {twice[:8].tolist()}; delete these folders and give the command again"
+            f"{', '.join(parts)}: together these tables have {len(rows):,} rows, but must have each of the "
+            f"{expected:,} rows once; first rows that occur twice: {twice[:8].tolist()}; delete these folders and give "
+            "the command again"
         )
     return {name: joined[name].to_numpy() for name in joined.column_names}
 
@@ -105,9 +106,9 @@ class Statistics:
 def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
     """Return the L2 norm (N,) float64 of the gradients with respect to the LoRA factors that `scope` names.
 
-    The gradient of A is proportional to B and the gradient of B to A. So while B grows from zero, its growth tends to
-    raise the norms of all examples, whether or not the proxy learns them. The scope `scaled` therefore divides norm_A
-    by the size of B and norm_B by the size of A.
+    The gradient of A is proportional to B, and the gradient of B to A. As B grows from zero, the norms of all examples
+    tend to rise, whether or not the proxy learns them. The scope `scaled` therefore divides norm_A by the size of B and
+    norm_B by the size of A.
 
     Args:
         columns: norm_A and norm_B, (N,).
@@ -129,8 +130,8 @@ def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b
 
 def mean_and_variance(norms: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean G and the variance V (divided by M), (N,) float64 each, of the members' norms, (N,) each."""
-    # Two passes, and not mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so this difference
-    # would lose two or three digits of V_t, by which Eq. 5 divides.
+    # two passes instead of mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so this difference
+    # would lose two or three digits of V_t, by which Eq. 5 divides
     mean = _mean(norms())
     return mean, _mean((of_member - mean) ** 2 for of_member in norms())
 
@@ -139,14 +140,14 @@ def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
     """Return the mean (N,) float64 of M arrays (N,), one of which is in memory at a time."""
     members, total = 0, np.zeros(1)
     for of_member in values:
-        # astype copies, so the sums never overwrite the caller's first column
+        # `astype` copies, so the sum does not overwrite the caller's array
         total = of_member.astype(np.float64) if not members else np.add(total, of_member, out=total)
         members += 1
     return total / members
 
 
 def mean_loss(members: Sequence[Sequence[Artifact]], count: int) -> np.ndarray:
-    """Return each example's mean loss (N,) float64 over the tables of norms `members`, given as [member][shard]."""
+    """Return each example's loss averaged over the members, (N,) float64; `members` are norms as [member][shard]."""
     return _mean(by_example(shards, ("loss",), count)["loss"] for shards in members)
 
 
@@ -168,11 +169,11 @@ def statistics(
     """
     parents = [shard for shards in (*early, *late) for shard in shards]
     for other in parents[1:]:
-        if other.computed_by != parents[0].computed_by:  # V_t would measure the numerics and not the members
+        if other.computed_by != parents[0].computed_by:  # V_t would measure the differences in numerics
             raise GradsiftError(
                 f"{parents[0].path.name} was computed with {dict(parents[0].computed_by)} and {other.path.name} with "
-                f"{dict(other.computed_by)}; norms of one ensemble must be computed alike. Run the same command again: "
-                "it computes what is missing in the numerics of this machine"
+                f"{dict(other.computed_by)}; norms of one ensemble must be computed alike. Give the command again: it "
+                "computes the missing norms with the numerics of this machine"
             )
 
     def make(folder: Path) -> Mapping[str, Any]:

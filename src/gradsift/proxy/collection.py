@@ -1,12 +1,12 @@
-"""Gradient norms |g_i^(m,e)| of the ensemble; the unit of work is a pass over a shard at a member's weights.
+"""Gradient norms |g_i^(m,e)| of the ensemble. The unit of work is a pass over one shard at one member's weights.
 
-Dropout is off, except with `proxy.ensemble=mc_dropout`: there the members share the weights of one adapter, and the
-pass of each member has dropout masks of its own.
+Dropout is off, except with `proxy.ensemble=mc_dropout`. There all members have the weights of one adapter, and each
+member's pass uses its own dropout masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gradsift.data.batching import by_length, shard_of, spread_out
 from gradsift.data.tokens import Encoded
 from gradsift.gradients.statistics import write_norms
 from gradsift.journal import Journal
-from gradsift.proxy.epochs import ProxyInputs, adapter
+from gradsift.proxy.epochs import Ensemble, ProxyInputs, adapter
 from gradsift.runtime import Advance, Runtime, derive_seed, weighed
 from gradsift.training import lora, parallel
 from gradsift.training.device import TokenBudget, device_of
@@ -29,35 +29,24 @@ VERSION = 2
 Unit = tuple[int, int, Artifact]  # member, epoch, and the artifact with the member's weights after it
 
 
-def ensemble_norms(
-    runtime: Runtime,
-    config: ProxyConfig,
-    adapters: Sequence[Sequence[Artifact]],
-    load: Callable[[], ProxyInputs],
-    epoch: int,
-) -> list[list[Artifact]]:
-    """Return the norms of the members of `train_adapters` after an epoch, as [member][shard]."""
-    if config.collect == "during_training":
+def ensemble_norms(ensemble: Ensemble, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[list[Artifact]]:
+    """Return the members' norms after an epoch, as [member][shard]; `adapters` are those of `train_adapters`."""
+    if ensemble.config.collect == "during_training":
         return [[chain[epoch - 1]] for chain in adapters]
-    units, shards = _units(config, adapters, epoch), range(config.shards)
-    return [[_collect(runtime, config, load, unit, shard) for shard in shards] for unit in units]
+    units, shards = _units(ensemble.config, adapters, epoch), range(ensemble.config.shards)
+    return [[_collect(ensemble, unit, shard) for shard in shards] for unit in units]
 
 
-def collect_shard(
-    runtime: Runtime,
-    config: ProxyConfig,
-    adapters: Sequence[Sequence[Artifact]],
-    load: Callable[[], ProxyInputs],
-    shard: int,
-) -> list[int]:
+def collect_shard(ensemble: Ensemble, adapters: Sequence[Sequence[Artifact]], shard: int) -> list[int]:
     """Collect the norms of one shard, for all members and both snapshots; return the shards that are not complete."""
+    config, store = ensemble.config, ensemble.runtime.store
     units = [unit for epoch in config.snapshots for unit in _units(config, adapters, epoch)]
     for unit in units:
-        _collect(runtime, config, load, unit, shard)
+        _collect(ensemble, unit, shard)
     return [
         other
         for other in range(config.shards)
-        if not all(runtime.store.has(**_identity(runtime, config, unit, other)) for unit in units)
+        if not all(store.has(**_identity(ensemble, unit, other)) for unit in units)
     ]
 
 
@@ -68,41 +57,34 @@ def _units(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: i
     return [(member, epoch, each) for member, each in enumerate(weights)]
 
 
-def _collect(
-    runtime: Runtime, config: ProxyConfig, load: Callable[[], ProxyInputs], unit: Unit, shard: int
-) -> Artifact:
-    label = f"norms of member {unit[0] + 1}/{config.members}, epoch {unit[1]}/{config.total_epochs}"
+def _collect(ensemble: Ensemble, unit: Unit, shard: int) -> Artifact:
+    runtime, config = ensemble.runtime, ensemble.config
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return collect_rows(runtime, folder, config, load(), unit, shard, label)
+        return collect_rows(runtime, folder, config, ensemble.load(), unit, shard)
 
-    # examples in a shard, rounded up; plans estimate the time from this
+    # examples in a shard, rounded up; plans estimate the time from this number
     size = -(-(unit[2].size or 0) // config.shards)
-    return runtime.store.obtain(**_identity(runtime, config, unit, shard), make=make, size=size, divided=True)
+    return runtime.store.obtain(**_identity(ensemble, unit, shard), make=make, size=size, divided=True)
 
 
-def _identity(runtime: Runtime, config: ProxyConfig, unit: Unit, shard: int) -> dict[str, Any]:
-    member, epoch, weights = unit
+def _identity(ensemble: Ensemble, unit: Unit, shard: int) -> dict[str, Any]:
+    config, (member, epoch, weights) = ensemble.config, unit
     settings: dict[str, Any] = {"shard": shard, "shards": config.shards}
     if config.ensemble == "mc_dropout":
-        # the members share their parent, the weights, so without these entries they would share one fingerprint
-        settings |= {"masks_of": member, "seed": runtime.seed}
+        # all members have the same parent (the weights), so without these entries they would share one fingerprint
+        settings |= {"masks_of": member, "seed": ensemble.runtime.seed}
     slug = f"m{member}-e{epoch}" + (f"-s{shard}of{config.shards}" if config.shards > 1 else "")
     return {"stage": "norms", "slug": slug, "config": settings, "parents": [weights], "version": VERSION}
 
 
 def collect_rows(
-    runtime: Runtime,
-    folder: Path,
-    config: ProxyConfig,
-    inputs: ProxyInputs,
-    unit: Unit,
-    shard: int,
-    label: str = "norms",
+    runtime: Runtime, folder: Path, config: ProxyConfig, inputs: ProxyInputs, unit: Unit, shard: int
 ) -> dict[str, Any]:
     """Collect the norms of one shard, write them to `folder`, and return the artifact's `info`."""
     member, epoch, weights = unit
     encoded = shard_of(inputs.encoded, shard, config.shards)
+    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
     label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
     masks = derive_seed(runtime.seed, "mc_dropout", member, epoch) if config.ensemble == "mc_dropout" else None
     with (
@@ -111,8 +93,8 @@ def collect_rows(
         runtime.display.task(label, len(encoded)) as advance,
     ):
         lora.load_adapter(adapted, weights.path)
-        pass_over = (adapted, encoded, inputs.budget, inputs.backbone.pad_id, runtime.compute, advance)
-        columns = collect_norms(*pass_over, masks=masks, journal=runtime.journal(folder))
+        given = (adapted, encoded, inputs.budget, inputs.backbone.pad_id, runtime.compute, advance)
+        columns = collect_norms(*given, masks=masks, journal=runtime.journal(folder))
     info = write_norms(folder, columns, encoded, len(inputs.encoded), shard, config.shards)
     return {**info, "size_A": weights.info["size_A"], "size_B": weights.info["size_B"]}
 
@@ -128,12 +110,11 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the norms and losses of all examples at fixed weights, on every rank; the model is left as it was.
+    """Return the norms and losses of all examples at fixed weights. Every rank gets all of them.
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.
-        masks: seed of dropout masks. With a seed, the adapter's dropout stays on, and each example's gradient is taken
-            under masks of its own; None turns dropout off.
+        masks: seed of the dropout masks; each example has its own masks. None turns dropout off.
         journal: keeps the norms of each batch, so that an interrupted pass can continue.
 
     Returns:
@@ -149,14 +130,14 @@ def collect_norms(
         return sum(len(example.input_ids) for example in examples)
 
     mine = parallel.share(encoded)
-    # the optimiser is never made: `Trainer.validate` takes no step
+    # these settings have no effect: `Trainer.validate` creates no optimiser
     module = ProxyMember(adapted, Optimization(0.0, 0.0, "constant", 0, 1), budget, pad_id)
     module.masks, module.journal = masks, journal
     advance = weighed(lambda done: progress(done * parallel.size()), len(mine), tokens(mine))
     bar = LambdaCallback(on_validation_batch_end=lambda *values: advance(tokens(values[3].examples)))
     norms = GradientNormCallback()
     groups: Any = spread_out(by_length(mine, budget.tokens))
-    # a rank without examples, if there are more ranks than examples, still takes part in the gathering below
+    # if there are more ranks than examples, a rank without examples still takes part in the gathering below
     if groups:
         loader = DataLoader(groups, batch_size=None, collate_fn=Step)
         with keyboard_interrupts():

@@ -1,8 +1,8 @@
-"""Training of an adapter on the proxy's backbone for one epoch; used for the ensemble and the warm-up of features."""
+"""Training of an adapter on the proxy's backbone for one epoch, for the ensemble and the warm-up of the features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors.torch import load_file
 
 from gradsift.artifacts import Artifact
-from gradsift.config import ComputeConfig, LoraConfig
+from gradsift.config import ComputeConfig, LoraConfig, ProxyConfig
 from gradsift.data.tokens import Encoded
+from gradsift.runtime import Runtime
 from gradsift.training import lora
 from gradsift.training.backbones import Backbone
 from gradsift.training.device import TokenBudget, device_of
@@ -30,7 +31,17 @@ class ProxyInputs(NamedTuple):
 
     backbone: Backbone
     encoded: Sequence[Encoded]
-    budget: TokenBudget  # shared by all adapters: after memory has run out, all take fewer tokens per pass
+    budget: TokenBudget  # shared by all adapters, so after an out-of-memory error all take fewer tokens per pass
+
+
+class Ensemble(NamedTuple):
+    """All that the ensemble is made from."""
+
+    runtime: Runtime
+    config: ProxyConfig
+    proxy: Artifact
+    examples: Artifact
+    load: Callable[[], ProxyInputs]  # called only if an artifact has to be made
 
 
 class Epoch(NamedTuple):
@@ -39,10 +50,10 @@ class Epoch(NamedTuple):
     plan: Sequence[Sequence[int]]  # batches, as positions in the examples
     optimization: Optimization
     first_step: int  # optimiser steps of earlier epochs
-    lora_seed: int  # of the first epoch's A
+    lora_seed: int  # of the initial A, before the first epoch
     dropout_seed: int
-    previous: Artifact | None  # the epoch before, from which this one continues; None for the first
-    folder: Path  # of the artifact in the making
+    previous: Artifact | None  # the previous epoch, from which this one continues; None for the first epoch
+    folder: Path  # of the artifact that is being made
     callbacks: Sequence[Callback]
 
     def start(self, adapted: Any, inputs: ProxyInputs) -> ProxyMember:
@@ -58,7 +69,7 @@ class Epoch(NamedTuple):
         return module
 
     def write(self, module: ProxyMember, inputs: ProxyInputs, steps: int) -> dict[str, Any]:
-        """Write adapter, optimiser state and curve after `steps` steps of this process.
+        """Write adapter, optimiser state and loss curve, after `steps` steps of this process.
 
         Returns:
             The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
@@ -80,7 +91,7 @@ def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeC
     try:
         yield adapted.to(device_of(compute))
     finally:
-        # also after an error: all members, and the stages after them, share this backbone
+        # also after an error, because all members and later stages use this backbone
         adapted.unload()
 
 

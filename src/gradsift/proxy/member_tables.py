@@ -1,4 +1,4 @@
-"""Tables with an entry for each example, computed at one member's weights with dropout off.
+"""Tables with one row per example, computed at one member's weights with dropout off.
 
 Losses of the responses, from two forward passes over the pool:
 
@@ -6,9 +6,9 @@ Losses of the responses, from two forward passes over the pool:
     end_i    loss of the last response token (the end token, unless the response was cut)
     other_i  body_i with example i's prompt replaced by another example's, drawn at random for each member
 
-For a response of a single token, body and end are that token's loss. A conversation with several trained replies has
-no other_i (NaN), because its later replies would keep their own prompts; nor has an example if the prompts that are
-drawn equal its own.
+For a response of a single token, body and end are both that token's loss. other_i is NaN for a conversation with
+several trained replies, because the later replies would keep their own prompts, and for an example whose prompt equals
+all prompts that are tried for it.
 
 Directions: the cosine of each example's gradient with the mean gradient of the pool, from two passes:
 
@@ -34,14 +34,13 @@ import pyarrow.parquet as pq
 import torch
 
 from gradsift.artifacts import Artifact
-from gradsift.config import LoraConfig
 from gradsift.data.batching import collate
 from gradsift.data.tokens import Encoded
 from gradsift.errors import GradsiftError
 from gradsift.gradients.per_sample import gradient_pass
 from gradsift.journal import Journal
-from gradsift.proxy.epochs import ProxyInputs, adapter
-from gradsift.runtime import Advance, Runtime, derive_seed
+from gradsift.proxy.epochs import Ensemble, ProxyInputs, adapter
+from gradsift.runtime import Advance, derive_seed
 from gradsift.training import lora
 from gradsift.training.head import ResponseLosses, require_finite
 
@@ -49,16 +48,14 @@ LOSSES_VERSION = 3
 DIRECTIONS_VERSION = 2
 LOSSES_FILE = "answer_losses.parquet"
 DIRECTIONS_FILE = "directions.parquet"
-_TRIES = 10  # prompts that are looked at for one that differs from the example's own
+_TRIES = 10  # prompts that are tried until one differs from the example's own
 
 
 def member_table(
-    runtime: Runtime,
+    ensemble: Ensemble,
     stage: str,
     file: str,
-    config: LoraConfig,
     member: Artifact,
-    load: Callable[[], ProxyInputs],
     columns: Callable[[Any, ProxyInputs, Advance, Journal], Mapping[str, np.ndarray]],
     *,
     passes: int,
@@ -69,16 +66,15 @@ def member_table(
 
     Args:
         member: the artifact of a member's epoch, with its adapter.
-        load: called only if the table has to be made.
         passes: how many times `columns` passes over the examples.
-        info: returns more entries for the artifact's info.
+        info: returns additional entries for the artifact's info.
     """
-    slug = member.path.name.rsplit("-", 1)[0]
+    runtime, slug = ensemble.runtime, member.path.name.rsplit("-", 1)[0]
 
     def make(folder: Path) -> Mapping[str, Any]:
-        inputs = load()
+        inputs = ensemble.load()
         with (
-            adapter(inputs.backbone, config, 0, runtime.compute) as adapted,
+            adapter(inputs.backbone, ensemble.config.lora, 0, runtime.compute) as adapted,
             runtime.display.task(f"{stage.replace('_', ' ')} of {slug}", passes * len(inputs.encoded)) as advance,
         ):
             lora.load_adapter(adapted, member.path)
@@ -110,12 +106,10 @@ class AnswerLosses:
     other: np.ndarray
 
 
-def answer_losses(
-    runtime: Runtime, config: LoraConfig, member: Artifact, index: int, load: Callable[[], ProxyInputs]
-) -> Artifact:
+def answer_losses(ensemble: Ensemble, member: Artifact, index: int) -> Artifact:
     """Return an artifact with the table of `collect_losses`; the member's number `index` seeds the other prompts."""
-    collect = partial(collect_losses, seed=derive_seed(runtime.seed, "other prompts", index))
-    return member_table(runtime, "losses", LOSSES_FILE, config, member, load, collect, passes=2, version=LOSSES_VERSION)
+    collect = partial(collect_losses, seed=derive_seed(ensemble.runtime.seed, "other prompts", index))
+    return member_table(ensemble, "losses", LOSSES_FILE, member, collect, passes=2, version=LOSSES_VERSION)
 
 
 @torch.inference_mode()
@@ -129,7 +123,7 @@ def collect_losses(
     """
     losses_of = ResponseLosses(adapted)
     count = len(inputs.encoded)
-    lone = [  # with one trained reply, a single run of response tokens
+    lone = [  # examples with one trained reply, that is, one run of response tokens
         place
         for place, example in enumerate(inputs.encoded)
         if (np.diff(example.is_response.astype(int), prepend=0) == 1).sum() == 1
@@ -152,7 +146,7 @@ def collect_losses(
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     own, other = losses[:, :count], np.full(count, np.nan, dtype=np.float32)
     other[list(swapped)] = losses[0, count:]
-    # a sum is finite only if all its losses are
+    # a sum is finite only if all losses in it are
     sums = own.sum(0)
     sums[list(swapped)] += losses[0, count:]
     require_finite("loss", torch.from_numpy(rows), torch.from_numpy(sums), inputs.encoded)
@@ -162,9 +156,9 @@ def collect_losses(
 def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded | None]:
     """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
-    The other prompt is the next in a random cyclic order that differs from the example's own; None if the next _TRIES
-    prompts do not differ. If the new text would be longer than the longest example, the prompt is cut at its start, but
-    after a first token that all examples share, such as a start token.
+    The examples are put in a random cyclic order, and an example gets the first of the next _TRIES prompts that differs
+    from its own; if none differs, its entry is None. If the new text would be longer than the longest example, the
+    prompt is cut at its start. A first token that all examples share, such as a start token, is kept.
     """
     limit = max((len(example.input_ids) for example in examples), default=0)
     kept = int(len({int(example.input_ids[0]) for example in examples}) == 1)
@@ -186,7 +180,7 @@ def _prompt(example: Encoded) -> np.ndarray:
 
 
 def _after_prompt(example: Encoded, prompt: np.ndarray, kept: int, limit: int) -> Encoded:
-    """Return the example's response after `prompt`, of which the first `kept` tokens are never cut."""
+    """Return the example with `prompt` as its prompt, cut to `limit` tokens after the prompt's first `kept` tokens."""
     response = len(example.input_ids) - len(_prompt(example))
     cut = max(0, min(len(prompt) + response - limit, len(prompt) - kept))
     prompt = np.concatenate([prompt[:kept], prompt[kept + cut :]])
@@ -202,10 +196,9 @@ def read_answer_losses(members: Sequence[Artifact], count: int) -> AnswerLosses:
     return AnswerLosses(**read_member_tables(members, LOSSES_FILE, ("body", "end", "other"), count))
 
 
-def directions(runtime: Runtime, config: LoraConfig, member: Artifact, load: Callable[[], ProxyInputs]) -> Artifact:
-    """Return an artifact with the table of `cosines`; for the arguments see `member_table`."""
-    file, version = DIRECTIONS_FILE, DIRECTIONS_VERSION
-    return member_table(runtime, "direction", file, config, member, load, cosines, passes=2, version=version)
+def directions(ensemble: Ensemble, member: Artifact) -> Artifact:
+    """Return an artifact with the table of `cosines` at a member's weights."""
+    return member_table(ensemble, "direction", DIRECTIONS_FILE, member, cosines, passes=2, version=DIRECTIONS_VERSION)
 
 
 def cosines(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
@@ -217,7 +210,7 @@ def cosines(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journa
         GradsiftError: the mean gradient is zero, or a gradient is not finite (the message names the rows).
     """
     mean = _mean_gradient(adapted, inputs, advance)
-    # normalised in float64, then rounded to float32, the type of the examples' gradients
+    # normalised in float64, then rounded to float32, the dtype of the examples' gradients
     unit = (mean / mean.norm()).float()
     rows = np.array([example.row for example in inputs.encoded], dtype=np.int64)
     places = {int(row): place for place, row in enumerate(rows)}
@@ -234,7 +227,7 @@ def cosines(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journa
             for where, norm, dot in (part for parts in batches for part in parts):
                 norms[where], dots[where] = norm.double().cpu().numpy(), dot.double().cpu().numpy()
     require_finite("gradient", torch.from_numpy(rows), torch.from_numpy(norms), inputs.encoded)
-    # NaN for a gradient of zero: a cosine of 0 would mean that the gradient is orthogonal to the mean gradient
+    # NaN if the gradient is zero, because a cosine of 0 would mean that it is orthogonal to the mean gradient
     cosine = np.divide(dots, norms, out=np.full(len(rows), np.nan), where=norms > 0)
     return {"row": rows, "cosine": cosine, "norm": norms}
 
@@ -243,7 +236,7 @@ def _mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance) -> torch
     """Return the mean gradient g (P,) float64, in the order of `lora.trainable_parameters`, with dropout off."""
     parameters = list(lora.trainable_parameters(adapted).values())
     losses_of = ResponseLosses(adapted)
-    # float64: after a million examples, a float32 sum may round away most digits of the next gradient
+    # float64: in a float32 sum of a million gradients, the next one would lose most of its digits
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=parameters[0].device)
 
     def of_batch(batch: Sequence[Encoded]) -> torch.Tensor:
@@ -252,7 +245,7 @@ def _mean_gradient(adapted: Any, inputs: ProxyInputs, advance: Advance) -> torch
         return torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), parameters)])
 
     with lora.evaluating(adapted), torch.enable_grad():
-        # no journal: the result of a batch is a gradient of P numbers, too much to write for each batch
+        # no journal, because the result of each batch is a gradient of P numbers
         for gradients in inputs.budget.passes(inputs.encoded, of_batch, advance=advance):
             for gradient in gradients:
                 total += gradient

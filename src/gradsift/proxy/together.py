@@ -1,8 +1,8 @@
-"""Training of several members side by side for one epoch, in shared passes over the frozen weights (`proxy.together`).
+"""Training of several members side by side for one epoch (`proxy.together`), with shared forward and backward passes.
 
-Each member keeps its own rows and their order, dropout masks, optimiser, learning rate, save point and files, so that
-its artifact equals the artifact of a member trained alone, up to rounding. A step of the trainer is one step of every
-member that has steps left. After an interruption, each member continues from its own last save point.
+Each member has its own data order, dropout masks, optimiser, learning rate, save point and files. So its artifact
+equals that of a member trained alone, up to rounding. A step of the trainer is one step of every member that has steps
+left. After an interruption, each member continues from its own last save point.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gradsift.training.modules import AdapterModule, ProxyMember, Step
 def train_together(
     inputs: ProxyInputs, epochs: Sequence[Epoch], config: LoraConfig, compute: ComputeConfig
 ) -> list[dict[str, Any]]:
-    """Train each member over an epoch, and write and return what `Epoch.write` does, with `forward_tokens`."""
+    """Train each member for one epoch, and write it; return the results of `Epoch.write`, with `forward_tokens`."""
     with closing(Lanes(inputs.backbone.model, config, [epoch.lora_seed for epoch in epochs])) as adapters:
         members, callbacks, left = [], [], []
         for lane, epoch in enumerate(epochs):
             adapters.activate(lane)
             member = epoch.start(adapters.adapted, inputs)
             own = with_save_point(member, inputs.encoded, epoch.plan, epoch.callbacks, compute, epoch.folder)
-            # `with_save_point` has restored the member, and `curve` has an entry for each step that it had taken
+            # `with_save_point` has restored the member; `curve` has one entry for each of the steps already taken
             left.append(epoch.plan[len(member.curve) :])
             members.append(member)
             callbacks.append(own)
@@ -73,8 +73,8 @@ class Members(AdapterModule):
         """Return the outputs of each member that has examples in the step, by its lane's number as a string."""
         outputs = self.pass_step(step)
         self.lanes.forget_rows()
-        # a step may take several passes, each with rows of every lane; the sort is stable, so that a lane's rows stay
-        # in the order of the passes
+        # A step may take several passes, each with rows of every lane. The sort is stable, so the rows of a lane stay
+        # in the order of the passes.
         order = outputs["lanes"].argsort(stable=True)
         counts = [len(_part(step, lane).examples) for lane in range(len(self.lanes))]
         columns = {name: values[order].split(counts) for name, values in outputs.items()}
@@ -129,7 +129,7 @@ class _OfEachMember(L.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._call("on_train_start", trainer, module)
-        # if norms are recorded, each member's probe has replaced the probe of the member before, so the last one counts
+        # if norms are recorded, each member's callback has replaced the model's probe, so the last member's is attached
         module.gradient_norms = module.of_lane[-1].gradient_norms
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:

@@ -1,11 +1,10 @@
 """The path of an adapter during its training, in D = 64 dimensions: `trajectory.safetensors` beside its weights.
 
-A point is a random projection of the update B A over all layers. The factors themselves are not projected, because A
-is drawn anew for each member and stays near its initial value. So the factors of the members are far apart before the
-members learn anything, while their updates all start at zero. Coordinate k is the sum over the layers of
-u_k^T B A v_k / sqrt(D), where u_k and v_k are vectors of random signs, the same for all members. Distances between
-updates are preserved up to the error of D random projections, and B A is never formed. (arXiv 2601.13697, Fig. 1, shows
-the adapters by t-SNE.)
+A point is a random projection of the update B A over all layers. The factors themselves are not projected: A is drawn
+anew for each member and stays near its initial value, so the factors of the members are far apart from the start,
+while their updates all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), where u_k
+and v_k are vectors of random signs, the same for all members. Distances between updates are preserved up to the error
+of D random projections, and B A is never formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
 
 Shape letters: P points, D dimensions, R rank, I inputs and O outputs of an adapted layer.
 """
@@ -32,7 +31,7 @@ POINTS = 16  # per epoch
 class Trajectory(L.Callback):
     """Records the projected update at evenly spaced steps of an epoch, and before the first step of the first epoch.
 
-    It uses none of the training's random streams and does not change the training.
+    It draws from none of the training's random streams, so it does not change the training.
     """
 
     def __init__(self, first_step: int, steps: int, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""The noise audit of a sweep: every method side by side, on the terminal and in audit.json, audit.csv and audit.md.
+"""The noise audit of a sweep: tables that compare all methods, and the files audit.json, audit.csv and audit.md.
 
-If datasets differ by seeds alone, the tables show each method's means over the datasets, and the CSV has lines for each
-dataset. If the sweep varies an option of the data, each value of the option gets its own tables. A method that did not
-finish on one of the datasets is left out of the means.
+If datasets differ by seeds alone, the tables show the means over the datasets, and the CSV has rows for each dataset.
+If the sweep varies an option of the data, each value of the option gets tables of its own. The tables show no values of
+a method that did not finish on all datasets.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from gradsift.report.run_tables import SEED_KEYS, Run, grouped, method_name, with_settings
-from gradsift.report.table import Table, fixed, write_records
+from gradsift.report.table import Table, fixed, percent, write_records
 from gradsift.selection.audit import AUDIT_FILE
 
 Figures = Mapping[str, Any]  # the audit of one method, as `selection.audit.audit` returns it
-Verdict = Mapping[str, str]  # CLEANER, DIRTIER, TOO_FEW or "" by alpha (as text)
+Verdict = Mapping[str, str]  # by alpha (as text): CLEANER, DIRTIER, TOO_FEW or ""
 
 ALL_ROWS = "(all rows)"
 FAILED = "failed"
 CLEANER, DIRTIER, TOO_FEW = "cleaner", "dirtier", "too few rows"
-# keys of overrides that are left out of a method's name: the name has the scorer anyway; no audit depends on the others
+# Overrides with these keys are left out of a method's name: the name has the scorer anyway, and the audit does not
+# depend on the others.
 _TOLD_APART = ("scorer", "alpha", "target")
-_SPREADS = 2  # standard deviations of a random draw within which a spoilt share counts as chance
+_SPREADS = 2  # a spoilt share within so many standard deviations of a random draw counts as chance
 _READING = (
     "How to read it: a method is useful on this data if the spoilt share of its selection is below that of all rows by "
     "more than a random draw varies, at the budgets that matter. `against chance` names the alphas at which it is more "
@@ -42,13 +43,13 @@ _READING = (
 class SweepAudit:
     """All audits of a sweep."""
 
-    # data (fingerprint), options, seeds, methods {name: figures}, overlap {alpha: {name: {name: Jaccard}}}
+    # keys: data (fingerprint), options, seeds, methods {name: figures}, overlap {alpha: {name: {name: Jaccard}}}
     datasets: list[dict[str, Any]]
-    failed: list[dict[str, Any]]  # method, options, seeds, error
+    failed: list[dict[str, Any]]  # keys: method, options, seeds, error
 
 
 def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
-    """Return the audits of jobs (pairs of a `run.json`'s path and its content); None if no job was audited."""
+    """Return the audits of jobs, given as pairs of a `run.json`'s path and content; None if no job was audited."""
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     records = [run for _, run in jobs]
@@ -89,9 +90,9 @@ def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Return the average of nested structures, number by number, or None where any has None.
+    """Return the mean of nested structures, number by number; None where a structure has None.
 
-    Texts come from the first structure, keys that a structure lacks are left out, and lists are cut to the shortest.
+    Texts are those of the first structure. Keys that a structure lacks are left out, and lists are cut to the shortest.
     """
     first = values[0]
     if isinstance(first, Mapping):
@@ -104,11 +105,8 @@ def mean_of(values: Sequence[Any]) -> Any:
     return sum(values) / len(values) if isinstance(first, int | float) else first
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
 def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
-    """Return the tables of an audit, with the overlap at the middle alpha only if `brief`, else at every alpha."""
+    """Return the tables of an audit, with the overlaps at every alpha, or only at the middle one if `brief`."""
     by_options = grouped(audit.datasets, lambda dataset: str(dataset["options"]))
     tables = []
     for options, datasets in by_options.items():
@@ -118,7 +116,7 @@ def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
 
 
 def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequence[str], brief: bool) -> list[Table]:
-    """Return the tables of datasets that differ only by seeds; none if no method was audited on all of them."""
+    """Return the tables of datasets that differ only by seeds; no table if no method was audited on all datasets."""
     names = dict.fromkeys(name for dataset in datasets for name in dataset["methods"])
     everywhere = [name for name in names if all(name in dataset["methods"] for dataset in datasets)]
     if not everywhere:
@@ -146,26 +144,26 @@ def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequ
 
 
 def _verdict(figures: Figures, datasets: int) -> Verdict:
-    """Return for each alpha whether the selection is CLEANER or DIRTIER than chance, TOO_FEW rows, or neither ("").
+    """Return a verdict for each alpha: CLEANER or DIRTIER than chance, TOO_FEW rows to tell, or "" within chance.
 
     Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
-    few rows if even one without a spoilt row would be within chance. `datasets` is the number of different datasets
-    that the figures are means over: the mean of several random draws varies less than one draw, but only if the
-    datasets have different corrupted rows.
+    few rows if even a selection without a spoilt row would be within chance. `datasets` is the number of datasets with
+    different corrupted rows over which the figures are means; the mean of that many draws varies less than one draw.
     """
     verdict = {}
     for cell in figures["selections"]:
         chance = _SPREADS * cell["spoilt_random_sd"] / math.sqrt(datasets)
-        verdict[_alpha(cell)] = TOO_FEW if chance >= figures["spoilt"] else ""
+        outcome = TOO_FEW if chance >= figures["spoilt"] else ""
         if cell["spoilt"] < figures["spoilt"] - chance:
-            verdict[_alpha(cell)] = CLEANER
+            outcome = CLEANER
         elif cell["spoilt"] > figures["spoilt"] + chance:
-            verdict[_alpha(cell)] = DIRTIER
+            outcome = DIRTIER
+        verdict[percent(cell["alpha"])] = outcome
     return verdict
 
 
 def _verdict_text(verdict: Verdict) -> str:
-    """Return a verdict as text, such as "cleaner" (at all alphas), "dirtier at 5 %" (only there) or "no different"."""
+    """Return a verdict as text: "cleaner" (at all alphas), "dirtier at 5 %" (at this alpha alone), "no different"."""
     if set(verdict.values()) in ({CLEANER}, {DIRTIER}, {TOO_FEW}):
         return next(iter(verdict.values()))
     parts = []
@@ -176,9 +174,9 @@ def _verdict_text(verdict: Verdict) -> str:
 
 
 def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) -> str:
-    """Return the note of the first table: which methods are cleaner than chance, and what limits the comparison."""
+    """Return the note of the first table: the methods that are cleaner or dirtier than chance, and caveats."""
     base = next(iter(methods.values()))
-    alphas = [_alpha(cell) for cell in base["selections"]]
+    alphas = [percent(cell["alpha"]) for cell in base["selections"]]
     middle = len(alphas) // 2
     cleaner = [
         f"{name} ({methods[name]['selections'][middle]['families']:.1f})"
@@ -195,7 +193,7 @@ def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) ->
         for place, cell in enumerate(figures["selections"]):
             most = max(other["selections"][place]["rows"] for other in methods.values())
             if cell["rows"] < most:
-                short.append(f"{name} ({cell['rows']:.4g} of {most:.4g} at {_alpha(cell)})")
+                short.append(f"{name} ({cell['rows']:.4g} of {most:.4g} at {percent(cell['alpha'])})")
     if short:
         lines.append(f"Fewer rows than others selected: {', '.join(short)}.")
     if few := [alpha for alpha in alphas if any(verdict[alpha] == TOO_FEW for verdict in verdicts.values())]:
@@ -210,7 +208,7 @@ def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) ->
 def _spoilt_table(methods: Mapping[str, Figures], datasets: int) -> Table:
     base = next(iter(methods.values()))
     cells = base["selections"]
-    alphas = [_alpha(cell) for cell in cells]
+    alphas = [percent(cell["alpha"]) for cell in cells]
     verdicts = {name: _verdict(figures, datasets) for name, figures in methods.items()}
     header = ["method", *(f"spoilt at {alpha}" for alpha in alphas), "against chance", "AUROC"]
     header += [f"families at {alpha}" for alpha in alphas]
@@ -220,7 +218,7 @@ def _spoilt_table(methods: Mapping[str, Figures], datasets: int) -> Table:
         spoilt = [fixed(cell["spoilt"], 2) for cell in figures["selections"]]
         families = [fixed(cell["families"], 1) for cell in figures["selections"]]
         rows.append([name, *spoilt, _verdict_text(verdicts[name]), fixed(figures["auroc_spoilt"], 2), *families])
-    varies = ", ".join(f"{cell['spoilt_random_sd']:.3f} at {_alpha(cell)}" for cell in cells)
+    varies = ", ".join(f"{cell['spoilt_random_sd']:.3f} at {percent(cell['alpha'])}" for cell in cells)
     kind = "clusters of prompts" if base["families"] == "clusters" else "kinds of task"
     title = f"spoilt share and effective families ({kind}); the spoilt share of a random draw varies by {varies}"
     return Table(title, header, rows, note=_summary(methods, verdicts))
@@ -228,7 +226,7 @@ def _spoilt_table(methods: Mapping[str, Figures], datasets: int) -> Table:
 
 def _kinds_table(methods: Mapping[str, Figures]) -> Table:
     base = next(iter(methods.values()))
-    kinds, alphas = list(base["kinds"]), [_alpha(cell) for cell in base["selections"]]
+    kinds, alphas = list(base["kinds"]), [percent(cell["alpha"]) for cell in base["selections"]]
     header = ["method", *(kind.replace("_", " ") for kind in kinds), *(f"kept twice at {alpha}" for alpha in alphas)]
     rows = []
     for name, figures in methods.items():
@@ -238,11 +236,11 @@ def _kinds_table(methods: Mapping[str, Figures]) -> Table:
 
 
 def _groups_table(methods: Mapping[str, Figures]) -> list[Table]:
-    """Return a list with the table of the groups of `selection.audit.GROUPS`; empty if the data has none."""
+    """Return the table of the groups of `selection.audit.GROUPS` in a list; an empty list if the data has no groups."""
     base = next(iter(methods.values()))
     header, pool = ["method"], [ALL_ROWS]
     for name, group in base["groups"].items():
-        header += [*(f"{name} at {_alpha(cell)}" for cell in base["selections"]), f"{name} AUROC"]
+        header += [*(f"{name} at {percent(cell['alpha'])}" for cell in base["selections"]), f"{name} AUROC"]
         pool += [*[fixed(group["share"], 2)] * len(base["selections"]), ""]
     rows = [pool]
     for method, figures in methods.items():
@@ -255,15 +253,8 @@ def _groups_table(methods: Mapping[str, Figures]) -> list[Table]:
     return [Table(title, header, rows)] if base["groups"] else []
 
 
-def _alpha(cell: Figures) -> str:
-    return f"{100 * cell['alpha']:g} %"
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
 def write_audit(folder: Path, audit: SweepAudit) -> None:
-    """Write audit.json (without the selected positions), audit.csv (a line per method, dataset, alpha) and audit.md."""
+    """Write audit.json, audit.csv (a row for each method, dataset and alpha) and audit.md (the tables) to `folder`."""
     text = json.dumps(asdict(audit), indent=1, allow_nan=False)
     (folder / AUDIT_FILE).write_text(text + "\n", encoding="utf-8")
     rows = [row for dataset in audit.datasets for row in _flat(dataset)]

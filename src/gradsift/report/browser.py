@@ -1,9 +1,10 @@
 """The data of the report's example browser: the examples of a pool, with the scores and selections of every method.
 
-A pool is packed into one sequence of bytes, compressed and written as base64, with a JSON description beside it. The
-page reads the columns as typed arrays and searches the texts as one string, so that it is fast with 52,000 examples.
+A pool is packed into one byte string, which is compressed and written as base64, and a JSON description of its columns.
+The page's script reads the columns as typed arrays and searches all texts as one string, which keeps a search over
+52,000 examples fast.
 
-Shape letters: N examples of the pool, n examples that the page holds.
+Shape letters: N examples of the pool, n examples on the page.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from gradsift.data.examples import Example
 from gradsift.pages import presentable
 from gradsift.report.material import Material, Run
 from gradsift.report.run_tables import grouped
+from gradsift.report.table import percent
 from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
 from gradsift.selection.choice import best_first
 
-CUT = 400  # characters of a text that the page holds
-MOST = 100_000  # examples that one page holds (see `held`)
+CUT = 400  # characters of a text on the page; the rest is cut off
+MOST = 100_000  # examples on a page, divided equally among its pools
 STATUSES = (SCORED, UNDEFINED, EXCLUDED)
 _END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 
@@ -33,11 +35,12 @@ _END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 class Pool:
     """The examples of one dataset and seed, with the scores and selections of all runs.
 
-    `methods` and `selections` have the form that the page's script reads; their columns are arrays (N,). In a method,
-    `rank` is 1 for the highest score (equal scores in row order) and 0 without a score; `parts` are the numbers from
-    which the score is computed, and the statistics of the ensemble. In a selection, `method` is an index into
-    `methods`; `place` counts from 1 in the order of the selection and is 0 for examples that are not selected;
-    `everything` is True for the full-data run.
+    The page's script reads `methods` and `selections`. Their columns are arrays (N,).
+
+    In a method, `rank` is 1 for the highest score (equal scores in row order) and 0 for examples without a score.
+    `parts` has the numbers from which the score is computed and the statistics of the ensemble. In a selection,
+    `method` is an index into `methods`, `place` is the place in the selection from 1, or 0 for examples that are not
+    selected, and `everything` is True for the full-data run.
     """
 
     name: str
@@ -49,14 +52,14 @@ class Pool:
 
 
 class Packed(NamedTuple):
-    """A pool in the form that is written into the page."""
+    """A pool in the form in which the page contains it."""
 
-    about: dict[str, Any]  # for JSON: names, and the type and offset of each column
-    data: str  # base64 of gzip
+    about: dict[str, Any]  # written as JSON: names, and the type and offset of each column
+    data: str  # columns and texts, compressed with gzip, as base64
 
 
 def pools(material: Material) -> list[Pool]:
-    """Return the pools of all runs that have data, scores and a selection in the store; other runs are left out."""
+    """Return the pools of the runs whose data, scores and selection are in the store."""
     runs = [run for run in material.runs if run.has("load") and run.has("score") and run.has("select")]
     return [_pool(material, group) for group in grouped(runs, lambda run: run.data).values()]
 
@@ -68,20 +71,13 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
     name = str(runs[0].record.get("dataset", "data")) + (f", seed {seed}" if seed is not None else "")
     quality, family = (None, None) if labels is None else (labels.quality, labels.family)
     pool = Pool(name, material.examples(runs[0]), quality, family)
-    methods: dict[str, int] = {}  # index by the fingerprint of the scores, which several runs may share
-    selections: set[str] = set()
-    for run in runs:
-        scored, selected = run.one("score").fingerprint, run.one("select").fingerprint
-        if scored not in methods:
-            methods[scored] = len(pool.methods)
-            names = [method["name"] for method in pool.methods]
-            candidates = [run.method, f"{run.method}, seed {run.record.get('seed')}"]
-            candidates += [f"{run.method} ({number})" for number in range(2, len(names) + 3)]
-            unused = next(candidate for candidate in candidates if candidate not in names)
-            pool.methods.append(_method(material, run, unused))
-        if selected not in selections:
-            selections.add(selected)
-            pool.selections.append(_selection(material, run, pool, methods[scored]))
+    by_scores = grouped(runs, lambda run: run.one("score").fingerprint)  # several runs may share their scores
+    for run, *_ in by_scores.values():
+        is_taken = run.method in [method["name"] for method in pool.methods]
+        pool.methods.append(_method(material, run, f"{run.method} ({run.name})" if is_taken else run.method))
+    for run, *_ in grouped(runs, lambda run: run.one("select").fingerprint).values():
+        method = list(by_scores).index(run.one("score").fingerprint)
+        pool.selections.append(_selection(material, run, pool, method))
     return pool
 
 
@@ -111,7 +107,7 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
     positions = material.selected(run)
     place = np.zeros(len(pool.examples), np.uint32)
     place[positions] = np.arange(1, len(positions) + 1)
-    share = "all" if run.is_full else f"{100 * run.alpha:g} %"
+    share = "all" if run.is_full else percent(run.alpha)
     selector = str((run.config.get("selector") or {}).get("name", "?"))
     name = "everything" if run.is_full else f"{pool.methods[method]['name']} at {share}"
     if selector not in ("topk", "?") and not run.is_full:
@@ -129,15 +125,16 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 def pack(pool: Pool, most: int = MOST) -> Packed:
-    """Return at most `most` examples of a pool in packed form: columns (scores as 32-bit floats), then texts."""
+    """Pack at most `most` examples of a pool: the columns, with scores as 32-bit floats, and then the texts."""
     rows = held(pool, most)
     packed = bytearray()
-    offsets: dict[tuple[str, bytes], int] = {}  # equal columns are stored once
+    offsets: dict[tuple[str, bytes], int] = {}  # by type and content, so that equal columns are stored once
 
     def described(value: Any) -> Any:
-        """Append the page's n entries of every array (N,) in the nested `value`, from a multiple of four bytes on.
+        """Append the n entries on the page of every array (N,) in the nested `value` to `packed`.
 
-        Returns a copy of `value` with `[type, offset]` in place of each array; types are f4, u4, u2, u1, little-endian.
+        Returns a copy of `value` with `[type, offset]` in place of each array. A type is f4, u4, u2 or u1,
+        little-endian; an offset is a multiple of four bytes.
         """
         if isinstance(value, Mapping):
             return {key: described(item) for key, item in value.items()}
@@ -183,25 +180,20 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
 
 
 def held(pool: Pool, most: int) -> np.ndarray:
-    """Return the positions (n,) of the examples that the page holds, ascending.
+    """Return the positions (n,) of the examples on the page, ascending: all, or `most` of them if there are more.
 
-    All examples are held if there are at most `most`. Otherwise the selected examples (only the first of each selection
-    if more than `most` are selected) and evenly spaced other examples are held, `most` in all.
+    If there are more, the examples with the best places in a selection are taken first. The rest is drawn at random,
+    with a fixed seed, from the examples that are not selected.
     """
     count = len(pool.examples)
-    if count <= most:
-        return np.arange(count)
-    places = np.array([selection["place"] for selection in pool.selections])
-    selected = (places > 0).any(axis=0)
-    if selected.sum() > most:  # keep the first examples of each selection
-        selected = ((places > 0) & (places <= most // len(places))).any(axis=0)
-    room = most - int(selected.sum())
-    others = np.flatnonzero(~selected)
-    evenly = others[np.linspace(0, len(others) - 1, room).astype(int)] if room > 0 else others[:0]
-    return np.union1d(np.flatnonzero(selected), evenly)
+    best = np.full(count, count + 1)
+    for selection in pool.selections:
+        best = np.where(selection["place"] > 0, np.minimum(best, selection["place"]), best)
+    order = np.lexsort((np.random.default_rng(0).permutation(count), best))
+    return np.sort(order[:most])
 
 
 def _coded(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return the different names, sorted, and for each row the index of its name (uint16)."""
+    """Return the different names in sorted order, and for each row the index of its name (uint16)."""
     known, codes = np.unique(np.array(names, dtype=object), return_inverse=True)
     return known.tolist(), codes.astype(np.uint16)

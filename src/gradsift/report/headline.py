@@ -1,22 +1,23 @@
-"""The head of the report: the settings, the main results, and the warnings."""
+"""The first section of the report: the settings, the main results, and the warnings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from gradsift.cost import duration
 from gradsift.diagnostics import DIAGNOSTICS_FILE, read_diagnostics
 from gradsift.report.material import FAILED, Material, Missing, Run
 from gradsift.report.notes import AGAINST_RANDOM, remarks_of_all, warnings_of
 from gradsift.report.paper_tables import cells_of, count, is_distinguishable
-from gradsift.report.run_tables import COUNTS, LEVEL, Row, flat_rows, pws_text
-from gradsift.report.table import counted
+from gradsift.report.run_tables import COUNTS, LEVEL, Row, flat_rows, mean, pws_text
+from gradsift.report.table import counted, percent
 
-ONE_SEED = "; with one seed, what varies from seed to seed is not in the interval"
+ONE_SEED = "; with one seed, the interval does not include the variation between seeds"
 
 
 class Tile(NamedTuple):
+    """A number in large type, with its name above and a note below it."""
+
     name: str
     value: str
     note: str = ""
@@ -36,14 +37,14 @@ class Headline(NamedTuple):
 
 
 def headline(material: Material) -> Headline:
-    """Return the head of a report, from the `run.json` of its runs and the `diagnostics.json` of a sweep."""
+    """Return the first section, from the `run.json` files of the runs and the `diagnostics.json` of a sweep."""
     title, verdicts, tiles = _of_sweep(material) if material.is_sweep else _of_run(material.runs[0])
     return Headline(title, _settings(material), verdicts, tiles, list(_notes(material)))
 
 
 def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
     runs = material.runs
-    known = [run for run in runs if "variant" in run.record]  # other runs failed before they recorded their settings
+    known = [run for run in runs if "variant" in run.record]  # the others failed before their settings were recorded
     parts = [
         counted(len({run.method for run in known}), "method"),
         counted(len({run.alpha for run in known if run.record["scorer"] != "full"}), "budget"),
@@ -56,17 +57,12 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
     }
     others = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     tiles.append(Tile("runs finished", f"{len(material.finished)} of {len(runs)}", others))
-    if sizes := sorted({run.record["data"]["rows"] for run in runs if "data" in run.record}):
-        ends = dict.fromkeys((sizes[0], sizes[-1]))
-        tiles.append(Tile("rows to select from", " to ".join(f"{size:,}" for size in ends)))
-    seconds = sum(run.record.get("seconds", 0.0) for run in runs)
-    tiles.append(Tile("time", duration(seconds), "all runs, one after the other"))
     title = counted(len(runs), "run")
     return f"{title}: {', '.join(parts)}" if known else title, verdicts, tiles
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:
-    """Return sentences and tiles on the cell with the highest PWS, and on how G-SNR compares with the baselines."""
+    """Return sentences and tiles on the cell with the highest PWS and on G-SNR against the baselines."""
     try:
         cells = cells_of(material)
     except Missing as reason:
@@ -77,19 +73,15 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
     where = f" on {' / '.join(place)}" if len({place for place, _ in cells}) > 1 else ""
     tests = f" (Holm's correction over {counted(len(cells), 'cell')})" if len(cells) > 1 else ""
     verdicts = [
-        f"The highest PWS is that of {method} at {100 * alpha:g} % of the rows{where}: {pws_text(best)}, {side} the "
+        f"The highest PWS is that of {method} at {percent(alpha)} of the rows{where}: {pws_text(best)}, {side} the "
         f"model tuned on all rows{tests}{_invalid(best)}{ONE_SEED if best['runs'] == 1 else ''}."
     ]
     if invalid := sum(row["invalid"] or 0 for row in cells.values()):
         items = sum(row[name] or 0 for row in cells.values() for name in COUNTS)
-        verdicts.append(
-            f"Of the {items:,} items in all cells {invalid:,} ({invalid / items:.1%}) have no valid judgment."
-        )
-    tiles = [
-        Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {100 * alpha:g} %"),
-        *_length_tile(best),
-        *_baselines_tile(material, best),
-    ]
+        share = f"{invalid:,} ({invalid / items:.1%})"
+        verdicts.append(f"Of the {items:,} items in all cells {share} have no valid judgment.")
+    tiles = [Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {percent(alpha)}")]
+    tiles += _baselines_tile(material, best)
     try:
         won = count(cells)
     except Missing as reason:
@@ -99,20 +91,15 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
 
 
 def _invalid(row: Row) -> str:
-    """Return the share of a cell's items without a valid judgment, as text; empty if all are valid."""
+    """Return the share of a cell's items without a valid judgment as text; "" if all are valid."""
     if not row["invalid"]:
         return ""
     items = sum(row[name] for name in COUNTS)
     return f"; {row['invalid'] / items:.0%} of its {items} items have no valid judgment"
 
 
-def _length_tile(row: Row) -> list[Tile]:
-    value = row["pws_length_controlled"]
-    return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
-
-
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a list with a tile of a cell's accuracy or, without reference answers, of its held-out loss, if any."""
+    """Return a tile, in a list, with a cell's accuracy, or with its held-out loss if there are no reference answers."""
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
@@ -125,15 +112,15 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 
 
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
-    """Return a list with a tile that shows `value`; empty if `value` is None.
+    """Return a list with a tile that shows `value`; an empty list if `value` is None.
 
-    The tile's note has the means over `measured` for the full-data and the untuned target, if all entries have them.
+    The tile's note has the means over `measured` of the full-data target (`reference`) and of the target before
+    finetuning (`untuned`). It leaves out a mean if an entry lacks the value.
     """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
-        values = [figure for each in measured if (figure := each.get(key)) is not None]
-        if values and len(values) == len(measured):
-            notes.append(f"{baseline} {sum(values) / len(values):.3f}")
+        if (of_baseline := mean([each.get(key) for each in measured])) is not None:
+            notes.append(f"{baseline} {of_baseline:.3f}")
     return [] if value is None else [Tile(name, f"{value:.3f}", ", ".join(notes))]
 
 
@@ -153,38 +140,30 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
         verdict = "" if distinct else "; not distinguishable from 1"
         verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}{ONE_SEED}.")
         tiles.append(Tile("PWS", f"{row['pws']:.3f}", f"{row['win']} / {row['tie']} / {row['lose']}"))
-        tiles += _length_tile(row)
-    selection, accuracy = record.get("selection") or {}, record.get("accuracy") or {}
+    selection = record.get("selection") or {}
     if "rows" in selection:
         rows = (record.get("data") or {}).get("rows")
         tiles.append(Tile("rows kept", f"{selection['rows']:,}", f"of {rows:,}" if rows else ""))
-    losses = record.get("heldout_loss") or {}
+    accuracy, losses = record.get("accuracy") or {}, record.get("heldout_loss") or {}
     tiles += _measured_tile("accuracy", accuracy.get("model"), [accuracy]) or _measured_tile(
         "held-out loss", losses.get("model"), [losses]
     )
-    if selection.get("spoilt_share") is not None:
-        note = f"of all rows {selection['spoilt_share_pool']:.0%}"
-        tiles.append(Tile("spoilt rows kept", f"{selection['spoilt_share']:.0%}", note))
-    if "seconds" in record:
-        peaks = (record.get("memory") or {}).values()
-        tiles.append(Tile("time", duration(record["seconds"]), f"peak {max(peaks):.1f} GB" if peaks else ""))
-    name = "all rows" if run.is_full else f"{run.method} at {100 * run.alpha:g} %"
-    return f"One run: {name}", verdicts, tiles
+    return f"One run: {'all rows' if run.is_full else run.label}", verdicts, tiles
 
 
 def _settings(material: Material) -> str:
-    """Return the main settings as text, each with all values that it has in the runs."""
+    """Return the main settings as text, each with its different values in the runs."""
+    keys = ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge")
     names = {"dataset": "data", "benchmark_sets": "benchmark"}
-    values = {
-        names.get(key, key): [run.record[key] for run in material.runs if run.record.get(key) is not None]
-        for key in ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge")
-    }
-    values["stopped after"] = [run.config["stop_after"] for run in material.runs if run.config.get("stop_after")]
-    texts = {
-        name: dict.fromkeys(",".join(map(str, each)) if isinstance(each, list) else str(each) for each in own)
-        for name, own in values.items()
-    }
-    return "; ".join(f"{name} {' or '.join(own)}" for name, own in texts.items() if own)
+    values = {names.get(key, key): [run.record.get(key) for run in material.runs] for key in keys}
+    values["stopped after"] = [run.config.get("stop_after") for run in material.runs]
+    parts = []
+    for name, of_runs in values.items():
+        known = [value for value in of_runs if value is not None]
+        texts = dict.fromkeys(",".join(map(str, value)) if isinstance(value, list) else str(value) for value in known)
+        if texts:
+            parts.append(f"{name} {' or '.join(texts)}")
+    return "; ".join(parts)
 
 
 def _notes(material: Material) -> Iterator[Note]:
@@ -192,15 +171,9 @@ def _notes(material: Material) -> Iterator[Note]:
     failed = sum(run.status in FAILED for run in runs)
     if failed and material.is_sweep:
         yield Note("failed", f"{failed} of {len(runs)} runs did not finish; see what is missing.")
-    messages: dict[str, list[str]] = {}
-    for run in runs:
-        for name, message in warnings_of(run.record.get("diagnostics")).items():
-            messages.setdefault(name, []).append(f"{run.name}: {message}" if material.is_sweep else message)
     if material.is_sweep and (material.folder / DIAGNOSTICS_FILE).is_file():
-        found = read_diagnostics(material.folder)
-        below = {name: found[name]["values"] for name in warnings_of(found) if name.startswith(AGAINST_RANDOM)}
-        messages |= {name: [message] for name, message in warnings_of(found).items() if name not in below}
-        if below:
+        diagnostics = read_diagnostics(material.folder)  # of the comparison with random rows alone
+        if below := {name: diagnostics[name]["values"] for name in warnings_of(diagnostics)}:
             methods = [
                 f"{name.removeprefix(AGAINST_RANDOM).strip(' ()')} ({values['pws']:.3f}, random "
                 f"{values['pws_random']:.3f})"
@@ -212,6 +185,10 @@ def _notes(material: Material) -> Iterator[Note]:
                 f"tell {apart} of these {len(below)} from random rows [{AGAINST_RANDOM}]"
             )
             yield Note("warning", text)
+    messages: dict[str, list[str]] = {}
+    for run in runs:
+        for name, message in warnings_of(run.record.get("diagnostics")).items():
+            messages.setdefault(name, []).append(f"{run.name}: {message}" if material.is_sweep else message)
     for name, texts in messages.items():
         others = f" ({len(texts)} of {len(runs)} runs have this warning; this is the first)" if len(texts) > 1 else ""
         yield Note("warning", f"{texts[0]} [{name}]{others}")

@@ -1,9 +1,9 @@
-"""A figure's SVG as a part of an HTML page, in the page's colours and without styles of its own.
+"""Conversion of a figure's SVG file into an `<svg>` element of the report's page.
 
-The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become attributes.
-The figure's name is put before every id, as all figures share one document. The four neutral colours of
-`figures.style` become variables of the page's theme. Elements and attributes that no figure needs, and links to other
-documents, are left out.
+The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become SVG
+attributes. Every id gets the figure's name as a prefix, as all figures share one document. The four neutral colours of
+`figures.style` become CSS variables of the page. Scripts, event handlers, links to other documents, and elements that
+no figure needs are removed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
 
     Args:
         text: content of an SVG file that matplotlib wrote.
-        name: name of the figure; ids begin with it.
+        name: name of the figure, the prefix of its ids.
         label: text for screen readers.
     """
-    root = ElementTree.fromstring(text)  # noqa: S314 - written by matplotlib a moment ago
+    root = ElementTree.fromstring(text)  # noqa: S314 - matplotlib wrote it
     for parent in list(root.iter()):
         for child in list(parent):
             if not isinstance(child.tag, str) or child.tag.removeprefix(_SVG) in _DROPPED:
@@ -38,9 +38,9 @@ def inline_svg(text: str, name: str, label: str) -> Markup:
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         element.attrib = _attributes(element, name)
-    for key in ("height", "version"):  # the browser derives the height from the width
+    for key in ("height", "version"):  # the browser computes the height from the width
         root.attrib.pop(key, None)
-    # the last two are what matplotlib's own style sheet sets for all elements
+    # the style sheet of matplotlib's SVG, which is removed, sets the last two for all elements
     root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round", "stroke-linecap": "butt"}
     return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - escaped by ElementTree
 

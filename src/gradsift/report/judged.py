@@ -1,9 +1,10 @@
-"""A sample of the judged answers for the page: question, both answers, and what the judge said in each order."""
+"""A sample of the judged answers for the page: question, both answers, and the judge's replies in both orders."""
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 from gradsift.evaluation.generation import OUTPUTS_FILE, item_key, read_model_outputs, without_turns
@@ -19,17 +20,17 @@ CUT = 600  # characters of a text
 
 
 class Words(NamedTuple):
-    """What the judge said about a pair in one order."""
+    """The judge's reply about a pair in one order."""
 
-    order: str
-    scores: str  # of model and reference, or "invalid"
-    text: str  # the judge's reply; for an invalid judgment the reason and the reply
+    order: str  # "model first" or "model second"
+    scores: str  # of model and reference, as in "8 : 7", or "invalid"
+    text: str  # the reply; for an invalid judgment the reason and the reply
 
 
 class JudgedPair(NamedTuple):
     """A question with the answers of the model tuned on a selection and of the model tuned on all rows, not escaped."""
 
-    method: str
+    method: str  # and budget
     benchmark: str
     outcome: str
     question: str
@@ -41,12 +42,12 @@ class JudgedPair(NamedTuple):
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
     """Return up to `most` judged pairs, and the reasons why runs are not shown (see `attempt`).
 
-    The pairs are divided equally among the combinations of method and alpha. A combination's pairs come from its first
-    run whose answers are in the store. They are divided equally among the outcomes, as far as there are enough items
-    with each outcome. The items taken are evenly spaced over all items with the outcome.
+    Every combination of method and alpha gets the same number of pairs, from its first run whose answers are in the
+    store. Within a combination the outcomes get the same number of pairs, if there are enough items with each outcome.
+    The pairs of an outcome are evenly spaced over the items with this outcome.
     """
     judged = [run for run in material.finished if run.has("judge")]
-    groups = grouped(judged, lambda run: f"{run.method} at {100 * run.alpha:g} %")
+    groups = grouped(judged, lambda run: run.label)
     if not groups:
         return [], ["no run has judgments in the store"]
     each = max(1, most // len(groups))
@@ -72,13 +73,14 @@ def _sample(name: str, run: Run, most: int) -> list[JudgedPair]:
         {item_key(row): row for row in without_turns(read_model_outputs(by_fingerprint[parent].file(OUTPUTS_FILE)))}
         for parent in parents
     )
-    by_outcome: dict[str, list[tuple[str, str]]] = {"win": [], "lose": [], "tie": [], "invalid": []}
     pairs = in_both_orders(read_judgments(judged.file("judgments.jsonl")))
-    for key, orders in pairs.items():
-        result = outcome(orders.get("forward"), orders.get("reverse"), judged.info["combine"])
-        by_outcome[result].append(key)
+
+    def outcome_of(key: tuple[str, str]) -> str:
+        return outcome(pairs[key].get("forward"), pairs[key].get("reverse"), judged.info["combine"])
+
+    by_outcome = grouped(pairs, outcome_of)
     turns = [(turn, kind) for kind, keys in by_outcome.items() for turn in range(len(keys))]
-    turns = sorted(turns, key=lambda turn: turn[0])[:most]  # the outcomes take turns
+    turns = sorted(turns, key=itemgetter(0))[:most]  # the first item of each outcome, then the second of each
     sizes = Counter(kind for _, kind in turns)
     sample = []
     for turn, kind in turns:

@@ -1,13 +1,12 @@
-"""The material of a report: the folder of a run or a sweep, and the artifacts that its runs name.
+"""The material of a report: the folder of a run or a sweep, and the artifacts of its runs.
 
-Everything is read from files, so a report can be made on any machine that has copies of the folder and the store. What
-is absent is reported (`Material.gaps`, `Missing`) and never guessed.
+Everything is read from files, so a report can be made on any machine that has copies of the folder and the store. The
+report names what is absent (`Material.gaps`, `Missing`) and replaces no missing value.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,7 @@ from gradsift.gradients.statistics import Statistics, read_statistics
 from gradsift.manifests import MANIFEST
 from gradsift.pages import portable
 from gradsift.report.run_tables import grouped, method_name, with_settings
+from gradsift.report.table import percent
 from gradsift.run_folder import RUN_FILE, config_values, is_run, job_folders, read_yaml
 from gradsift.scoring.scores import Scores
 from gradsift.scoring.stage import scores_of
@@ -31,32 +31,33 @@ from gradsift.selection.audit import AUDIT_FILE
 from gradsift.selection.stage import positions_of
 from gradsift.training.optimization import read_trajectory
 
-BROKEN = "failed with"  # how the reason begins if something is absent because of an error
-FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that did not get as far as they were asked to
-# keys of overrides that are left out of a method's name: the scorer is in the name anyway, and the other keys
-# distinguish datasets and cells of tables instead of methods
+BROKEN = "failed with"  # the reason begins so if an error, and not a missing file, prevented a figure or table
+FAILED = ("failed", "interrupted", "unfinished")  # statuses of runs that ended before the stage they were asked for
+# Overrides with these keys are left out of a method's name: the name has the scorer anyway, and the other keys
+# distinguish datasets and cells of tables.
 _TOLD_APART = ("scorer", "alpha", "data", "target", "judge")
 T = TypeVar("T")
 
 
 class Missing(GradsiftError):
-    """The files do not suffice for a figure or table; the message is the reason that the report shows."""
+    """Raised if a figure or table cannot be made from the files; the report shows the message as the reason."""
 
 
 class Incomplete(GradsiftError):
-    """A report was written in which parts are absent because of errors; the message names these parts."""
+    """Raised after a report was written without the parts that errors prevented; the message names these parts."""
 
 
 def attempt(make: Callable[[], T]) -> tuple[T | None, str]:
-    """Return the value of `make` and "", or None and the reason, so that an error in one figure leaves the others.
+    """Return the value of `make` and "", or None and the reason if `make` raises an exception.
 
-    The reason begins with BROKEN for errors other than `Missing`.
+    An error in one figure thus does not prevent the others. For exceptions other than `Missing` the reason begins with
+    BROKEN.
     """
     try:
         return make(), ""
     except Missing as reason:
         return None, str(reason)
-    except Exception as error:  # noqa: BLE001 - the report names the error and goes on
+    except Exception as error:  # noqa: BLE001 - the report shows the error in place of the figure
         return None, f"{BROKEN} {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
@@ -67,7 +68,7 @@ class Run:
     folder: Path
     record: Mapping[str, Any]
     config: Mapping[str, Any]  # empty if the run failed before it had one
-    method: str  # the scorer, with the settings that distinguish it from the other methods of the sweep
+    method: str  # the scorer, with the settings that not all runs of the sweep share
     stores: Sequence[Path]  # where to look for artifacts that are not at the paths in `run.json`
 
     @property
@@ -90,12 +91,17 @@ class Run:
 
     @property
     def data(self) -> str | None:
-        """Fingerprint of the data, None if none was loaded. Equal fingerprints mean equal examples at all positions."""
+        """Fingerprint of the data; None if the run loaded no data. Runs with equal fingerprints have equal pools."""
         return next((stage["fingerprint"] for stage in self.record["stages"] if stage["name"] == "load"), None)
 
     @property
+    def label(self) -> str:
+        """Method and budget, as in "gsnr at 10 %"; the method alone if alpha is not known."""
+        return self.method if self.record["alpha"] is None else f"{self.method} at {percent(self.alpha)}"
+
+    @property
     def outcome(self) -> str:
-        """Why a stage is absent, in words: the run was stopped or failed, or its scorer does not need the stage."""
+        """The reason why a stage is absent: the run was stopped or failed, or its scorer does not need the stage."""
         if self.status == "stopped":
             after = self.config.get("stop_after")
             return f"it was stopped after {after}" if after else "it was stopped early"
@@ -112,7 +118,7 @@ class Run:
 
     @cached_property
     def lost(self) -> list[str]:
-        """Names of the artifacts that `run.json` lists but that are not found at their paths or in a store."""
+        """Names of the artifacts in `run.json` that are neither at their recorded paths nor in one of `stores`."""
         known = {artifact.fingerprint for group in self.artifacts.values() for artifact in group}
         stages = [stage for stage in self.record["stages"] if stage["fingerprint"] not in known]
         return [f"{stage['name']}/{Path(stage['artifact']).name}" for stage in stages]
@@ -131,11 +137,10 @@ class Run:
     def has(self, stage: str) -> bool:
         return bool(self.artifacts.get(stage))
 
-    def one(self, stage: str, place: int = 0) -> Artifact:
-        """Return the artifact with the index `place` among the run's artifacts of a stage; `Missing` says why not."""
-        artifacts = self.artifacts.get(stage, [])
-        if place < len(artifacts):
-            return artifacts[place]
+    def one(self, stage: str) -> Artifact:
+        """Return the run's first artifact of a stage, or raise `Missing` with the reason why there is none."""
+        if self.has(stage):
+            return self.artifacts[stage][0]
         if lost := [name for name in self.lost if name.startswith(f"{stage}/")]:
             raise Missing(f"{self.name}: the artifact {lost[0]} is not in the store any more")
         raise Missing(f"{self.name}: there is no stage {stage} ({self.outcome})")
@@ -143,7 +148,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """All runs of a folder, and readers of their artifacts, which raise `Missing` if a run lacks the artifact."""
+    """All runs of a folder. The methods read the runs' artifacts, and raise `Missing` if a run lacks the artifact."""
 
     folder: Path
     runs: Sequence[Run]
@@ -156,7 +161,10 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """What is absent and why, for stopped runs, lost artifacts and lost audit files; failed runs are left out."""
+        """A text for each stopped run, each run with lost artifacts, and each lost audit file.
+
+        Failed runs are left out, as the report has a table of them.
+        """
         gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status == "stopped"]
         for run in self.runs:
             if run.lost:
@@ -192,7 +200,7 @@ class Material:
         return self._read(read_statistics, run.one("statistics"))
 
     def members(self, run: Run) -> list[list[Artifact]]:
-        """Return the ensemble's trained adapters, as [adapter][epoch - 1]."""
+        """Return the adapters of the ensemble's members, as [member][epoch - 1]."""
         run.one("member")
         adapters: dict[int, dict[int, Artifact]] = {}
         for artifact in run.artifacts["member"]:
@@ -205,14 +213,12 @@ class Material:
         if (run.config.get("proxy") or {}).get("collect") == "during_training":
             return [[epochs[epoch - 1]] for epochs in self.members(run)]
         run.one("norms")
-        shards: dict[int, list[Artifact]] = {}
-        for artifact in run.artifacts["norms"]:
-            named = re.match(r"m(\d+)-e(\d+)-", artifact.path.name)
-            if named and int(named[2]) == epoch:
-                shards.setdefault(int(named[1]), []).append(artifact)
-        if not shards:
+        # names of artifacts: m<member>-e<epoch>-<fingerprint>, or m<member>-e<epoch>-<shard>-<fingerprint>
+        after_epoch = [artifact for artifact in run.artifacts["norms"] if f"-e{epoch}-" in artifact.path.name]
+        if not after_epoch:
             raise Missing(f"{run.name}: no norms were collected after epoch {epoch}")
-        return [own for _, own in sorted(shards.items())]
+        by_member = grouped(after_epoch, lambda artifact: int(artifact.path.name[1:].partition("-")[0]))
+        return [shards for _, shards in sorted(by_member.items())]
 
     def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return for each adapter the optimiser steps (P,) and points (P, D) of `gradsift.proxy.trajectory`."""
@@ -227,8 +233,8 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     """Read the folder of a run or of a sweep.
 
     Args:
-        artifacts: the store's folder, if the artifacts are neither at the paths in `run.json` nor in the store that the
-            config names.
+        artifacts: a folder of a store, for artifacts that are neither at the paths in `run.json` nor in the config's
+            store.
 
     Raises:
         DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.
@@ -240,11 +246,12 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
             f"{folder} holds neither {RUN_FILE} nor folders of jobs; give the folder of a run or of a sweep"
         )
     records = [_record(job) for job in folders]
+    # failed runs may lack overrides that all others share, so their settings are determined apart from the others'
     by_failure = grouped(records, lambda record: record["status"] in FAILED)
-    named = {failed: iter(with_settings(group, _TOLD_APART)) for failed, group in by_failure.items()}
+    with_names = {failed: iter(with_settings(group, _TOLD_APART)) for failed, group in by_failure.items()}
     runs = []
     for job, status in zip(folders, [record["status"] for record in records], strict=True):
-        record, config = next(named[status in FAILED]), config_values(job)
+        record, config = next(with_names[status in FAILED]), config_values(job)
         stores = [Path(store) for store in (artifacts, config.get("artifacts")) if store is not None]
         method = portable(method_name(record["scorer"], record["settings"]))
         runs.append(Run(job, record, config, method, stores))
@@ -252,13 +259,13 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Return the content of `run.json`; if scorer or alpha is missing there, it comes from the run's overrides."""
+    """Return the content of `run.json`; a missing scorer or alpha is taken from the run's overrides."""
     path = folder / RUN_FILE
     if path.is_file():
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}); run the job again, or move its folder away") from error
+            raise DataError(f"{path} is not JSON ({error}); run the job again or remove its folder") from error
     else:
         overrides = read_yaml(folder / ".hydra" / "overrides.yaml")
         overrides = list(map(str, overrides)) if isinstance(overrides, list) else []
@@ -268,7 +275,7 @@ def _record(folder: Path) -> dict[str, Any]:
     options = dict(o.split("=", 1) for o in record.get("overrides") or [] if "=" in o)
     try:
         alpha: float | None = float(options.get("alpha", "0.1"))
-    except ValueError:  # a sweep's list, or text that the run refused
+    except ValueError:  # the run failed because of this value
         alpha = None
     scorer = options.get("scorer", options.get("method", "?"))
     return {"stages": [], "scorer": scorer, "alpha": alpha, **record}

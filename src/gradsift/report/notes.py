@@ -1,4 +1,4 @@
-"""Warnings and remarks: what a reader of a run's or a sweep's results has to know."""
+"""Warnings and remarks that a reader needs to interpret the results of a run or a sweep."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gradsift.report.table import cell_text
 
 _RATERS = {
     "local": "judge=local with a small model only checks that the pipeline runs: its ratings mean nothing",
-    "verifier": "judge=verifier rated as an oracle that knows the embedded world's right answers: an upper bound",
+    "verifier": "judge=verifier rated with the embedded world's right answers: these scores are an upper bound",
 }
 AGAINST_RANDOM = "against_random"
 _BASELINES = ("random", "full")  # scorers that need no model
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on one run, a line each."""
+    """Return remarks on one run, one line each."""
     lines = []
     if rejected := run.get("data", {}).get("rejected"):
         lines.append(f"{rejected:,} rows of the data were rejected; the reasons are in rejected.jsonl")
@@ -65,25 +65,25 @@ def remarks(run: Run) -> list[str]:
 
 
 def remarks_of_all(runs: Iterable[Run]) -> list[str]:
-    """Return the remarks on several runs, each once; if a remark applies to several runs, their number is added."""
+    """Return the remarks on several runs, each once, with the number of runs if a remark applies to several."""
     counts = Counter(line for run in runs for line in remarks(run))
     return [line + (f" ({times} runs)" if times > 1 else "") for line, times in counts.items()]
 
 
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
-    """Return the messages of the diagnostics that warn, by name, in the order of the stages."""
+    """Return the messages of the diagnostics whose verdict is `warning`, by name."""
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
 
 def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
     """Compare each method with random selection; return a diagnostic for each scorer and setting.
 
-    The pooled PWS of a run is compared with the pooled PWS of its counterparts: the runs with random selection whose
-    seeds and settings equal the run's, apart from the scorer and its constants. A method without counterparts gets no
-    diagnostic. The p-values come from paired tests over all seeds, with Holm's correction over the methods; a method
-    whose runs have several counterparts is not tested.
+    The pooled PWS of a run is compared with the pooled PWS of its counterparts. These are the runs with random
+    selection that have the same seeds and settings, apart from the scorer and its constants. A method without
+    counterparts has no diagnostic. The p-values come from paired tests over all seeds, with Holm's correction over the
+    methods. A method is not tested if one of its runs has several counterparts.
     """
-    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the last row is the pooled row, or the only row
+    rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the pooled row, or the only one
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]
     named = [n for n in SETTINGS if n in ("scorer", "alpha") or len({row[n] for row in rows}) > 1]
     random = grouped([row for row in rows if row["scorer"] == "random"], _shared_with_random)
@@ -104,7 +104,7 @@ def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
 
 
 def _shared_with_random(row: Row) -> tuple[Any, ...]:
-    """Return the values that must be equal in a run and a random selection for the two to be compared."""
+    """Return the values in which a run and its counterpart with random selection must be equal."""
     settings = tuple(o for o in row["settings"].split(" ") if not o.startswith(("scorer.", "method=")))
     return (*(row[name] for name in (*SETTINGS, *SEEDS) if name not in ("scorer", "settings")), settings)
 

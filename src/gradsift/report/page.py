@@ -1,7 +1,8 @@
-"""`report.html`: one self-contained page. Its figures and tables are also written as files, in folders beside it.
+"""`report.html`, one self-contained page. Its figures and tables are also written as files, in folders beside it.
 
-The page can be opened from disk and makes no request. It runs one script of this package, which its content security
-policy allows by hash. Texts of the data are escaped, or stored as JSON and base64, which the script shows as text.
+The page can be opened from disk and makes no request. Its content security policy allows, by hash, one script and one
+style sheet, which are files of this package. Texts of the data are escaped, or stored as JSON and base64, which the
+script shows as text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from markupsafe import Markup, escape
 from gradsift.names import require_no_link
 from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
-from gradsift.report.browser import CUT, MOST, Packed, pack, pools
+from gradsift.report.browser import CUT, MOST, pack, pools
 from gradsift.report.figures import FIGURES, write_figures, write_tables
 from gradsift.report.figures.style import Entry
 from gradsift.report.headline import headline
@@ -34,12 +35,12 @@ from gradsift.report.run_tables import WORK_FILE, results_table, work_table
 from gradsift.report.table import groups_of
 from gradsift.run_folder import CONFIG_FILE, FIGURES_FOLDER, REPORT_FILE, RUN_FILE, TABLES_FOLDER, read_yaml
 
-_WIDE = 450  # points; two figures up to this width stand side by side
+_WIDE = 450  # points; the page shows two figures of at most this width side by side
 
 
 @dataclass
 class Shown:
-    """A figure on the page: its picture, or the reason why there is none."""
+    """A figure on the page: its SVG, or the reason why it was not drawn."""
 
     entry: Entry
     svg: Markup | None = None
@@ -55,39 +56,32 @@ def write_report(
     formats: Iterable[str] = ("png", "svg"),
     artifacts: Path | None = None,
 ) -> Path:
-    """Write the report of a run's or a sweep's folder: the page, `figures/` and `tables/`.
+    """Write the report of the folder of a run or a sweep: `report.html`, `figures/` and `tables/`.
 
     Args:
-        to: the folder to write to; by default `folder` itself.
+        to: the folder to write to; by default `folder`.
         formats: formats of the figures' files. SVG is always written, as the page contains it.
-        artifacts: the store's folder, if it has moved (see `material.read`).
+        artifacts: the store's folder, if the store has moved (see `material.read`).
 
     Returns:
         The path of the page.
 
     Raises:
         DataError: see `material.read`.
-        Incomplete: the page is written, but errors prevented some of its parts.
+        Incomplete: errors prevented some parts of the page; the other parts are written.
     """
     material = read(folder, artifacts)
     to = folder if to is None else to
     wanted = list(dict.fromkeys([*formats, "svg"]))
     no_figure = write_figures(material, to / FIGURES_FOLDER, wanted)
     tables, no_table = write_tables(material, to / TABLES_FOLDER)
-    packed: list[Packed] = []
-    left_out = []  # names of the pools that one page does not hold; it always holds the first
-    for pool in pools(material):
-        if packed and len(pool.examples) > MOST - sum(each.about["rows"] for each in packed):
-            left_out.append(pool.name)
-        else:
-            packed.append(pack(pool))
+    all_pools = pools(material)
     judged, no_pairs = judged_pairs(material)
     values = {
         "figures": [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES],
         "tables": [(name, tables.get(name), no_table.get(name)) for name in TABLES],
         "work_file": WORK_FILE if (to / WORK_FILE).is_file() else None,
-        "pools": packed,
-        "left_out": left_out,
+        "pools": [pack(pool, MOST // len(all_pools)) for pool in all_pools],
         "judged": judged,
         "no_pairs": no_pairs,
     }
@@ -115,7 +109,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[str]) -
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML; `values` are the template's values that are not in the material."""
+    """Return the page as HTML. `values` has the template's values that are not derived from the material here."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
@@ -152,9 +146,9 @@ def render(material: Material, values: Mapping[str, Any]) -> str:
 
 
 def figures_of(figures: Sequence[Shown], section: str) -> list[Shown]:
-    """Return the figures of a section, those without a picture last.
+    """Return the figures of a section; those that were not drawn come last.
 
-    The last narrow figure is made wide if it would stand alone in its row.
+    If the number of narrow figures is odd, the last one is made wide, as it would be alone in its row.
     """
     own = [shown for shown in figures if shown.entry.section == section]
     narrow = [shown for shown in own if shown.svg is not None and not shown.is_wide]
@@ -165,26 +159,23 @@ def figures_of(figures: Sequence[Shown], section: str) -> list[Shown]:
 
 def _commands(material: Material) -> list[str]:
     """Return the commands that repeat the run or the sweep."""
-
-    def command(words: Sequence[str]) -> str:
-        if words and words[0].startswith("--replay"):
-            return f"python run.py {words[0]}"  # one word that holds an option and its folder
-        return shlex.join(["python", "run.py", *words])
-
-    overrides = [run.record.get("overrides") or [] for run in material.runs]
+    commands = [["python", "run.py", *(run.record.get("overrides") or [])] for run in material.runs]
     if not material.is_sweep:
-        return [command(overrides[0]), f"python run.py --replay {shlex.quote(str(material.folder))}"]
+        replay = ["python", "run.py", "--replay", str(material.folder)]
+        is_replay = commands[0][2:] and commands[0][2].startswith("--replay")
+        return [shlex.join(words) for words in ([replay] if is_replay else [commands[0], replay])]
     try:
-        return [command(["-m", *read_yaml(material.folder / "multirun.yaml")["hydra"]["overrides"]["task"]])]
-    except (KeyError, TypeError):  # Hydra left no such file, or a file of another form
-        return [command(own) for own in overrides]
+        task = read_yaml(material.folder / "multirun.yaml")["hydra"]["overrides"]["task"]
+    except (KeyError, TypeError):  # Hydra did not write the file
+        return [shlex.join(words) for words in commands]
+    return [shlex.join(["python", "run.py", "-m", *task])]
 
 
 def _config(material: Material) -> str:
-    """Return the config of the first run that has one, as YAML and without the store's folder; "" if no run has one."""
-    for run in material.runs:
-        if run.config:
-            values = {key: value for key, value in run.config.items() if key != "artifacts"}
-            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-            return f"# {run.name}/{CONFIG_FILE}\n{text}"
-    return ""
+    """Return the config of the first run that has one, as YAML without the store's folder; "" if no run has one."""
+    run = next((run for run in material.runs if run.config), None)
+    if run is None:
+        return ""
+    values = {key: value for key, value in run.config.items() if key != "artifacts"}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return f"# {run.name}/{CONFIG_FILE}\n{text}"

@@ -1,9 +1,9 @@
 """The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
-They are Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which the PWS of its method
-(G-SNR) is at least the PWS of every baseline. Here ties are counted separately, and significant differences are counted
-too: the method is compared with every baseline on the same items and seeds, with Holm's correction over all comparisons
-of the table.
+They have the form of Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which the PWS of
+its method (G-SNR) is at least the PWS of every baseline. This module counts ties separately. It also counts significant
+differences: G-SNR is compared with every baseline on the same items and seeds, with Holm's correction over all
+comparisons of the table.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.evaluation.intervals import holm
-from gradsift.report import run_tables
 from gradsift.report.material import Material, Missing
-from gradsift.report.run_tables import COUNTS, LEVEL, Row, compared, grouped
+from gradsift.report.run_tables import (
+    COUNTS,
+    LEVEL,
+    Row,
+    compared,
+    flat_rows,
+    grouped,
+    intervals_text,
+    method_name,
+    over_seeds,
+    pws_text,
+)
 from gradsift.report.table import Table
 
 METHOD = "gsnr"
@@ -31,13 +41,13 @@ Cells = dict[tuple[Place, Column], Row]
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of cells by how the method (G-SNR) compares with the baselines."""
+    """Numbers of cells, by the result of comparing the method (G-SNR) with the baselines."""
 
     cells: int
-    higher: int  # cells where the method's PWS is above every baseline's
-    tied: int  # cells where the method's PWS equals the best baseline's
-    better: int  # cells where the method is significantly better than every baseline
-    worse: int  # cells where the method is significantly worse than some baseline
+    higher: int  # the method's PWS is above every baseline's
+    tied: int  # the method's PWS equals the best baseline's
+    better: int  # the method is significantly better than every baseline
+    worse: int  # the method is significantly worse than some baseline
     baselines: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -55,13 +65,11 @@ def cells_of(material: Material) -> Cells:
     Rows without a PWS, pooled rows and full-data runs are left out. Raises `Missing` if no row is left.
     """
     cells: Cells = {}
-    rows = [
-        row for run in material.finished for row in run_tables.flat_rows(run.record) if row["benchmark"] != "pooled"
-    ]
-    for row in run_tables.over_seeds(rows):
+    rows = [row for run in material.finished for row in flat_rows(run.record) if row["benchmark"] != "pooled"]
+    for row in over_seeds(rows):
         if row["pws"] is not None and row["scorer"] != "full":
             place = (str(row["dataset"]), str(row["target"]), str(row["benchmark"]))
-            cells[place, (float(row["alpha"]), run_tables.method_name(row["scorer"], row["settings"]))] = row
+            cells[place, (float(row["alpha"]), method_name(row["scorer"], row["settings"]))] = row
     if not cells:
         raise Missing("no run got as far as a PWS against the full-data model")
     return cells
@@ -87,17 +95,14 @@ def count(cells: Cells) -> Count:
             groups.append((group[METHOD], baselines))
     if not groups:
         raise Missing(f"no cell has both {METHOD} and a baseline such as random or superfilter")
-    differences = [compared(row, other) for row, baselines in groups for other in baselines.values()]
-    p_values = holm([1.0 if each is None else each.p_value for each in differences])
-    # 1 or -1 where the method is significantly better or worse, else 0
-    signs = iter(
-        [
-            0 if each is None or p_value >= LEVEL else int(np.sign(each.difference))
-            for each, p_value in zip(differences, p_values, strict=True)
-        ]
-    )
-    by_cell = [[next(signs) for _ in baselines] for _, baselines in groups]
-    better, worse = sum(min(each) > 0 for each in by_cell), sum(min(each) < 0 for each in by_cell)
+    tests = [(cell, compared(row, b)) for cell, (row, others) in enumerate(groups) for b in others.values()]
+    p_values = holm([1.0 if test is None else test.p_value for _, test in tests])
+    signs: dict[int, list[float]] = {}  # by cell: 1 or -1 where the method is significantly better or worse, else 0
+    for (cell, test), p_value in zip(tests, p_values, strict=True):
+        sign = 0.0 if test is None or p_value >= LEVEL else float(np.sign(test.difference))
+        signs.setdefault(cell, []).append(sign)
+    better = sum(min(each) > 0 for each in signs.values())
+    worse = sum(min(each) < 0 for each in signs.values())
     leads = [row["pws"] - max(other["pws"] for other in baselines.values()) for row, baselines in groups]
     names = dict.fromkeys(name for _, baselines in groups for name in baselines)
     return Count(len(groups), sum(d > 0 for d in leads), sum(d == 0 for d in leads), better, worse, tuple(names))
@@ -116,7 +121,7 @@ def pws_table(material: Material) -> Table:
     methods = list(dict.fromkeys(method for _, (_, method) in cells))
     columns = sorted({column for _, column in cells}, key=lambda column: (column[0], methods.index(column[1])))
     rows = [
-        [" / ".join(place), *(run_tables.pws_text(cells[place, c]) if (place, c) in cells else "-" for c in columns)]
+        [" / ".join(place), *(pws_text(cells[place, c]) if (place, c) in cells else "-" for c in columns)]
         for place in places
     ]
     best = set()
@@ -133,7 +138,7 @@ def pws_table(material: Material) -> Table:
     ]
     bold = frozenset((places.index(place), 1 + columns.index(column)) for place, column in best)
     averaged = any(row["runs"] > 1 for row in cells.values())
-    sentences = ["Means over seeds" if averaged else "", run_tables.intervals_text(cells.values())]
+    sentences = ["Means over seeds" if averaged else "", intervals_text(cells.values())]
     note = ". ".join([*filter(None, sentences), "Bold: the highest of a row at its alpha."])
     with suppress(Missing):  # no cell to count
         note += f" {count(cells)}."
@@ -141,12 +146,9 @@ def pws_table(material: Material) -> Table:
 
 
 def ablation_table(material: Material) -> Table:
-    """Return the table of the PWS of G-SNR and of its ablations, with their differences from G-SNR."""
-    groups = {
-        key: group
-        for key, group in _by_scorer(cells_of(material)).items()
-        if METHOD in group and any(name in group for name in ABLATIONS)
-    }
+    """Return the table of the PWS of G-SNR and of its ablations, with each ablation's difference from G-SNR."""
+    by_cell = _by_scorer(cells_of(material)).items()
+    groups = {key: group for key, group in by_cell if METHOD in group and not group.keys().isdisjoint(ABLATIONS)}
     if not groups:
         raise Missing(f"no cell has {METHOD} beside one of its ablations ({', '.join(ABLATIONS)})")
     shown = [name for name in ABLATIONS if any(name in group for group in groups.values())]

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal as volume
+
 from gradsift.cost import duration
 from gradsift.planning import DONE, TO_DO, Planner
 from gradsift.report.run_tables import with_settings
@@ -20,7 +22,6 @@ from gradsift.report.table import Table
 from gradsift.run_folder import RUN_FILE
 
 SHARED = "shared"
-AT_MOST = "to do, at most"
 ESTIMATES = ("time", "disk", "judge calls")
 Run = Mapping[str, Any]
 PlannedUnit = Mapping[str, Any]  # an entry of `gradsift.planning.Planner.units`
@@ -33,10 +34,10 @@ def write_plan(
 
     Args:
         ends: why the plan stops before the end of the pipeline; None if it reaches the end.
-        finetunes: what `gradsift.forecast.forecast` returned.
+        finetunes: the value of `gradsift.forecast.forecast`.
     """
     store = planner.store.absolute()
-    place = next(folder for folder in (store, *store.parents) if folder.is_dir())
+    existing = next(folder for folder in (store, *store.parents) if folder.is_dir())
     content = {
         "status": "planned",
         **about,
@@ -45,60 +46,44 @@ def write_plan(
         "plan": list(planner.units.values()),
         "plan_ends": ends,
         "forecast": finetunes,
-        "free_bytes": shutil.disk_usage(place).free,
+        "free_bytes": shutil.disk_usage(existing).free,
     }
     (folder / RUN_FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def states(runs: Sequence[Run]) -> list[list[tuple[PlannedUnit, str]]]:
-    """Return the units of each run, in the order of the jobs, with their state: DONE, TO_DO, AT_MOST or SHARED.
-
-    AT_MOST marks a unit that may not have to be made: if selections turn out to be equal, they share one finetune.
-    """
-    promised: set[str] = set()
-
-    def state(unit: PlannedUnit) -> str:
-        if unit["state"] == DONE:
-            return DONE
-        if unit["fingerprint"] in promised:
-            return SHARED
-        promised.add(unit["fingerprint"])
-        return TO_DO if unit["certain"] else AT_MOST
-
-    return [[(unit, state(unit)) for unit in run["plan"]] for run in runs]
+    """Return the units of each run, in the order of the jobs, with their state: DONE, TO_DO or SHARED."""
+    of_earlier_runs: set[str] = set()
+    found = []
+    for run in runs:
+        units = run["plan"]
+        found.append([(unit, SHARED if unit["fingerprint"] in of_earlier_runs else unit["state"]) for unit in units])
+        of_earlier_runs |= {unit["fingerprint"] for unit in units if unit["state"] == TO_DO}
+    return found
 
 
 def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
     """Return the units that are not done yet, each once."""
-    return [unit for units in states(runs) for unit, state in units if state in (TO_DO, AT_MOST)]
-
-
-def plan_table(run: Run) -> Table:
-    """Return a table with a row for each unit of one run."""
-    rows = [
-        (unit["name"], Path(unit["artifact"]).name, state, *_estimates([unit] if state != DONE else []))
-        for unit, state in states([run])[0]
-    ]
-    return Table("Plan", ("stage", "unit", "state", *ESTIMATES), rows)
+    return [unit for units in states(runs) for unit, state in units if state == TO_DO]
 
 
 def jobs_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each job of a sweep; it names the stages done, shared and to do."""
+    """Return a table with a row for each job of a sweep, which names the stages done, shared and to do."""
     rows = []
     named = with_settings(runs, told_apart=())
     for number, (run, units) in enumerate(zip(named, states(runs), strict=True), start=1):
         row = [str(number), run["settings"]]
-        for wanted in ((DONE,), (SHARED,), (TO_DO, AT_MOST)):
-            counts = Counter(unit["name"] for unit, state in units if state in wanted)
+        for wanted in (DONE, SHARED, TO_DO):
+            counts = Counter(unit["name"] for unit, state in units if state == wanted)
             row.append(", ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items()) or "-")
         rows.append(row)
     return Table("Plan by job", ("job", "settings", "done", "shared", "to do"), rows)
 
 
 def stages_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each stage of a sweep and a row for all stages.
+    """Return a table with a row for each stage of these runs and a row for all stages.
 
-    A unit that is done counts once. Another counts once in `to do` or `at most`, and in `shared` for each later run.
+    A unit that is done counts once. Another unit counts once in `to do`, and once in `shared` for each later run.
     """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]
@@ -106,10 +91,10 @@ def stages_table(runs: Sequence[Run]) -> Table:
         chosen = [(unit, state) for unit, state in pairs if name in (None, unit["name"])]
         counts = Counter(state for _, state in chosen)
         counts[DONE] = len({unit["fingerprint"] for unit, state in chosen if state == DONE})
-        shown = [f"{counts[state]:,}" for state in (DONE, TO_DO, AT_MOST, SHARED)]
-        estimates = _estimates([unit for unit, state in chosen if state in (TO_DO, AT_MOST)])
+        shown = [f"{counts[state]:,}" for state in (DONE, TO_DO, SHARED)]
+        estimates = _estimates([unit for unit, state in chosen if state == TO_DO])
         rows.append((name or "all", *shown, *estimates))
-    return Table("Plan by stage", ("stage", "done", "to do", "at most", "shared", *ESTIMATES), rows)
+    return Table("Plan by stage", ("stage", "done", "to do", "shared", *ESTIMATES), rows)
 
 
 def _estimates(units: Sequence[PlannedUnit]) -> tuple[str, str, str]:
@@ -125,21 +110,12 @@ def _estimates(units: Sequence[PlannedUnit]) -> tuple[str, str, str]:
     return totals[0], totals[1], f"{calls:,}" if calls else ""
 
 
-def volume(size: float) -> str:
-    """Return a number of bytes as text, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def plan_lines(runs: Sequence[Run]) -> list[str]:
     """Return the plan of a run, or of all jobs of a sweep, in words."""
     units = to_do(runs)
     done = len({unit["fingerprint"] for run in runs for unit in run["plan"] if unit["state"] == DONE})
     uncertain = sum(not unit["certain"] for unit in units)
-    at_most = f", {uncertain:,} of them at most: selections that agree share one finetune" if uncertain else ""
+    at_most = f", {uncertain:,} of them at most: equal selections share one finetune" if uncertain else ""
     lines = [f"plan: {done:,} units done, {len(units):,} to do{at_most}"]
     if not units:
         return lines
@@ -148,7 +124,7 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
     memory = f"{max(peaks):.1f} GB" if peaks else "?"
     lines.append(f"estimates: time {time}, disk {disk}, peak memory {memory}, judge calls {calls or 'none'}")
     if unknown := sum(unit["seconds"] is None for unit in units):
-        lines.append(f"?: {unknown:,} units are like none in the store, so what they take is not known")
+        lines.append(f"?: the store has no work like {unknown:,} of the units, so no estimate is known for them")
     needed, free = sum(unit["bytes"] or 0 for unit in units), min(run["free_bytes"] for run in runs)
     if needed > free:
         lines.append(f"warning: only {volume(free)} are free on the disk; give another folder with artifacts=DIR")
@@ -159,23 +135,25 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
 
 def forecast_lines(forecast: Mapping[str, Any]) -> list[str]:
     """Return the forecast of a target's finetunes in words: the memory needed on each GPU, and their GPU hours."""
-    sizes = [forecast[name] for name in ("weights", "adapter", "per_token", "per_token_checkpointed")]
-    parts = f", divided over {forecast['ranks']} GPUs" if forecast["ranks"] > 1 else ""
-    passed = "" if forecast["active"] == forecast["parameters"] else f" ({forecast['active'] / 1e9:.1f} for a token)"
-    about = f"{forecast['target']}: {forecast['parameters'] / 1e9:.1f} billion parameters{passed}"
-    about += f", {forecast['precision']}{parts}"
-    held = f"a GPU holds {volume(sizes[0])} of weights and {volume(sizes[1])} of adapter and optimizer"
-    kept = "; what it keeps of a token is not known for this kind of model"
-    if None not in sizes:
-        each, less = (f"{size / 1e6:.1f} MB" for size in sizes[2:])
-        sums = [volume(sizes[0] + sizes[1] + 4096 * size) for size in sizes[2:]]
-        kept = (
-            f", and {each} of each token that passes ({less} with compute.checkpointing=true): with 4,096 tokens "
-            f"at once {sums[0]} ({sums[1]}), besides buffers"
+    target, ranks = forecast["target"], forecast["ranks"]
+    active = f" ({forecast['active'] / 1e9:.1f} per token)" if forecast["active"] < forecast["parameters"] else ""
+    size = f"{target}: {forecast['parameters'] / 1e9:.1f} billion parameters{active}, {forecast['precision']}"
+    size += f", divided over {ranks} GPUs" if ranks > 1 else ""
+    weights, adapter = forecast["weights"], forecast["adapter"]
+    held = weights + adapter
+    memory = f"each GPU holds {volume(weights)} of weights and {volume(adapter)} of adapter and optimizer"
+    per_token = forecast["per_token"], forecast["per_token_checkpointed"]
+    if None in per_token:
+        memory += "; the activations per token are not known for this type of model"
+    else:
+        plain, checkpointed = (
+            f"{each / 1e6:.1f} MB per token (with 4,096 tokens at once {volume(held + 4096 * each)} in all)"
+            for each in per_token
         )
+        memory += f"; activations take {plain}, with compute.checkpointing=true {checkpointed}, besides buffers"
     works = [
         f"{hours:.2g} GPU hours on {rows:,} rows ({tokens:,} tokens)"
         for rows, tokens, hours in zip(forecast["rows"], forecast["tokens"], forecast["hours"], strict=True)
     ]
-    rate = "if a GPU does 1e14 operations per second, which is an assumption"
-    return [f"{about}; {held}{kept}", f"finetunes of {forecast['target']}: {', '.join(works)}, {rate}"]
+    rate = "at an assumed 1e14 operations per second of a GPU"
+    return [f"{size}; {memory}", f"finetunes of {target}: {', '.join(works)}, {rate}"]

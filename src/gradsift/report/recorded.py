@@ -1,10 +1,11 @@
-"""Check whether a sweep of `experiment=world` reproduces the table that was recorded for it.
+"""Check whether a sweep of `experiment=world` reproduces the recorded table.
 
 `conf/experiment/world.recorded.json` has the figures (PWS, accuracy and others) of every scorer for each data seed, a
-hash of the settings, and the machine. Any sweep with exactly these settings is compared with it. A figure's mean agrees
-with the recorded mean unless a t test over the seeds finds a difference, with Bonferroni's correction over the figures.
+hash of the settings, and the machine. A sweep with exactly these settings is compared with it at its end. The mean of a
+figure agrees with the recorded mean unless a t test over the seeds finds a difference, with Bonferroni's correction
+over the figures.
 
-To print the record of a finished sweep, for `world.recorded.json`:
+To print the content of `world.recorded.json` for a finished sweep:
 
     python -m gradsift.report.recorded multirun/DATE/TIME "PROCESSOR, THREADS threads"
 """
@@ -32,21 +33,22 @@ _NAMES = {
     "spoilt_share": "spoilt share",
     "families": "families",
 }
-_LEVEL = 0.05  # probability that an equivalent table made on another machine is reported as different
+_LEVEL = 0.05  # significance level of all t tests together
 _DIGITS = 6  # decimals of a recorded figure
-# options that no result depends on; of `compute`, results depend on `precision` alone
+# options on which no result depends; of `compute`, results depend on `precision` alone
 _IRRELEVANT = ("export", "artifacts", "report", "tracker")
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measure -> a value for each data seed
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines that say whether the sweep agrees with the recorded table; empty if jobs or settings differ.
+    """Return lines on whether the sweep agrees with the recorded table; no line if its jobs or settings differ.
 
-    `files` are the paths of the jobs' `run.json`. The job's config is in the same folder. `runs` are the contents of
-    these files.
+    Args:
+        files: the paths of the jobs' `run.json` files, which have the jobs' `config.yaml` files beside them.
+        runs: the contents of `files`.
     """
     recorded = json.loads((conf_folder() / RECORDED_FILE).read_text(encoding="utf-8"))
-    # compare the jobs first, as the hash needs the config of every job to be read
+    # the jobs first, because the hash of the settings takes time: it reads the config of every job
     if _jobs(runs) != recorded["jobs"] or _settings(files) != recorded["settings"]:
         return []
     here = _figures(runs)
@@ -69,7 +71,7 @@ def _jobs(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings(files: Sequence[Path]) -> str:
-    """Return a hash of all jobs' options that results depend on; a text that is no hash if a job has no config."""
+    """Return a hash of the options of all jobs on which results depend; a text that is no hash if a config is lost."""
     hashes = []
     for file in files:
         if not (values := config_values(file.parent)):
@@ -80,7 +82,7 @@ def _settings(files: Sequence[Path]) -> str:
 
 
 def _figures(runs: Sequence[Run]) -> Figures:
-    """Return the figures of each scorer in the order of the data seeds; None where a run lacks the figure."""
+    """Return the figures of each scorer in the order of the data seeds, with None for a figure that a run lacks."""
     figures: dict[str, dict[str, list[float | None]]] = {}
     for row in sorted(all_rows(runs), key=lambda row: row["data_seed"]):
         for name in _NAMES:
@@ -89,15 +91,15 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
-    """Return how the values of a cell differ from the recorded ones by a t test, as text; None if they agree.
+    """Compare the values of a cell with the recorded values by a t test; return the difference as text, None if none.
 
-    Missing values count as a difference. `cells` is the number of cells that are tested (Bonferroni's correction).
+    Missing values count as a difference. `cells` is the number of tested cells, for Bonferroni's correction.
     """
     from scipy import stats
 
     known, recorded = ([value for value in each if value is not None] for each in (values, expected))
     if not recorded:
-        return None  # nothing is recorded, as for the PWS of the full data, which is 1 by definition
+        return None  # for example the PWS of the full data, which is 1 by definition and not recorded
     mean = statistics.fmean(recorded)
     if len(known) != len(recorded):
         return f"{len(recorded) - len(known)} of {len(recorded)} values are missing here, recorded {mean:.3f}"

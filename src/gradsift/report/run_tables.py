@@ -1,7 +1,7 @@
-"""The tables of a run or a sweep, made from `run.json` files alone: results and work.
+"""The tables of results and of work, made from `run.json` files alone.
 
-In the results, runs whose configs differ only in seeds share a line, which shows the mean of the runs with an interval
-over seeds and items. The column `settings` shows overrides that only some of the runs have.
+In the results, runs whose configs differ only in seeds share a row with their mean and an interval over seeds and
+items. The column `settings` shows the overrides that not all runs share.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from gradsift.cost import WORK_COLUMNS, work_of
 from gradsift.evaluation.intervals import Difference, difference, mean_interval, p_value
-from gradsift.report.table import Table, cell_text, fixed
+from gradsift.report.table import Table, cell_text, fixed, percent
 
 Run = Mapping[str, Any]  # the content of a `run.json`
 Row = dict[str, Any]
@@ -27,8 +27,8 @@ SEEDS = ("data_seed", "seed")
 SEED_KEYS = ("seed", "data.seed", "data.corruption.seed", "scorer.seed", "selector.seed")
 COUNTS = ("win", "tie", "lose", "invalid")
 MEASURES = ("rows", "pws", "pws_length_controlled", "accuracy", "heldout_loss", "spoilt_share", "families")
-LEVEL = 0.05  # significance level of all tests of a table together (family-wise error rate)
-OUTCOMES = "outcomes"  # (hash of the items, a letter for each item); in a mean row a list of such pairs
+LEVEL = 0.05  # family-wise significance level of the tests of one table
+OUTCOMES = "outcomes"  # key of (hash of the items, one letter per item); in a mean row, of a list of such pairs
 UNTUNED = "(no finetuning)"
 TITLE = "PWS against the model tuned on all rows"
 _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.members", "proxy.snapshots")
@@ -42,13 +42,10 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-# ------------------------------------------------------------------------------------- names of runs
-
-
 def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
-    """Return copies of the runs with the key `settings`: the run's overrides that not all runs share, as one text.
+    """Return copies of the runs with the key `settings`: the overrides that not all runs share, as one text.
 
-    Overrides with a key in `told_apart` are left out because they are shown elsewhere; seeds are left out always.
+    Seeds and overrides with a key in `told_apart`, which are shown elsewhere, are left out.
     """
     elsewhere = (*told_apart, *SEED_KEYS)
     own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in elsewhere] for run in runs]
@@ -60,16 +57,13 @@ def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) 
 
 
 def method_name(scorer: str, settings: str | None) -> str:
-    """Return the scorer with its settings, shortened for legends and axes."""
+    """Return the scorer and its settings, shortened for legends and axes."""
     short = (settings or "").replace("proxy.members=", "M=").replace("proxy.snapshots=", "")
     return f"{scorer} {short}".strip()
 
 
-# --------------------------------------------------------------------------------------------- rows
-
-
 def flat_rows(run: Run) -> list[Row]:
-    """Return a row for each benchmark of a run and, unless there is exactly one, a row over all items.
+    """Return a row for each benchmark of a run and, unless it has exactly one benchmark, a last row over all items.
 
     Values that the run lacks are None.
     """
@@ -115,7 +109,7 @@ def _p_value_of(letters: str) -> float | None:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """Return the results of targets before finetuning: a row for each dataset, target, `settings` and pair of seeds."""
+    """Return the results of the targets before finetuning, a row for each dataset, target, `settings` and seeds."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))
@@ -128,16 +122,16 @@ def untuned_rows(runs: Iterable[Run]) -> list[Row]:
 
 
 def all_rows(runs: Sequence[Run]) -> list[Row]:
-    """Return every row of every run, and last the rows of the untuned targets."""
+    """Return the rows of all runs, followed by the rows of the untuned targets."""
     return [row for run in runs for row in flat_rows(run)] + untuned_rows(runs)
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average rows that differ only in seeds; counts are summed, and the interval of PWS is over seeds and items.
+    """Average rows that differ only in seeds. Counts are summed; the interval of the PWS is over seeds and items.
 
     Each row returned has two more keys: `runs`, the number of rows averaged, and `seeds`, their pairs of seeds.
     """
-    # A sweep over alpha repeats the full-data run for each alpha: keep one row for each seed, finished if there is one.
+    # A sweep over alpha repeats the full-data run for each alpha. Keep one row for each seed, a finished one if any.
     kept: dict[Any, Row] = {}
     for place, row in enumerate(rows):
         is_full = row["scorer"] == "full"
@@ -152,27 +146,30 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def _mean_row(group: Sequence[Row]) -> Row:
-    mean: Row = {name: group[0][name] for name in (*SETTINGS, "confidence")} | {"runs": len(group)}
-    for name in (*MEASURES, *COUNTS):
-        values = [row[name] for row in group]
-        if None in values:  # a mean over some of the runs must not be compared with means over all of them
-            mean[name] = None
-        else:
-            mean[name] = sum(values) if name in COUNTS else sum(values) / len(values)
-    mean |= {"pws_low": None, "pws_high": None, "p_value": None, OUTCOMES: None}
-    outcomes = [row[OUTCOMES] for row in group]
-    if mean["pws"] is not None and all(outcomes) and len({items for items, _ in outcomes}) == 1:
+    shared: Row = {name: group[0][name] for name in (*SETTINGS, "confidence")} | {"runs": len(group)}
+    means = {name: mean([each[name] for each in group]) for name in MEASURES}
+    counts = {name: [each[name] for each in group] for name in COUNTS}
+    sums = {name: None if None in values else sum(values) for name, values in counts.items()}
+    row = shared | means | sums | {"pws_low": None, "pws_high": None, "p_value": None, OUTCOMES: None}
+    outcomes = [each[OUTCOMES] for each in group]
+    if row["pws"] is not None and all(outcomes) and len({items for items, _ in outcomes}) == 1:
         matrix = outcome_matrix([letters for _, letters in outcomes])
         if matrix.size:
             low, high = mean_interval(matrix, group[0]["confidence"])
-            mean |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": p_value(matrix), OUTCOMES: outcomes}
-    return mean
+            row |= {"pws_low": low + 1, "pws_high": high + 1, "p_value": p_value(matrix), OUTCOMES: outcomes}
+    return row
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None without values or if a value is None, as means over different runs are not comparable."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
-    """Return the outcomes (seeds, items) as 1, 0 and -1, for the items that are valid with every seed.
+    """Return the outcomes as 1, 0 and -1, shape (seeds, items), for the items that are valid with every seed.
 
-    `letters` has for each seed a letter per item, in the same order: w, t, l, or i (invalid).
+    `letters` has a text for each seed with one letter per item, in the same order: w, t, l, or i (invalid).
     """
     values = {"w": 1.0, "t": 0.0, "l": -1.0, "i": math.nan}
     matrix = np.array([[values[letter] for letter in each] for each in letters])
@@ -182,8 +179,8 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 def compared(first: Row, second: Row) -> Difference | None:
     """Return the paired difference of two rows of `over_seeds`.
 
-    The result is None if outcomes are unknown, if the rows differ in seeds (one of them has a failed job) or items, or
-    if no item is valid with every seed of both.
+    Returns None if a row has no outcomes, if the rows differ in items or in seeds (after a failed job), or if no item
+    is valid with every seed of both.
     """
     if first.get("seeds") != second.get("seeds"):
         return None
@@ -205,14 +202,11 @@ def pws_text(row: Row) -> str:
 
 
 def intervals_text(rows: Iterable[Row]) -> str:
-    """Return a description of the rows' intervals, as in "PWS with 95 % intervals over items and seeds"; "" if none.
-
-    The text names items and seeds if any row has several seeds.
-    """
+    """Describe the rows' intervals, as in "PWS with 95 % intervals over items and seeds"; "" without intervals."""
     shown = [row for row in rows if row["pws_low"] is not None]
     if not shown:
         return ""
-    shares = " or ".join(f"{100 * share:g} %" for share in sorted({row["confidence"] for row in shown}))
+    shares = " or ".join(percent(share) for share in sorted({row["confidence"] for row in shown}))
     over = "items and seeds" if any(row["runs"] > 1 for row in shown) else "items alone"
     return f"PWS with {shares} intervals over {over}"
 
@@ -225,11 +219,8 @@ def outcomes_text(row: Row) -> str:
     return f"{row['win']}/{row['tie']}/{row['lose']}{invalid}"
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
 def results_table(runs: Sequence[Run]) -> Table:
-    """Return the PWS table, without empty columns and settings that do not vary; its records are from `all_rows`."""
+    """Return the PWS table without empty columns and settings that do not vary; its records have all columns."""
     records = all_rows(with_settings(runs))
     rows = over_seeds(records)
     title = TITLE
@@ -258,7 +249,7 @@ def results_table(runs: Sequence[Run]) -> Table:
 
 
 def work_table(runs: Sequence[Run]) -> Table:
-    """Return a table with the runs' work: a row for each stage in order of first appearance, and a row for all."""
+    """Return the table of work, with a row for each stage in order of first appearance and a row for all stages."""
     stages = [stage for run in runs for stage in run.get("stages", [])]
     names = dict.fromkeys(stage["name"] for stage in stages)
     by_stage = {name: work_of([s for s in stages if s["name"] == name]) for name in names} | {"all": work_of(stages)}

@@ -24,19 +24,19 @@ TYPES = (".parquet", ".jsonl", ".csv")
 
 
 def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
-    """Write one row per example (columns: see `gradsift.scoring.published`), in the order of the data.
+    """Write one row per example, in the order of the data. `gradsift.scoring.published` describes the columns.
 
     Args:
         run: the folder of a run that has scores.
-        out: the file to write; the end of its name (one of TYPES) decides the format. An existing file is replaced.
-        artifacts: the store's folder, if it has moved.
+        out: the file to write, in the format that its suffix (one of TYPES) names. An existing file is replaced.
+        artifacts: the store's folder, if the store has moved.
 
     Returns:
         The number of rows.
 
     Raises:
-        GradsiftError: the type is unknown, the folder of `out` does not exist, `run` is a sweep, its data or scores are
-            not in the store, or a part of the score has the name of another column.
+        GradsiftError: the suffix or the folder of `out` is wrong, `run` is a sweep, its data or scores are not in the
+            store, or a part of the score has the name of another column.
     """
     if out.suffix not in TYPES:
         raise ConfigError(f"--out {out} is of no known type; let its name end in one of: {', '.join(TYPES)}")
@@ -49,14 +49,14 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
     loaded, scored = material.runs[0].one("load"), material.runs[0].one("score")
     scores = pq.read_table(scored.file(SCORES_FILE), memory_map=True).drop_columns("example_id")
     if clash := [name for name in scores.column_names if name in ("id", "row_index", "text_hash")]:
-        raise DataError(f"a part of the score is named {clash[0]}, as a column of the file is; rename that task")
+        raise DataError(f"a part of the score is named {clash[0]}, like a column of the file; rename this part or task")
     blocks = read_blocks(loaded.file(EXAMPLES_FILE), ("example_id", "row_index", "content_hash"))
     texts = pa.Table.from_batches(blocks)
     columns = {"id": texts["example_id"], "row_index": texts["row_index"], "text_hash": texts["content_hash"]}
     for name in sorted(scores.column_names, key=lambda name: name in OWN[4:]):  # status and reason last
         column = scores[name]
-        is_number = pa.types.is_floating(column.type)  # NaN: not defined for the example
-        columns[name] = pc.if_else(pc.is_nan(column), None, column) if is_number else column
+        is_number = pa.types.is_floating(column.type)
+        columns[name] = pc.if_else(pc.is_nan(column), None, column) if is_number else column  # not defined: null
     table = pa.table(columns)
     part = require_no_link(out.with_name(f".{out.name}.part"))
     try:

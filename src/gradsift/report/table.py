@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
-_WORD, _FIGURE = re.compile(r"[^\W\d_]|\("), re.compile(r"[+-]*\d")  # how a cell begins
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads a cell that begins so as a formula
+_WORD, _NUMBER = re.compile(r"[^\W\d_]|\("), re.compile(r"[+-]*\d")  # beginnings of cells
 _ESCAPES = {character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    "[": "{[}",  # at the start of a row, LaTeX would take [ for an argument of the line break before
+    "[": "{[}",  # LaTeX reads a [ at the start of a row as an argument of the line break before it
     "]": "{]}",
 }
 _LATEX = str.maketrans(_ESCAPES)
@@ -35,15 +35,15 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of cells to show in bold
-    note: str = ""  # how to read the table
-    records: Sequence[Mapping[str, Any]] = ()  # plain values: one mapping for each line of the CSV file
+    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of the cells in bold
+    note: str = ""  # text below the table
+    records: Sequence[Mapping[str, Any]] = ()  # unformatted values, one mapping for each row of the CSV file
 
     @property
     def text_columns(self) -> set[int]:
-        """The columns to align left: the first column, and all columns that contain words and no numbers."""
+        """Indices of the columns to align left: the first, and all columns that contain words and no numbers."""
         columns = enumerate(zip(*self.rows, strict=True))
-        return {0} | {i for i, cells in columns if any(map(_WORD.match, cells)) and not any(map(_FIGURE.match, cells))}
+        return {0} | {i for i, cells in columns if any(map(_WORD.match, cells)) and not any(map(_NUMBER.match, cells))}
 
     def __rich__(self) -> RichTable:
         from rich import box
@@ -56,11 +56,11 @@ class Table:
         for i, name in enumerate(self.header):
             shown.add_column(name, justify="left" if i in left else "right", no_wrap=i == 0, overflow="fold")
         for row in self.rows:
-            shown.add_row(*map(Text, row))  # Text: brackets in a cell are no markup
+            shown.add_row(*map(Text, row))  # a str would be parsed as markup, for example "[0.9, 1.1]"
         return shown
 
     def fitted(self, console: Console) -> tuple[Table, list[str]]:
-        """Return the table, reduced to the first columns that fit the console's width, and the headings left out.
+        """Return the table without the last columns that do not fit the console's width, and their headings.
 
         The first three columns are always kept.
         """
@@ -74,7 +74,7 @@ class Table:
         return fitted, left_out
 
     def _cells(self, escaped: Callable[[str], str], bold: str) -> list[list[str]]:
-        """Return the escaped cells, the best ones in `bold`, a format with one `%s`."""
+        """Return the escaped cells; `bold` is a format with one `%s` for the cells of `best`."""
         return [
             [bold % escaped(cell) if (i, j) in self.best else escaped(cell) for j, cell in enumerate(row)]
             for i, row in enumerate(self.rows)
@@ -113,7 +113,7 @@ class Table:
         return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> None:
-        """Write `<name>.csv` with the records and, unless the table is long, `<name>.md` and `<name>.tex`."""
+        """Write `<name>.csv`, and for tables of at most `_LONGEST_MARKDOWN` rows `<name>.md` and `<name>.tex`."""
         if len(self.rows) <= _LONGEST_MARKDOWN:
             (folder / f"{name}.tex").write_text(self.latex() + "\n", encoding="utf-8")
             (folder / f"{name}.md").write_text(self.markdown() + "\n", encoding="utf-8")
@@ -121,14 +121,14 @@ class Table:
 
 
 def table_of_records(title: str, records: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    """Return the table that shows the records as they are, floats with four significant digits."""
+    """Return a table with a row for each record, floats with four significant digits."""
     header = list(dict.fromkeys(key for record in records for key in record))
     rows = [[cell_text(record.get(key), 4) for key in header] for record in records]
     return Table(title, header, rows, note=note, records=records)
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write CSV with a column for every key that any record has."""
+    """Write records as CSV, with a column for each key of any record."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -137,12 +137,12 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plain_cell(value: Any) -> Any:
-    """Return the value; put an apostrophe before a text that a spreadsheet would take for a formula."""
+    """Return the value, with an apostrophe before a text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def cell_text(value: Any, digits: int = 6) -> str:
-    """Return a value as the text of a cell: floats with `digits` significant digits, None and "" as "-"."""
+    """Return the text of a cell: floats have `digits` significant digits, None and "" become "-"."""
     if value is None or value == "":
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
@@ -153,15 +153,21 @@ def fixed(value: float | None, decimals: int = 3) -> str:
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
+def percent(share: float) -> str:
+    """Return a share as a percentage, as in "2.5 %"."""
+    return f"{100 * share:g} %"
+
+
 def counted(number: int, name: str) -> str:
     """Return the number with its noun, such as "1 run" or "2 runs"."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return the title and the methods of each group of columns with one alpha, if their names are `ALPHA: METHOD`.
+    """Group the columns named `ALPHA: METHOD` by alpha; return each group's title and its methods.
 
-    The list is empty if a column but the first has another name, or if no two adjacent columns share an alpha.
+    The first column belongs to no group. The list is empty if another column is not named so, or if no two adjacent
+    columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []

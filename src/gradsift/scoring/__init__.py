@@ -5,8 +5,8 @@ named. These are available:
 
     count        N, the number of examples
     examples     the examples, without their quality labels
-    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None; only reference scorers may use
-                 the labels, a method must not
+    labels       `gradsift.data.load.Labels` of generated or corrupted data, else None. Only reference scorers such as
+                 `random_clean` may use the labels
     statistics   `gradsift.gradients.statistics.Statistics` of the proxy ensemble
     late_losses  (N,) each example's loss at the late snapshot, averaged over the members
     answer_losses
@@ -14,7 +14,7 @@ named. These are available:
                  proxy.ensemble=mc_dropout, the losses of the single adapter
     embedding_gradients
                  `gradsift.gradients.embedding_head.EmbeddingGradients` after the first epoch of the ensemble's first
-                 adapter; this input does not need the other adapters to be trained
+                 adapter; the other adapters are not trained for this input
     directions   (M, N) for each member, the cosine of each example's gradient with the pool's mean gradient; (1, N) for
                  proxy.ensemble=mc_dropout, whose members share their weights
     gradients, target_gradients
@@ -28,8 +28,8 @@ named. These are available:
     rater        `gradsift.evaluation.judges.Rater`: the run's judge, which can grade single examples
     published_scores
                  `gradsift.scoring.scores.Scores` from the file `data.scores`
-    task         shows a progress bar: `with task(description, total) as advance`
-    journal      `gradsift.journal.Journal`: keeps partial results for a resumed run
+    task         shows a progress bar: `with task(description, total) as advance`, then `advance(number of steps done)`
+    journal      `gradsift.journal.Journal`: keeps the partial results of an interrupted run
 
 The scorer's keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one
 number per example. To add a scorer, write such a function in a module in the working directory, and name it as

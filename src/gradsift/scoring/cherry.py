@@ -7,9 +7,9 @@ if the tokenizer adds one by default. Every token of the answer is scored, in bo
 (`max_length`); p is its length after the cut. Prompt and answer together are cut to L tokens too. Rows with an IFD
 above 1 are excluded, and so are rows whose prompt and answer together are longer than L.
 
-`fidelity=original` measures the answer's length after the line "### Response:" and the answer were cut to L - p + 4
-tokens together, so a row is too long only if this line has fewer than 4 tokens, a start token included.
-`fidelity=fixed` measures the answer's length before the cut. Further decisions: docs/methods.md.
+With `fidelity=original`, the line "### Response:" and the answer are first cut to L - p + 4 tokens together, and the
+length of the answer is measured after this cut. A row is then too long only if the line has fewer than 4 tokens (a
+start token included). With `fidelity=fixed`, the length is measured before the cut. Further decisions: docs/methods.md.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
     with np.errstate(divide="ignore", invalid="ignore"):
         ifd = together / alone
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": alone, "loss_with_prompt": together})
-    # the first mark of a row stands, so the order decides which reason it has
+    # `mark` changes only rows without a mark, so a row to which several reasons apply gets the first of them
     scores.mark(too_long, EXCLUDED, "the prompt and the response together are longer than max_length")
     scores.mark(lacks, UNDEFINED, "the prompt leaves no token of the response within max_length")
-    scores.mark(alone == 0, UNDEFINED, "the response alone has a loss of 0, by which nothing can be divided")
+    scores.mark(alone == 0, UNDEFINED, "the response alone has a loss of 0, so the ratio is not defined")
     scores.mark(ifd > 1, EXCLUDED, "IFD is above 1: the prompt does not make the response likelier")
     return scores
 
@@ -68,11 +68,12 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Return two spans of each answer, one after "### Response:" and one after its prompt, and which rows are too long.
+    """Return the spans of each answer after "### Response:" and after its prompt, and whether its row is too long.
 
-    The answer's length is measured after the cut to `limit` tokens if `measure_cut` (fidelity=original), else before.
+    Args:
+        measure_cut: whether the answer's length is measured after the cut (fidelity=original) or before it.
     """
-    # the prompts end with "### Response:"
+    # Alpaca's prompts end with "### Response:"
     prompts = ["".join(segment.text for segment in render(example, "alpaca")[:-1]) for example in examples]
     answers_alone = [_RESPONSE + example.output for example in examples]
     texts = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]

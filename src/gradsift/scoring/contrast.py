@@ -29,14 +29,15 @@ from gradsift.features.prompt_clusters import prompt_of, prompt_vectors
 from gradsift.proxy.member_tables import AnswerLosses
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
-# Added to losses before the logarithm, because differences between smaller losses are only rounding errors.
+# Added to a loss before its logarithm is taken, because differences between smaller losses are only rounding errors.
 _FLOOR = 1e-3
-# Least mean over the pool, in nats, that losses are divided by: a member may have learnt all bodies or ends by heart.
+# Least mean loss, in nats, by which losses are divided: the mean is near 0 if a member has learnt all bodies, or all
+# ends, by heart.
 _LEAST_MEAN = 1e-3
-# Least standard deviation that differences are divided by: neighbours may be copies of one row.
+# Least standard deviation by which differences are divided: it is 0 if all neighbours are copies of one row.
 _LEAST_DEVIATION = 0.1
-_USUAL_GAIN = 1.0  # a gain g_i that lies more standard deviations than this below the mean lowers the score
-_LEAST_GAINS = 20  # fewest gains from which a mean and a standard deviation are taken
+_USUAL_GAIN = 1.0  # a gain g_i lowers the score if it is more than this many standard deviations below the mean
+_LEAST_GAINS = 20  # fewest gains of which a mean and a standard deviation are computed
 
 
 def contrast(
@@ -59,9 +60,10 @@ def contrast(
         neighbours: k.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
-        like_length: number of answers whose gains a gain is compared with; all others if there are fewer.
+        like_length: number of answers of similar length whose gains are compared with the gain of an answer; all other
+            answers if there are fewer.
         caution: how many standard deviations over the members are subtracted.
-        saturation: share of the examples, those with the highest bounds, whose scores are drawn at random (`seed`).
+        saturation: share of the examples whose scores are drawn at random (with `seed`): those with the highest bounds.
 
     Raises:
         ConfigError: at most `neighbours` examples have a response.
@@ -103,7 +105,7 @@ def member_contrasts(
 def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_length: int) -> np.ndarray:
     """Return min(0, z + 1) (see the module's docstring), (M, N); 0 for an example without a loss after another prompt.
 
-    All are 0 if fewer than _LEAST_GAINS examples have such a loss, since few gains have no reliable mean.
+    The result is 0 for all examples if fewer than _LEAST_GAINS have such a loss: the mean of few gains is not reliable.
 
     Args:
         body, other: (M, N) losses of the answers after their own prompts, and after other prompts.
@@ -121,7 +123,7 @@ def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_
 
 
 def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
-    """Return for each example the positions of the `count` others around it in the order of lengths, (N, count) int64.
+    """Return the positions (N, count) int64 of the `count` other examples around each example in the order of lengths.
 
     Equal lengths are in the order of their positions. If there are fewer than `count` others, all are returned.
     """
@@ -155,18 +157,20 @@ def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
     values = bound.copy()
     best = np.argsort(-bound, kind="stable")[: round(share * np.isfinite(bound).sum())]  # NaN comes last
     if len(best):
-        # from the lowest replaced bound upwards, so no other row comes above them
+        # at least the lowest replaced bound, so no other row has a higher value
         values[best] = bound[best].min() + np.random.default_rng(seed).random(len(best))
     return values
 
 
 def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-    """Return how many standard deviations values (M, N) lie below the mean of their neighbours' values, (M, N) float64.
+    """Return how many standard deviations each value lies below the mean of its neighbours' values, (M, N) float64.
 
-    `nearest` (N, K) has the positions of the neighbours.
+    Args:
+        values: (M, N).
+        nearest: (N, K) positions of each example's neighbours.
     """
     contrasts = np.empty_like(values)
-    for member, row in enumerate(values):  # one member at a time: (N, K) numbers and not (M, N, K)
+    for member, row in enumerate(values):  # one member at a time, to hold (N, K) numbers instead of (M, N, K)
         others = row[nearest]  # (N, K)
         contrasts[member] = (others.mean(1) - row) / np.maximum(others.std(1), _LEAST_DEVIATION)
     return contrasts
@@ -178,5 +182,5 @@ def nearest_prompts(prompts: Sequence[str], count: int) -> np.ndarray:
 
     vectors = prompt_vectors(prompts)
     search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(vectors)  # rows have length one: cosine
-    nearest: np.ndarray = search.kneighbors(return_distance=False)  # of the fitted rows, each without itself
+    nearest: np.ndarray = search.kneighbors(return_distance=False)  # neighbours of the fitted rows, without themselves
     return nearest

@@ -4,7 +4,7 @@
 
 K_k is the k-th principal component of the target gradients (`gradsift.selection.core_knowledge`), with the sign for
 which the mean target gradient has a positive projection on it. s_k is the share of the variance that K_k explains, and
-row_z the gradient feature of example z. The paper selects by a walk and defines no score; this one is our reading.
+row_z the gradient feature of example z. The paper selects by a walk and defines no score; this score is our own.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
-R  representativeness: Gaussian kernel density of the pool's gradient signals at the example's signal: statistics of the
-   gradients with respect to input embedding and LM head, after one epoch of preliminary training.
+R  representativeness: Gaussian kernel density of the pool's signals at the example's signal. A signal consists of
+   statistics of the gradients with respect to input embedding and LM head, after one epoch of preliminary training.
 C  content diversity: how much the example differs from the rest of the pool, by its embedding or by its words.
 S  redundancy: mean cosine of the example's embedding to its nearest neighbours.
 
-R, C and S are each scaled to 0..1 over the scored examples. Those with weight 0 are not computed. No code is published;
-`grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
+R, C and S are each scaled to 0..1 over the scored examples. A factor with weight 0 is not computed. No code is
+published; `grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from gradsift.data.examples import Example
 from gradsift.diagnostics import Diagnostic
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError
 from gradsift.features.vectors import Features, mean_cosines, nearest_cosines, row_blocks
 from gradsift.gradients.embedding_head import COLUMNS, EmbeddingGradients
 from gradsift.runtime import Advance, Task
@@ -64,8 +64,6 @@ def grads(
     of_gradients, of_content, of_similarity = weights
     has_response = np.isfinite(embedding_gradients.head_std)
     has_direction = embeddings.has_direction
-    if len(embeddings) != len(has_response):
-        raise GradsiftError(f"there are {len(embeddings)} embeddings for {len(has_response)} examples of the pool")
     scored, factors, diagnostics = has_response.copy(), {}, []
     if needs_direction := bool(of_similarity or (of_content and diversity == "spread")):
         scored &= has_direction
@@ -74,8 +72,8 @@ def grads(
             named = f"scorer.neighbours={least}" if of_similarity else f"scorer.diversity={diversity}"
             remedy = "fewer neighbours or more data" if least > 1 else "more data"
             raise ConfigError(
-                f"{named}: {count} examples have an embedding with a direction, so none has {least} others; "
-                f"give {remedy}"
+                f"{named} compares each example with {least} others, but only {count} examples have an embedding with "
+                f"a direction; give {remedy}"
             )
     score = np.where(scored, 0.0, np.nan)
     if of_gradients:
@@ -101,7 +99,7 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the density of the signal at each example, (N,), NaN except for `rows` (N,) bool; and a diagnostic."""
+    """Return the density (N,) of the signal at each example of `rows` (N,) bool, else NaN; and a diagnostic."""
     signal = signal_of(gradients, combine, rows)
     columns = signal.shape[1]
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
@@ -114,7 +112,7 @@ def density_of(
         {"columns": float(columns), "bandwidth": width},
         f"the gradient signal (combine={combine}) has {columns} columns that vary; kernel width {width:.3g} of "
         "their standard deviation",
-        "that the examples differ at all: representativeness is the same for all of them",
+        "whether the examples differ at all: representativeness is the same for all of them",
     )
     return density, diagnostic
 
@@ -126,8 +124,8 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
     combine=norms       the norm of each gradient
     combine=norm        the norm of both gradients together
 
-    Constant columns are left out, and means whose true value is 0, which are only rounding errors: always the head's
-    mean, and the embedding's if a LayerNorm follows it.
+    Columns that do not vary are left out. So are means whose true value is 0, because their computed values are only
+    rounding errors: always the head's mean, and the embedding's mean if a LayerNorm follows the embedding.
     """
     table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
     sizes = {use: np.hypot(table[f"{use}_mean"], table[f"{use}_std"]) for use in ("embedding", "head")}

@@ -32,7 +32,7 @@ def gsnr(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t. `eps` is unused: one sweep can set it for all four scorers of this module."""
+    """Return ablation 1: G_s - G_t. `eps` has no effect here; with it, one sweep can set `eps` for all four scorers."""
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 

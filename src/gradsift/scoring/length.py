@@ -1,6 +1,7 @@
 """Lengths of the response, the prompt or both: a cheap baseline (Zhao et al., arXiv 2402.04833).
 
-Lengths are measured without template, special tokens or truncation. `scorer.unit` chooses between the two scorers.
+Lengths are measured without template, special tokens or truncation. `conf/scorer/length.yaml` chooses one of the two
+functions by `scorer.unit`.
 """
 
 from __future__ import annotations

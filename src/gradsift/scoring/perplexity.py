@@ -28,9 +28,9 @@ def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journ
         GradsiftError: a loss is not finite; the message names the rows.
     """
     losses = response_losses(proxy_inputs, count, task, journal)
-    with np.errstate(over="ignore"):  # infinite beyond e^709; the score uses the losses
+    with np.errstate(over="ignore"):  # the perplexity of a loss above 709 is infinite
         parts = {"perplexity": np.exp(losses), "loss": losses}
-    # the score uses losses, not perplexities: their order is the same, and they are finite where exp overflows
+    # losses have the order of the perplexities, and are finite even if exp overflows
     scores = Scores({"low": -losses, "high": losses, "middle": -from_median(losses)}[prefer], parts)
     scores.mark(np.isnan(losses), UNDEFINED, NO_RESPONSE)
     return scores

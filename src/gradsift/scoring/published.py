@@ -93,7 +93,7 @@ def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
     """Return the row's hash, score, status, reason, and other columns that hold numbers, or raise a `DataError`."""
     place = f"data.scores={path}, row {number}"
     if not isinstance(row, dict) or not isinstance(row.get("text_hash"), str) or not row["text_hash"]:
-        raise DataError(f"{place}: text_hash is no text; write the file again with `gradsift scores`")
+        raise DataError(f"{place}: text_hash is not text; write the file again with `gradsift scores`")
     numbers = {name: _number(value) for name, value in row.items() if name not in OWN}
     checked: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     score = _number(row.get("score"))
@@ -101,7 +101,7 @@ def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
     if status not in (SCORED, UNDEFINED, EXCLUDED):
         raise DataError(f"{place}: status {str(status)[:40]!r} is none of {SCORED}, {UNDEFINED}, {EXCLUDED}")
     if score is None or (status == SCORED and not math.isfinite(score)):
-        raise DataError(f"{place}: score {str(row.get('score'))[:40]!r} is no finite number; leave out such rows")
+        raise DataError(f"{place}: score {str(row.get('score'))[:40]!r} is not a finite number; leave out such rows")
     reason = "" if status == SCORED else str(row.get("reason") or "the published score is empty")
     return checked | {"text_hash": row["text_hash"], "score": score, "status": status, "reason": reason}
 

@@ -17,7 +17,7 @@ def random(count: int, *, seed: int) -> Scores:
 def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
     """Return uniform numbers for the rows that are labelled clean; the other rows are excluded.
 
-    This is only a reference: what a random selection achieves after a filter has removed every spoilt row and copy.
+    This scorer is only a reference. It shows what a random selection achieves if every spoilt row and copy is removed.
     """
     known = require_labels(labels)
     scores = random(count, seed=seed)

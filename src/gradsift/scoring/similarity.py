@@ -1,4 +1,4 @@
-"""Similarity to a target set: RDS+ and Sentence-BERT; and what all scorers share that compare vectors.
+"""Similarity to a target set (RDS+, Sentence-BERT), and functions that all scorers that compare vectors share.
 
 Shape letters: N examples, K directions, D features.
 """
@@ -15,8 +15,8 @@ from gradsift.features.vectors import DECIMALS, Features, blocks, unit_rows
 from gradsift.scoring.scores import NO_RESPONSE, UNDEFINED, Scores
 
 NO_GRADIENT = "the gradient is zero, so it has no direction"
-# Mean cosine between two rows above which a warning is given. The bound is near 1 because last hidden states always
-# have a high mean cosine (see docs/methods.md).
+# Largest mean cosine between two rows without a warning. It is near 1 because the last hidden states of different texts
+# always have a high mean cosine (see docs/methods.md).
 MOST_ALIKE = 0.9999
 
 
@@ -46,7 +46,7 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Literal["m
     sizes = np.array([len(positions) for positions in by_task.values()])
     score = cosines.max(axis=1) if over == "max" else cosines @ (sizes / sizes.sum())
     blank = ~embeddings.has_direction
-    # rounded to float32: with other block sizes, products differ in the last bits of float64, but equal rows must tie
+    # rounded to float32, so that equal rows tie: products in blocks of other sizes differ in the last bits of float64
     score, cosines = (values.astype(np.float32).astype(np.float64) for values in (score, cosines))
     score[blank], cosines[blank] = np.nan, np.nan
     parts = {f"task:{task}": cosines[:, place] for place, task in enumerate(by_task)}
@@ -91,7 +91,7 @@ def rows_by_task(targets: Features) -> dict[str, np.ndarray]:
 def spread(features: Features, kind: str, check: str) -> Diagnostic:
     """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
 
-    If the mean is near 1, the vectors do not separate the rows; the message then says what to `check`.
+    If the mean is near 1, the vectors hardly differ, and the message says what to `check`.
     """
     name, value = f"{kind}_spread", "mean_cosine"
     total, count = np.zeros(features.vectors.shape[1]), 0
@@ -104,5 +104,5 @@ def spread(features: Features, kind: str, check: str) -> Diagnostic:
     mean = float((total @ total - count) / (count * (count - 1)))
     message = f"two rows' {kind}s have a mean cosine of {mean:.4f}"
     if mean > MOST_ALIKE:
-        message += ": they hardly tell the rows apart, and equal scores go by row order"
+        message += ": they are almost equal, and rows with equal scores are ranked in row order"
     return Diagnostic.judged(name, mean > MOST_ALIKE, {value: mean}, message, check)

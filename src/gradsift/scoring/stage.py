@@ -44,7 +44,7 @@ def score(
                 f"scorer={scorer.name} gave {len(scores.score):,} scores for {rows:,} examples; a scorer gives one for "
                 "each, in their order"
             )
-        # sorting would put a NaN at one end, where it looks like a very low score
+        # a sort would place a NaN like a very low score
         scores.require_finite(lambda: read_column(examples, "row_index").to_pylist())
         write_diagnostics(folder, [*diagnose(scorer.asked), *scores.diagnostics])
         write_scores(folder / SCORES_FILE, scores, read_column(examples, "example_id").chunks)

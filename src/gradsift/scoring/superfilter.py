@@ -69,7 +69,7 @@ def superfilter(
 
 
 def ifd_scores(loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return the scores of `fidelity=fixed`, given mean losses (N,) in nats, which are NaN where no token is scored."""
+    """Return the scores of `fidelity=fixed`, given mean losses (N,) in nats; a loss is NaN if no token is scored."""
     return _with_reasons(np.exp(loss_together) / np.exp(loss_alone), loss_alone, loss_together)
 
 
@@ -107,7 +107,9 @@ def _with_reasons(ifd: np.ndarray, loss_alone: np.ndarray, loss_together: np.nda
         undefined & np.isnan(loss_together), UNDEFINED, "the prompt leaves no token of the response within max_length"
     )
     scores.mark(
-        undefined & np.isnan(loss_alone), UNDEFINED, "the response has a single token, of which none is scored alone"
+        undefined & np.isnan(loss_alone),
+        UNDEFINED,
+        "the response has a single token, and the first token of a response alone is not scored",
     )
     scores.mark(ifd >= 1, EXCLUDED, "IFD is at least 1: the prompt does not make the response likelier")
     return scores
@@ -140,7 +142,7 @@ def ifd_spans(
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
     """Return the span with the token ids (T,) of the example at position `row`, scored from position `start` on."""
-    # from 1 at least: nothing precedes the first token, so no model predicts it
+    # at least from 1: the model does not predict the first token, because nothing precedes it
     return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
 
@@ -148,9 +150,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
     """Yield token ids (T,) int32 of each text, in order.
 
     Args:
-        special: whether the tokenizer adds its special tokens (such as a start token) as it does by default.
+        special: whether the tokenizer adds the special tokens (such as a start token) that it adds by default.
         limit: number of tokens that the caller uses, or None for all. A far longer text is shortened before it is
-            tokenised.
+            tokenised, so more than `limit` tokens may be returned, but not all.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):
@@ -172,7 +174,7 @@ def span_losses(
     equal: dict[tuple[bytes, bytes], list[int]] = {}
     for index, one in enumerate(spans):
         if one.scored and (skip is None or not skip[index]):
-            # equal spans in batches of different widths could have losses that differ in the last bit
+            # in batches of different widths, the losses of equal spans could differ in the last bit
             equal.setdefault((one.input_ids.tobytes(), one.is_response.tobytes()), []).append(index)
     groups = list(equal.values())
     different = [replace(spans[group[0]], row=place) for place, group in enumerate(groups)]

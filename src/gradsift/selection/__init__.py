@@ -9,7 +9,7 @@ available (see `gradsift.scoring`). Selectors use these:
     target_embeddings  `Features` of the target set, computed by the same embedder, with each row's task
     gradients          `Features`: projected per-sample gradients of the pool
     target_gradients   `Features`: projected per-sample gradients of the target set, with each row's task
-    task               a progress bar, as for a scorer
+    task               shows a progress bar, as for a scorer
 
 The keyword-only parameters are constants, set in `conf/selector/<name>.yaml`. The function returns a `Choice` of at
 most `size` examples, all of them `scored` and each at most once. To add a selector, write such a function and a YAML

@@ -1,11 +1,12 @@
 """The noise audit of one scorer: does its score keep known corruption out of the selection?
 
-The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. These are its main
-measures, each with the reason why it is needed:
+The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. Its main measures,
+each with the reason why the others do not suffice:
 
-    spoilt share  share of spoilt rows in the selection at each alpha; with a high AUROC a few of them may rank first
-    AUROC         for clean rows against each kind of corrupted rows; a small selection may be clean by luck
-    families      effective number of families (kinds of task) in the selection; clean rows may come from few families
+    spoilt share  share of spoilt rows in the selection at each alpha. Even with a high AUROC, the few rows with the
+                  highest scores may be spoilt.
+    AUROC         of clean rows against each kind of corrupted rows. A small selection may be clean by chance.
+    families      effective number of families (kinds of task) in the selection. Clean rows may come from few families.
 
 Shape letters: N examples of the pool, k selected ones.
 """

@@ -23,15 +23,15 @@ from gradsift.features.vectors import Features, nearest_anchor_cosines
 # for a score that only preferred short answers, 0.2 for the late loss itself in the embedded world
 # (experiments/LOG.md), 0.6-0.7 for G-SNR.
 LEAST_OF_POOL = 0.5
-# A warning also needs this distance from the pool's mean, in standard errors of the mean of k random examples: a few
-# rows may be below half the pool's mean by chance.
+# A warning also needs this distance from the pool's mean, in standard errors of the mean of k random examples: the mean
+# of few rows may be below half the pool's mean by chance.
 LEAST_STANDARD_ERRORS = 3.0
-# Largest share of selected examples whose norm rose. It is lower than the limit for the whole pool
+# Largest share of selected examples with a rising norm without a warning. It is lower than the limit for the whole pool
 # (`ensemble_checks`), since the sign matters most among the selected examples.
 MOST_NEGATIVE_DROPS = 0.1
-# Largest ratio of the pool's mean distance to the selection to its mean distance to a random selection of that size. On
-# 5,000 Alpaca rows (tf-idf in 128 dimensions, 5 and 10 %) random draws differ by 1 %; the shortest answers give 1.27,
-# the longest 1.07 to 1.12.
+# Largest ratio, without a warning, of the pool's mean distance to the selection to its mean distance to a random
+# selection of the same size. On 5,000 Alpaca rows (tf-idf in 128 dimensions, 5 and 10 %) the ratio of two random
+# selections is within 1 % of 1; the shortest answers give 1.27, the longest 1.07 to 1.12.
 MOST_OF_RANDOM_DISTANCE = 1.15
 COVERED_WITHIN = 0.1  # one minus cosine; DEITA treats two rows as similar up to this value
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
-from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import SCORED, Scores
 
@@ -27,7 +26,7 @@ class Choice:
 def best_first(scores: Scores) -> np.ndarray:
     """Return the positions (n,) int64 of the scored examples, highest score first, equal scores in row order."""
     positions = np.flatnonzero(scores.status == SCORED)
-    # negated, not reversed: a reversed stable sort would put equal scores into falling row order
+    # negated, because reversing a stable sort would put equal scores into descending row order
     return positions[np.argsort(-scores.score[positions], kind="stable")]
 
 
@@ -35,15 +34,7 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
     """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
 
     A vector of zeros has no cosine to other vectors, so methods that compare vectors select its example last.
-
-    Raises:
-        GradsiftError: `features` and `scores` have different numbers of examples.
     """
-    if len(features) != len(scores.score):
-        raise GradsiftError(
-            f"there are {len(features):,} vectors for {len(scores.score):,} scores; both must be of the same data, "
-            "in its order"
-        )
     ranked = best_first(scores)
     directed = features.has_direction[ranked]
     return ranked[directed], ranked[~directed]
@@ -64,7 +55,7 @@ def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
-    """Return a warning, as a list, if fewer than `size` were selected and candidates were left; else an empty list.
+    """Return a list with a warning if fewer than `size` were selected although candidates were left, else without.
 
     Args:
         selected, candidates: numbers of examples.

@@ -31,8 +31,8 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     directed, undirected = best_by_direction(scores, embeddings)
     count = _different(embeddings, directed, clusters)
     if not count:
-        return Choice(undirected[:size], [_diagnostic(np.zeros(0, dtype=np.int64), clusters)])
-    # minibatches need no further copy of the pool's vectors, which may be many gigabytes
+        return Choice(undirected[:size], [_diagnostic(0, clusters)])
+    # mini-batches, because KMeans would copy the pool's vectors, which may be many gigabytes
     kmeans = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=seed)
     labels = _by_first_seen(kmeans.fit_predict(embeddings.vectors[directed]))  # some of the clusters may be empty
     sizes = np.bincount(labels)
@@ -40,7 +40,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     shares = proportional_shares(within, sizes) if allocation == "proportional" else equal_shares(within, sizes)
     # `directed` runs from the highest score down, so the first shares[c] members of cluster c are its best
     taken = rank_within(labels, sizes) < shares[labels]
-    return Choice(np.concatenate([directed[taken], undirected[: size - within]]), [_diagnostic(sizes, clusters)])
+    return Choice(np.concatenate([directed[taken], undirected[: size - within]]), [_diagnostic(len(sizes), clusters)])
 
 
 def _different(features: Features, positions: np.ndarray, most: int) -> int:
@@ -57,20 +57,14 @@ def _different(features: Features, positions: np.ndarray, most: int) -> int:
 def _by_first_seen(labels: np.ndarray) -> np.ndarray:
     """Return the labels (n,) with the clusters renumbered, without gaps, in the order in which they first occur."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    # k-means numbers its clusters at random. Here the cluster with the better example has the lower number, so it gets
-    # the additional row if two clusters have equal remainders.
+    # k-means numbers its clusters at random. After the renumbering, the cluster with the better example has the lower
+    # number, so it gets the additional row if two clusters have equal remainders.
     order = np.empty(len(first), dtype=np.int64)
     order[np.argsort(first)] = np.arange(len(first))
     return order[inverse]
 
 
-def _diagnostic(sizes: np.ndarray, asked: int) -> Diagnostic:
-    values: dict[str, float | None] = {
-        "clusters": len(sizes),
-        "asked": asked,
-        "smallest": int(sizes.min()) if len(sizes) else None,
-        "largest": int(sizes.max()) if len(sizes) else None,
-    }
-    message = f"{len(sizes):,} clusters were found, and selector.clusters={asked:,}"
+def _diagnostic(found: int, asked: int) -> Diagnostic:
+    message = f"{found:,} clusters were found, and selector.clusters={asked:,}"
     check = "whether many examples have the same embedding, or lower selector.clusters"
-    return Diagnostic.judged("clusters", len(sizes) < asked, values, message, check)
+    return Diagnostic.judged("clusters", found < asked, {"clusters": found, "asked": asked}, message, check)

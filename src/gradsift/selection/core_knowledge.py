@@ -17,28 +17,26 @@ import numpy as np
 from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features, blocks, products
 
-_NO_VARIANCE = 1e-9  # share of the mean squared length; a smaller variance is due to float32's rounding
-_NO_PROJECTION = 1e-9  # projection of the mean on a component; below this value the sign is due to rounding
+_NO_VARIANCE = 1e-9  # a variance below this share of the mean squared length is due to float32's rounding
+_NO_PROJECTION = 1e-9  # the sign of a smaller projection of the mean on a component is due to rounding
 
 
 @dataclass(frozen=True)
 class CoreKnowledge:
-    """Components by descending variance, and statistics of the target gradients."""
+    """Components by descending variance, and how many of the target gradients conflict."""
 
     directions: np.ndarray  # (C, D) float64, length 1
     variances: np.ndarray  # (C,) share of the variance of each component; [1] if the mean replaces the components
-    cosines: np.ndarray  # (C,) cosine of each component with the mean target gradient, at least 0
     conflicts: float | None  # share of pairs of target gradients with a negative inner product; None if T is 1
-    used: int  # T, the number of target gradients that are not zero
 
 
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the fewest leading principal components that explain at least the share `explained` of the variance.
 
-    The rest is our choice; the G2IS paper does not mention it. Gradients of zero are left out. The sign of a component,
-    which PCA leaves open, is chosen so that its inner product with the mean target gradient is positive. If this is 0,
-    the component's entry with the largest absolute value is made positive. A single gradient, or several without
-    variance, give one component, their mean direction. Tasks of the target set are not distinguished.
+    The G2IS paper does not mention the following choices. Gradients of zero are left out. PCA leaves the sign of a
+    component open: its inner product with the mean target gradient is made positive or, if it is 0, the component's
+    entry with the largest absolute value. A single gradient, or several without variance, give one component, their
+    mean direction. Tasks of the target set are not distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.
@@ -51,7 +49,6 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     for where, block in blocks(target, rows):
         gram[:, where] = products(target, rows, block)
     mean = _weighted_sums(target, rows, np.full((1, size), 1 / size))[0]
-    length = float(np.linalg.norm(mean))
     # before centring: two gradients conflict if a step along one raises the loss of the other, <g, g'> < 0
     pairs = gram[np.triu_indices(size, 1)]
     conflicts = float((pairs < 0).mean()) if len(pairs) else None
@@ -61,7 +58,7 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     # eigh returns ascending eigenvalues, and rounding makes some that are zero negative
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     if values.sum() <= _NO_VARIANCE * np.trace(gram):
-        return CoreKnowledge(mean[None] / length, np.ones(1), np.ones(1), conflicts, size)
+        return CoreKnowledge(mean[None] / np.linalg.norm(mean), np.ones(1), conflicts)
     shares = values / values.sum()
     # `explained` may be 1, and the sum of all shares may be rounded to just below 1
     count = 1 + int(np.searchsorted(np.cumsum(shares), explained - 1e-9))
@@ -74,8 +71,7 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     largest = components[np.arange(count), np.abs(components).argmax(1)]
     negative = np.where(np.abs(projections) > _NO_PROJECTION, projections, largest) < 0
     components *= np.where(negative, -1.0, 1.0)[:, None]
-    cosines = components @ mean / length if length > 0 else np.zeros(count)
-    return CoreKnowledge(components, shares[:count], cosines, conflicts, size)
+    return CoreKnowledge(components, shares[:count], conflicts)
 
 
 def _weighted_sums(target: Features, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:

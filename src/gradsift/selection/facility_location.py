@@ -7,8 +7,8 @@ f of the result is at least 1 - 1/e times the largest f of any subset of that si
 of the pool by score as candidates, and selects 2 % of the pool.
 
 Our reading: f of the empty set is 0, so a negative cosine counts as 0. An example whose vector is zero has similarity 0
-to every example, itself included. If candidates have equal gains, the one with the higher score is taken, and if
-their scores are equal too, the first in row order.
+to every example, itself included. Of candidates with equal gains, the candidate with the higher score is taken; if
+their scores are equal too, the first in row order is taken.
 
 Shape letters: n candidates, D features, B rows of a block, C columns whose gain is computed together.
 """
@@ -21,7 +21,6 @@ from fractions import Fraction
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
-from gradsift.errors import ConfigError
 from gradsift.features.vectors import DECIMALS, Features, blocks, squared_lengths
 from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
@@ -39,18 +38,11 @@ def facility_location(
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool's examples that are candidates: those with the highest scores.
-
-    Raises:
-        ConfigError: there are fewer candidates than the budget.
+        candidates: share of the pool's examples that are candidates: those with the highest scores. The config checks
+            that it is at least alpha.
     """
     # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
-    if count < size:
-        raise ConfigError(
-            f"selector.candidates={candidates} lets {count:,} of {len(scores.score):,} examples enter, and the budget "
-            f"is {size:,}; raise selector.candidates, or lower alpha below it"
-        )
     ground = np.concatenate(best_by_direction(scores, embeddings))[:count]
     cover = _Cover(embeddings, ground, similarity)
     picked: list[int] = []
@@ -81,8 +73,8 @@ class _Cover:
 
     def pick(self) -> int:
         """Pick the candidate with the largest gain; return its index among the candidates."""
-        # Lazy greedy (Minoux, 1978): f is submodular, so a gain from an earlier pick bounds the gain now. Recomputing
-        # stops when no stale bound can beat the best fresh gain.
+        # Lazy greedy (Minoux, 1978): f is submodular, so a gain computed for an earlier pick is an upper bound of the
+        # present gain. Gains are recomputed until no bound exceeds the best recomputed gain.
         fresh = np.zeros(len(self.ground), dtype=bool)
         batch = _FIRST_BATCH
         while (stale := self._undecided(fresh)[:batch]).size:
@@ -91,7 +83,7 @@ class _Cover:
             batch = min(2 * batch, _LARGEST_BATCH)
         best = int(np.argmax(self.bounds))
         for where, near in self._similarities(np.array([best])):
-            # keep the maximum over S up to date: a gain then needs one pass over the candidates and none over S
+            # with the maximum over S stored, a gain needs one pass over the candidates and none over S
             self.covered[where] = np.maximum(self.covered[where], near[:, 0])
         self.bounds[best] = -np.inf
         return best
@@ -101,7 +93,7 @@ class _Cover:
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
-        # compute a candidate with an equal bound and a higher score too: it is taken if its gain equals the best
+        # a candidate with an equal bound and a higher score is undecided too: it is taken if its gain equals the best
         ahead = ~fresh & ((self.bounds > gains[best]) | ((self.bounds == gains[best]) & (places < best)))
         undecided = np.flatnonzero(ahead & (self.bounds > -np.inf))
         return undecided[np.argsort(-self.bounds[undecided], kind="stable")]

@@ -15,8 +15,8 @@ Our reading, where the paper is silent: (i) and the sum start anew with each com
 zero is never taken. The neighbours of an example are the `neighbours` others with the largest inner product with it,
 used or not. Tasks of the target set are not distinguished (see `gradsift.selection.core_knowledge`).
 
-A step costs one pass over the gradients of the unused examples that (i) has not ruled out within the component or, if
-`neighbours` is set, of all candidates.
+If `neighbours` is set, a step reads the gradients of all candidates, else only those of the unused examples
+that (i) has not ruled out within the component.
 
 Shape letters: n candidates, D features, C components.
 """
@@ -68,7 +68,7 @@ def gradient_walk(
     """
     core = core_knowledge(target_gradients, explained)
     directed, undirected = best_by_direction(scores, gradients)
-    # in row order: each step reads these rows from disk, and of equal values the first is taken
+    # in row order, because each step reads these rows from disk, and of equal values the first is taken
     pool = np.sort(directed)
     if not len(pool):
         raise GradsiftError("every gradient of the pool is zero; look at the proxy's training and at its examples")
@@ -103,16 +103,13 @@ def gradient_walk(
 
 @dataclass
 class Walk:
-    """State of the walks: candidates' gradients, a mask of the unused candidates, and counts for the diagnostics."""
+    """State of the walks: the candidates' gradients, and which candidates are unused."""
 
     gradients: Features
     pool: np.ndarray  # (n,) positions, ascending
     towards: np.ndarray  # (n, C) <g, K>
     squares: np.ndarray  # (n,) |g|^2
     unused: np.ndarray  # (n,) bool
-    by_core: int = 0  # examples taken by <g, K>, because no neighbour passed (i) and (ii)
-    tested: int = 0  # number of tests of an example with (i)
-    ruled_out: int = 0  # number of these tests that ruled the example out
 
     def nearest(self, index: int, share: int, advance: Advance) -> list[int]:
         """Take up to `share` unused examples with the largest <g, K> (for `graph=False`); return indices in `pool`."""
@@ -143,8 +140,6 @@ class Walk:
             square += 2 * with_sum[place] + self.squares[place]
             toward += towards[place]
             with_sum[free] += near[free]
-            self.tested += int(free.sum())
-            self.ruled_out += int((free & (near < 0)).sum())
             # compare with the last example alone: all `free` examples agree with the examples taken before it
             free &= near >= 0  # (i)
             near[place] = -np.inf
@@ -158,8 +153,8 @@ class Walk:
                 within[_largest(near, neighbours)] = True
                 within &= passing
             place = _first_largest(near, within)
-            if place is None and (place := _first_largest(towards, passing)) is not None:
-                self.by_core += 1
+            if place is None:
+                place = _first_largest(towards, passing)
         return taken
 
 
@@ -175,22 +170,15 @@ def _largest(values: np.ndarray, count: int) -> list[int]:
 
 
 def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
-    components = len(core.directions)
-    values = {
-        "conflicting_pairs": core.conflicts,
-        "components": components,
-        "explained": float(core.variances.sum()),
-        "largest_cosine_with_mean": float(core.cosines.max()),
-        "smallest_cosine_with_mean": float(core.cosines.min()),
-        "target_gradients": core.used,
-    }
+    """Warn if the target gradients conflict."""
+    count, shown = len(core.directions), float(core.variances.sum())
+    values = {"conflicting_pairs": core.conflicts, "components": count, "explained": shown}
     message = (
-        f"{components} component(s) of {core.used:,} target gradients (selector.explained="
-        f"{explained}) with cosines of {core.cosines.min():.2f} to {core.cosines.max():.2f} to their mean"
+        f"{count} component(s) explain {shown:.0%} of the target gradients' variance (selector.explained={explained})"
     )
     if core.conflicts is None:
         return Diagnostic("core_knowledge", "unknown", values, f"{message}; one target gradient shows no conflict")
-    message += f"; {core.conflicts:.0%} of their pairs conflict"
+    message += f"; {core.conflicts:.0%} of the pairs of target gradients conflict"
     bad = core.conflicts > _MOST_CONFLICTS
     return Diagnostic.judged("core_knowledge", bad, values, message, "whether the target set's tasks belong together")
 
@@ -201,21 +189,10 @@ def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> D
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
     # (ii) compares absolute values, so a small cosine of the sum with K may change its sign
     away = int(sum(walk.towards[taken, index].sum() < 0 for index, taken in enumerate(rows)))
-    values: dict[str, float | None] = {
-        "stopped_early": early,
-        "turned_away": away,
-        "selected": sum(counts),
-        "least_of_a_component": min(counts),
-        "most_of_a_component": max(counts),
-        "by_core_knowledge": walk.by_core,
-        "ruled_out": walk.ruled_out / walk.tested if walk.tested else None,
-    }
     listed = "/".join(f"{count} of {share}" for count, share in zip(counts[:8], shares[:8], strict=True))
-    more = "/..." if len(counts) > 8 else ""
-    message = f"the components took {listed}{more} examples, {walk.by_core} of them not among the neighbours"
-    if walk.tested:
-        message += f"; {walk.ruled_out / walk.tested:.0%} of those looked at conflicted with the last"
+    message = f"the components took {listed}{'/...' if len(counts) > 8 else ''} examples"
     if away:
         message += f"; the examples of {away} point away from their component"
+    values: dict[str, float | None] = {"stopped_early": early, "turned_away": away, "selected": sum(counts)}
     check = "the target set, selector.keep, or selector.graph=false"
     return Diagnostic.judged("gradient_walk", early > 0 or away > 0, values, message, check)

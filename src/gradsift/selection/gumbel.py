@@ -19,7 +19,7 @@ def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choic
         min(size, number of scored examples) positions, in the order in which they are drawn.
     """
     ranked = best_first(scores)
-    # one number per rank and not per row: the same scores in another row order give the same draw
+    # one number per rank instead of per row, so that the same scores in another row order give the same draw
     noise = np.random.default_rng(seed).gumbel(size=len(ranked))
     values = scores.score[ranked]
     z = np.zeros(len(values))

@@ -1,4 +1,4 @@
-"""The rows with the highest scores in every group, such as a source of a mixture; a column names each row's group.
+"""The rows with the highest scores in every group. A column names each row's group, such as its source in a mixture.
 
 Shape letters: N examples of the pool, G groups.
 """
@@ -22,13 +22,13 @@ from gradsift.selection.choice import Choice, best_first, rank_within, shortfall
 def quotas(
     scores: Scores, size: int, examples: Sequence[Example], *, column: str, shares: Mapping[Any, float] | None
 ) -> Choice:
-    """Select the rows with the highest scores in each group, so that the groups have given shares of the selection.
+    """Select the rows with the highest scores in each group; each group has a given share of the selection.
 
     If a group has fewer scored rows than its share, the rest goes to the other groups in proportion to their shares,
     and a diagnostic warns.
 
     Args:
-        column: column of the data that names a row's group; a value that is not text is written as JSON.
+        column: column of the data that names a row's group; the JSON text of a value that is not text names the group.
         shares: weight of each group, at least 0; None: the shares that the groups have in the pool.
 
     Raises:
@@ -58,7 +58,7 @@ def groups_of(
         raise ConfigError(
             f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"
         )
-    # sorted by name, so that ties between remainders do not depend on the order of the rows
+    # np.unique sorts the names, so that ties between remainders do not depend on the order of the rows
     names, groups = np.unique([_name(example.original.get(column)) for example in examples], return_inverse=True)
     weights = _weights(names.tolist(), shares) if shares else np.bincount(groups).astype(float)
     return names.tolist(), groups, weights

@@ -24,8 +24,8 @@ def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = un
     with task("filter by representation", size) as advance:
         for where, rows in blocks(embeddings, ranked):
             nearest = np.full(len(rows), -1.0)  # largest cosine of each row to a kept example
-            # compare all rows of the block at once with the rows kept before it; decisions depend on each other only
-            # within the block
+            # all rows of the block are compared at once with the rows kept before it; only the decisions within the
+            # block depend on each other
             for _, others in blocks(embeddings, kept):
                 nearest = np.maximum(nearest, (others @ rows.T).max(0))
             nearest = np.round(nearest, DECIMALS)

@@ -20,7 +20,6 @@ from gradsift.selection.choice import Choice, best_by_direction, best_first
 
 TASK_PART = "task:"  # prefix of the names of score table columns that are scores for one task
 _AT_ONCE = 128  # number of queries compared with the pool in one pass
-_FIRST_PICKS = 64  # number of examples at the top of each query's ranking that are computed at first
 
 
 def round_robin(scores: Scores, size: int) -> Choice:
@@ -40,9 +39,10 @@ def round_robin(scores: Scores, size: int) -> Choice:
     for name, part in tasks.items():
         if not np.isfinite(part[ranked]).all():
             row = int(ranked[~np.isfinite(part[ranked])].min())
-            raise GradsiftError(f"{name} of the score table is no finite number at position {row}, which is scored")
-    rankings = [iter(_by_similarity(part[ranked], ranked)) for part in tasks.values()]
-    return Choice(_take_turns(rankings, min(size, len(ranked)), len(scores.score)))
+            raise GradsiftError(f"{name} of the score table is not finite at position {row}, whose status is scored")
+    within = min(size, len(ranked))
+    rankings = [_ranking(part[ranked], ranked, within) for part in tasks.values()]
+    return Choice(_take_turns(rankings, within, len(scores.score)))
 
 
 def round_robin_queries(
@@ -70,27 +70,28 @@ def round_robin_queries(
     pool = np.sort(directed)  # in the order on disk
     tasks = [target_embeddings.tasks[query] for query in queries] if target_embeddings.tasks else []
     within = min(size, len(pool))
+    similarities = _similarities(embeddings, pool, target_embeddings, queries)
     if len(set(tasks)) > 1:
         best = {task: np.full(len(pool), -np.inf) for task in tasks}
-        for place, similarity in _similarities(embeddings, pool, target_embeddings, queries):
-            best[tasks[place]] = np.maximum(best[tasks[place]], similarity)
-        rankings = [iter(_by_similarity(similarity, pool)) for similarity in best.values()]
-    else:
-        rankings = _queries_rank(embeddings, pool, target_embeddings, queries)
+        for task, similarity in zip(tasks, similarities, strict=True):
+            best[task] = np.maximum(best[task], similarity)
+        similarities = iter(best.values())
+    rankings = [_ranking(similarity, pool, within) for similarity in similarities]
     turns = _take_turns(rankings, within, len(embeddings), loses_turns=fidelity == "original")
     return Choice(np.concatenate([turns, undirected[: size - within]]))
 
 
-def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
+def _take_turns(rankings: Sequence[np.ndarray], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
     """Return positions (size,) int64 from the rankings in turn, without repeats.
 
     Args:
-        rankings: iterators over the same positions, all below `count`, in different orders.
+        rankings: the first `size` positions of each ranking; all rankings order the same positions, all below `count`.
         loses_turns: if True, a turn yields nothing if the ranking's next position is already taken.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
-    turns = cycle(rankings)
+    # no ranking is used beyond its first `size` positions: when all of them are taken, `size` positions are chosen
+    turns = cycle([iter(ranking.tolist()) for ranking in rankings])
     while len(chosen) < size:
         ranking = next(turns)
         position = next(ranking) if loses_turns else next(each for each in ranking if not taken[each])
@@ -100,37 +101,13 @@ def _take_turns(rankings: Sequence[Iterator[int]], size: int, count: int, *, los
     return np.array(chosen, dtype=np.int64)
 
 
-def _by_similarity(similarity: np.ndarray, positions: np.ndarray) -> list[int]:
-    """Return `positions` (n,) by descending `similarity` (n,), and in row order where it is equal."""
-    ordered: list[int] = positions[np.lexsort((positions, -similarity))].tolist()
-    return ordered
+def _ranking(similarity: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` of `positions` (n,) with the largest `similarity` (n,), in row order where it is equal."""
+    ranking: np.ndarray = positions[np.lexsort((positions, -similarity))[:count]]
+    return ranking
 
 
-def _similarities(
-    pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each query's index in `queries` and its cosines (n,) to the rows at `positions`."""
+def _similarities(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield for each of `queries` its cosines (n,) to the rows at `positions`."""
     for start in range(0, len(queries), _AT_ONCE):
-        cosines = products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]])
-        yield from enumerate(cosines.T, start)
-
-
-def _queries_rank(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> list[Iterator[int]]:
-    """Return for each query the ranking of `positions` by cosine, computed in parts and only as far as it is used."""
-
-    def ranking(query: int, known: list[int]) -> Iterator[int]:
-        yield from known
-        while len(known) < len(positions):
-            left = np.setdiff1d(positions, known, assume_unique=True)
-            ((_, similarity),) = _similarities(pool, left, target, queries[query : query + 1])
-            # the parts grow geometrically, so that even a ranking that is used to its end needs only a few passes over
-            # the pool
-            more = _by_similarity(similarity, left)[: 3 * len(known)]
-            yield from more
-            known += more
-
-    first = [
-        (query, _by_similarity(similarity, positions)[:_FIRST_PICKS])
-        for query, similarity in _similarities(pool, positions, target, queries)
-    ]
-    return [ranking(query, known) for query, known in first]
+        yield from products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]]).T

@@ -44,7 +44,7 @@ def select(
     """Select floor(alpha x N) examples; if the selector returns fewer, the number missing is recorded as `shortfall`.
 
     Args:
-        measures: returns the measures for `diagnose_selection`, which must depend on nothing but the scores' inputs.
+        measures: returns the measures for `diagnose_selection`. They may depend only on the inputs of the scores.
         base: what N counts: `accepted` rows, or `scored` rows.
         corruption: kind of injected corruption by position, written into the rows of the selection file.
         embeddings: returns the pool's embeddings, to measure coverage; None if neither the scorer nor the selector uses
@@ -64,7 +64,7 @@ def select(
             why = "; ".join(diagnostic.message for diagnostic in choice.diagnostics) or "it does not say why"
             raise GradsiftError(f"selector={selector.name} selected no example ({why}); choose another selector")
         write_selection(folder / SELECTION_FILE, positions, scores, examples, corruption)
-        # later stages read this file; the JSON lines are for people and other trainers
+        # for later stages; the JSON lines are for people and other trainers
         np.save(folder / "positions.npy", positions)
         diagnostics = diagnose_selection(positions, examples, measures(), scores.parts.get("drop"))
         if embeddings is not None:
@@ -88,11 +88,10 @@ def write_selection(
     """Write one line per selected example, best first: its original row, to which the key `gradsift` is added.
 
     `gradsift` holds rank, score, example_id and row_index. The original row is the row of the source, even if the
-    example was corrupted for an audit; in this case the kind of corruption is added under `gradsift`. Lines are kept in
-    a temporary file until they are written in order of rank, so that neither the pool nor the selection has to fit in
-    memory.
+    example was corrupted for an audit; in this case `gradsift` also holds the kind of corruption. The pool is read in
+    its own order, and its lines are kept in a temporary file until they are written in order of rank, so that neither
+    the pool nor the selection has to fit in memory.
     """
-    # lines are written in the order of the selection, but the pool is read in its own order
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected
     ranks[positions] = np.arange(1, len(positions) + 1)
     begins, sizes = np.zeros((2, len(positions)), dtype=np.int64)  # in bytes of the temporary file, by rank

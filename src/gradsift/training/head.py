@@ -1,8 +1,8 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
-The output head is applied only to the hidden states of tokens whose successor is a response token (the places), and to
-one chunk of them at a time. The gradient with respect to the hidden states is computed from a chunk's logits right
-away, so logits are computed once and never kept.
+The places are the tokens whose successor is a response token. The output head is applied only to their hidden states,
+one chunk at a time. The gradient with respect to a chunk's hidden states is computed together with its losses, so
+logits are computed once and never kept for the backward pass.
 
 Shape letters: B examples of a batch, T tokens, D hidden size, P places of the batch, V vocabulary.
 """
@@ -24,17 +24,17 @@ from gradsift.training.device import numbers_at_once, without_host_reads
 from gradsift.training.lora import evaluating
 
 _CHUNK_LOGITS = 2**23  # logits of a chunk on a CPU, 32 MB in float32
-_MULTIPLE = 64  # a bfloat16 head's vocabulary is padded to a multiple of this; with 50,257, AMX runs at half speed
+_MULTIPLE = 64  # a bfloat16 head's vocabulary is padded to a multiple of this; with 50,257 rows AMX has half the speed
 
 
 class OutputHead:
-    """The output embedding of a model whose logits are exactly the embedding applied to the last hidden states."""
+    """The output embedding of a model whose logits are the embedding applied to the last hidden states."""
 
     def __init__(self, below: nn.Module, embedding: nn.Linear) -> None:
         self._below = below  # the model without its head
         self.vocabulary = embedding.out_features
         weight, bias = embedding.weight.detach(), None if embedding.bias is None else embedding.bias.detach()
-        # padded with rows of zeros: their logits are dropped, and they add nothing to the gradient
+        # rows of zeros as padding: their logits are dropped, and they add nothing to the gradient
         if weight.dtype == torch.bfloat16 and (lacking := -self.vocabulary % _MULTIPLE):
             weight = F.pad(weight, (0, 0, 0, lacking))
             bias = None if bias is None else F.pad(bias, (0, lacking))
@@ -47,15 +47,14 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: Any) -> OutputHead | None:
-        """Return the output head of a causal language model with or without adapters.
+        """Return the output head of a causal language model, or None if the model has to compute its logits itself.
 
-        Return None if the head is not a plain `nn.Linear`, trains or has an adapter, or if the model changes the head's
-        output (Gemma, Cohere and Granite scale or cap it; see `_is_last_step`).
+        This is so if the head is not a plain `nn.Linear`, if it trains or has an adapter, or if the model changes its
+        inputs or outputs (Cohere and Granite scale the logits, Gemma 2 caps them; see `_is_last_step`).
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
-        # a head that trains, or has an adapter, needs a gradient of its own, and `_TokenLosses` computes only the
-        # gradient with respect to the head's input
+        # `_TokenLosses` computes only the gradient with respect to the head's inputs
         if type(embedding) is not nn.Linear or embedding.weight.requires_grad or causal.base_model is causal:
             return None
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
@@ -69,7 +68,7 @@ class OutputHead:
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) given `hidden` (P, D)."""
-        # the gradient mode is an argument, because gradients are always off within a Function's forward
+        # the gradient mode is an argument, because gradients are off within a Function's forward
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
@@ -109,15 +108,14 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # The loss of a place depends only on its own hidden state, so the kept gradient of each loss only has to be
-        # multiplied by the incoming gradient, row by row.
+        # each loss depends only on the hidden state of its own place
         return (gradient * gradients[0][:, None]).to(gradient.dtype), None, None, None
 
 
 def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the losses (P,) of a chunk; fill `gradient` (P, D), unless it is None, with (softmax - one-hot) W."""
+    """Return the losses (P,) of a chunk; if `gradient` (P, D) is given, fill it with (softmax - one-hot) W."""
     if head.own is not None:
         return head.own.losses(hidden, targets, gradient)  # type: ignore[no-any-return]
     logits, exact = head.buffers(len(hidden))  # (P, padded V), (P, V)
@@ -145,10 +143,10 @@ def _less_rounded(
 ) -> torch.Tensor:
     """Fill `exact` with the logits minus an offset per place, and return the targets' entries (P, 1) in float32.
 
-    A logit of 20 in bfloat16 has an error of up to .06, and the loss would have this error too. So the offset, the
-    target's logit in bfloat16, is subtracted within the product, before rounding. The logits of tokens about as likely
-    as the target then become small numbers with small errors. The target's own logit is computed in float32. An offset
-    does not change the loss.
+    A logit of 20 in bfloat16 has an error of up to .06, and so would the loss. Adding an offset to all logits of a
+    place does not change its loss. So the target's logit in bfloat16 is subtracted within the product, before rounding.
+    The logits of tokens about as likely as the target are then small numbers with small errors. The target's own logit
+    is computed in float32.
     """
     own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)  # (P, 1)
     # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
@@ -156,7 +154,7 @@ def _less_rounded(
     torch.addmm((-offset).expand_as(logits), hidden, head.weight.t(), out=logits)
     exact.copy_(logits[:, : head.vocabulary])
     chosen = own - offset.float()
-    # the normaliser uses this value too: with the rounded logit there, a loss could be negative
+    # also in the normaliser: with the rounded logit there, a loss could be negative
     exact.scatter_(1, targets[:, None], chosen)
     if head.bias is not None:
         bias = head.bias[: head.vocabulary].float()
@@ -174,7 +172,7 @@ def token_losses(
 ) -> torch.Tensor:
     """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) after the tokens at `places` (P,).
 
-    If `head` is None, the model itself computes the logits of all tokens.
+    If `head` is None, the model computes the logits of all tokens.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
@@ -198,21 +196,21 @@ class ResponseLosses:
         return self._of_tokens(batch).sum(1) / batch.counts
 
     def body_and_end(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean loss of all response tokens but the last, and the loss of the last one, (B,) each.
+        """Return the mean loss of all response tokens but the last, and the loss of the last, (B,) each.
 
-        If an example has a single response token, both values are the loss of that token.
+        If an example has a single response token, both are the loss of this token.
         """
         of_tokens = self._of_tokens(batch)
         is_predicted = torch.zeros_like(of_tokens.flatten()).index_fill(0, batch.places, 1.0).view_as(of_tokens)
         is_last = is_predicted * (is_predicted.cumsum(1) == batch.counts[:, None])
         end = (of_tokens * is_last).sum(1)
-        # clamped, because `where` computes both branches and 0 / 0 would be NaN in the one that is not taken
+        # clamped, because `where` computes both branches, and 0 / 0 in the branch not taken would give NaN gradients
         return torch.where(batch.counts > 1, (of_tokens.sum(1) - end) / (batch.counts - 1).clamp(min=1), end), end
 
     def _of_tokens(self, batch: Batch) -> torch.Tensor:
         """Return a tensor (B, T) with the loss of the next token at each place, and 0 elsewhere."""
         of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
-        # a scatter to different places and a sum along rows are deterministic; index_add on a GPU adds in any order
+        # a scatter to different places and a sum along rows are deterministic; on a GPU, index_add adds in any order
         spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
         return spread.view_as(batch.input_ids)
 
@@ -222,9 +220,9 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
     """Return whether a random batch's logits equal `embedding` applied to the last hidden states, bit for bit."""
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
-    # without a mask, transformers would warn if a random id is the pad id
+    # with a mask, because transformers warns without one if an id is the pad id
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with evaluating(causal):  # with dropout on, each pass would draw another mask
+    with evaluating(causal):  # without dropout, whose masks differ between the two passes
         logits = causal(**inputs, use_cache=False).logits
         hidden = causal.base_model(**inputs, use_cache=False)[0]
         if hidden.dtype != embedding.weight.dtype:
@@ -234,10 +232,12 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
 
 
 def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
-    """Refuse a NaN or infinity among `values` (B,) and name the examples by their row in the data's source.
+    """Refuse a NaN or infinity among `values` (B,); the message names the examples by their row in the data's source.
 
     Args:
-        rows: (B,) int64, `Encoded.row` of each value's example, all of which are in `encoded`.
+        quantity: what the values are, for the message.
+        rows: (B,) int64, `Encoded.row` of each value's example.
+        encoded: examples, among them those of `rows`.
     """
     bad = ~torch.isfinite(values)
     if bool(bad.any()):

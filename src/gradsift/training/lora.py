@@ -35,17 +35,17 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
 
     Returns:
-        The model as a `peft.PeftModel`; its LoRA parameters are float32 and the only ones that train. Its attribute
-        `passed_rows` (`PassedRows`) tells its layers about the rows of a batch. Its method `unload` restores the model.
+        The model as a `peft.PeftModel`. Only its LoRA parameters, which are float32, train. Its attribute `passed_rows`
+        (`PassedRows`) tells its layers about the rows of a batch. Its method `unload` restores the model.
 
     Raises:
         ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or a layer that
-            peft refuses. The model is then left without an adapter.
+            peft refuses. The model is left without an adapter.
     """
     names = linear_layer_names(model)
     targets: Any = list(config.targets)
     if targets == ["all-linear"]:
-        # an expert sees some of the batch's tokens in an order of its own, so examples cannot be told apart there
+        # an expert gets tokens of all examples mixed, so the gradients of single examples are not known there
         targets = _dense_layer_names(model) if expert_blocks(model) else "all-linear"
     lora = peft.LoraConfig(
         r=config.rank,
@@ -58,10 +58,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft corrects fan_in_fan_out itself; tied embeddings matter only in merging (`require_mergeable`)
+    with torch.random.fork_rng(), warnings.catch_warnings():  # drawing A must not change the caller's random state
+        # peft corrects fan_in_fan_out itself; tied embeddings matter only when merging (`require_mergeable`)
         warnings.filterwarnings("ignore", "(fan_in_fan_out is set|Model has `tie_word_embeddings)", UserWarning)
-        # within fork_rng, as drawing A must not change the caller's random state
         torch.manual_seed(seed)
         try:
             adapted = peft.get_peft_model(model, lora)
@@ -78,11 +77,11 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
         if ADAPTER not in layer.lora_A:
             _unwrap(model)
             raise ConfigError(
-                f"lora.targets={config.targets} names a layer that is not linear (an embedding, say), "
-                f"which has no per-sample gradient here; choose among {', '.join(names)}"
+                f"lora.targets={config.targets} names a layer that is not linear, such as an embedding; "
+                f"choose among {', '.join(names)}"
             )
-    # The frozen backbone stays in evaluation mode while its adapters train: its own dropout (GPT-2 has some) would make
-    # norms noisy, and the next member would inherit a training mode.
+    # The frozen backbone stays in evaluation mode while its adapters train, because its own dropout (GPT-2 has some)
+    # would add noise to the norms.
     adapted.passed_rows = drop_by_row(lora_layers(adapted))
     adapted.eval()
     for _, layer in lora_layers(adapted):
@@ -122,13 +121,13 @@ def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of the model's linear layers, without repeats."""
+    """Return the last parts of the names of the model's linear layers, sorted and without repeats."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return by name the blocks with experts: parents of modules with stacked weights, of three dimensions or more."""
+    """Return the blocks with experts, by name: the parents of modules whose weights have three dimensions or more."""
     blocks = {}
     for name, module in model.named_modules():
         stacked = any(weight.dim() > 2 and len(weight) > 1 for weight in module.parameters(recurse=False))
@@ -141,8 +140,8 @@ def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def _dense_layer_names(model: Any) -> list[str]:
     """Return the last parts of the names of the linear layers outside of expert blocks, without the output head.
 
-    Names that also occur in an expert block, or by which peft adapts stacked experts, are left out, because peft would
-    adapt the layers in both places.
+    peft adapts all layers with a given name. So a name is left out if it also occurs in an expert block, or if peft
+    uses it for stacked experts.
     """
     blocks = tuple(f"{name}." for name in expert_blocks(model))
     head = model.get_output_embeddings()
@@ -154,7 +153,7 @@ def _dense_layer_names(model: Any) -> list[str]:
 
 
 def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
-    """Return a message that names the experts that `option` (`target.lora`, say) leaves without an adapter, if any."""
+    """Return a message about the experts that `option`, such as `target.lora`, leaves without an adapter, if any."""
     if config.targets != ["all-linear"] or not (blocks := expert_blocks(model)):
         return None
     kinds = ", ".join(sorted({type(block).__name__ for block in blocks.values()}))
@@ -194,11 +193,11 @@ def factor_sizes(adapted: nn.Module) -> dict[str, float]:
 
 def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter in peft's own format (safetensors)."""
-    # by default, peft also writes the whole weight of an output head that has an adapter
+    # otherwise peft also writes the whole weight of an output head that has an adapter
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if isinstance(config["target_modules"], list):  # made from a set, whose order differs between processes
+    if isinstance(config["target_modules"], list):  # made from a set, in an order that differs between processes
         config["target_modules"].sort()
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
@@ -206,13 +205,13 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 def load_adapter(adapted: Any, folder: Path) -> None:
     """Load into the active adapter the weights that `save_adapter` wrote to `folder`."""
     outcome = peft.set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_FILE), adapter_name=ADAPTER)
-    # missing keys are no error: they belong to the backbone, whose weights the file does not contain
+    # missing keys are no error: the file does not contain the weights of the backbone
     if outcome.unexpected_keys:
         raise ConfigError(f"the adapter in {folder.name} does not fit this model: {outcome.unexpected_keys[0]}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state on the CPU, with the keys `<kind>:<parameter>`, such as `exp_avg:<parameter>`."""
+    """Return the optimiser's state on the CPU, by `<kind>:<parameter>`, such as `exp_avg:<parameter>`."""
     return {
         f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -236,11 +235,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Pa
 
 
 class Lanes(nn.Module):
-    """M adapters (lanes) on one frozen model that train side by side, one for each seed; at first, adapter 0 is active.
+    """M adapters (lanes) that train side by side on one frozen model, one for each seed.
 
     A batch holds rows of all adapters, which pass through the frozen weights together (`gradsift.training.adapted`).
-    peft's model holds one adapter at a time, under peft's default name. `activate` puts the adapter of a lane there.
-    Functions that save, load or measure an adapter then work on this adapter.
+    The peft model `adapted` holds the adapter of one lane at a time, at first of lane 0. `activate` puts the adapter of
+    another lane there. Functions that save, load or measure an adapter work on this one.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
@@ -271,7 +270,7 @@ class Lanes(nn.Module):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers the adapter of each row of the next batch, and return its examples sorted by adapter."""
+        """Tell the layers the adapter of each row of the next batch, and return its examples, sorted by adapter."""
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)
         device = next(self.parts.parameters()).device

@@ -1,9 +1,9 @@
 """Random bits that depend on a seed and a position, and dropout masks that depend on the example and not on the batch.
 
-The numbers of a generator with a state depend on how a batch is divided and on the order in which a device draws. Here
-each number is a hash, computed in integer arithmetic, which wraps around and never rounds. A dropout mask is a function
-of the example's key, the layer and the place in the sequence. So it does not depend on the batch, the padding, the rank
-or the device, and a checkpointed block that is computed again has the same mask.
+A generator with a state gives numbers that depend on how a batch is divided and on the order in which a device draws.
+Here each number is a hash, computed in integer arithmetic, which wraps around and never rounds. A dropout mask is a
+function of the example's key, the layer, the token's place and the input's number. So it does not depend on the batch,
+the padding, the rank or the device, and a checkpointed block has the same mask when it is recomputed.
 
 Shape letters: B rows of a batch, T tokens, I inputs of a layer, N columns.
 """
@@ -34,8 +34,8 @@ def mixed(numbers: torch.Tensor) -> torch.Tensor:
 def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return random numbers (..., N) over the whole range of int32, one for each pair of a row and a column.
 
-    The upper bits are more random than the lower ones. A number is the product of its row's and its column's hash,
-    mixed once more.
+    A number is the product of the hashes of its row and its column, mixed once more. Its upper bits are more random
+    than its lower bits.
 
     Args:
         rows: (...) int64, any numbers.
@@ -52,17 +52,17 @@ def _odd(numbers: torch.Tensor) -> torch.Tensor:
 
 
 class PassedRows:
-    """What the adapted layers of a model need to know about the rows of a batch, besides the activations."""
+    """Facts about the rows of a batch that the adapted layers of a model need besides the activations."""
 
     def __init__(self) -> None:
-        self.drops = False  # whether layers drop inputs
+        self.drops = False  # whether any layer has dropout
         self.keys: torch.Tensor | None = None  # (B,) int64, the keys of the rows' dropout masks
         self.lanes: torch.Tensor | None = None  # (B,) int64, ascending: the adapter of each row, if there are several
         self.counts: list[int] = []  # rows of each adapter
 
 
 class RowDropout(nn.Dropout):
-    """Dropout with a mask for each row; torch's own dropout unless the input is (B, T, I) and there are B keys."""
+    """Dropout with a separate mask for each row. Without a key for each row of (B, T, I), torch's dropout is used."""
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
         super().__init__(probability)

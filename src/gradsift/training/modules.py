@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The examples of one optimiser step. Lightning hands a `Step` unchanged to the module, which forms batches."""
+    """The examples of one optimiser step. Lightning hands a `Step` to the module as it is, but would copy a list."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.examples = examples
@@ -41,8 +41,9 @@ class AdapterModule(L.LightningModule):
 
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
     the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
-    examples in a step. With several ranks each rank passes its share of the step through the model, and the ranks'
-    gradients are averaged: by DDP in the step's last backward pass or, for a divided model, by `_reduce_gradients`.
+    examples in a step. With several ranks, each rank passes its share of the step's examples through the model, and the
+    ranks' gradients are averaged: by DDP in the step's last backward pass or, for a model whose layers are divided over
+    the ranks, by `_reduce_gradients`.
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -57,7 +58,7 @@ class AdapterModule(L.LightningModule):
         dropout_seed: int = 0,
     ) -> None:
         super().__init__()
-        # a step takes as many backward passes as its examples need at this token budget, and one optimiser step
+        # a step has one optimiser step and as many backward passes as its examples need at this token budget
         self.automatic_optimization = False
         self.model = model  # with an adapter, as returned by `lora.add_adapter`
         self.is_divided = parallel.is_divided(model)
@@ -67,7 +68,7 @@ class AdapterModule(L.LightningModule):
         self.pad_id = pad_id
         self.first_step = first_step  # number of optimiser steps that earlier epochs took
         self.dropout_seed = dropout_seed
-        # of an earlier epoch or an interrupted run; Lightning makes the optimiser when the training starts
+        # of an earlier epoch or an interrupted run; `configure_optimizers` restores it
         self.optimizer_state: Mapping[str, torch.Tensor] = {}
         self.gradient_norms: NormProbe | None = None  # set by `GradientNormCallback`
         self.curve: list[dict[str, float]] = []  # one entry per step; `on_train_end` fills in the losses
@@ -75,7 +76,7 @@ class AdapterModule(L.LightningModule):
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
         """Restore the n steps of an interrupted run, with their mean losses (n,) and numbers of tokens."""
-        # a step's dropout masks depend on the length of the curve, and its learning rate on `first_step`
+        # the dropout masks of a step depend on the length of the curve, its learning rate on `first_step`
         self.first_step += len(tokens)
         self._step_losses = losses.to(self.device)
         self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
@@ -86,7 +87,7 @@ class AdapterModule(L.LightningModule):
         return self._step_losses[: len(tokens)], tokens
 
     def cpu(self) -> AdapterModule:
-        """Return the module without moving it: Lightning calls `cpu` at the end, but later stages use the backbone."""
+        """Return the module without moving it. Lightning calls `cpu` at the end, but later stages use the backbone."""
         return self
 
     def on_fit_start(self) -> None:
@@ -101,8 +102,8 @@ class AdapterModule(L.LightningModule):
         """Accumulate the gradient of a step's loss, and return the outputs of `_backward`, gathered from all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
-        # If memory runs out in the middle, `_backward` runs again with fewer tokens. Each attempt starts without
-        # gradients and with the same dropout masks, so the step does not depend on the number of attempts.
+        # If memory runs out, `_backward` runs again with fewer tokens. It starts without gradients and with the same
+        # dropout masks, so the step does not depend on the number of attempts.
         outputs = parallel.run(self.budget, lambda tokens: self._backward(mine, step.examples, tokens), lengths)
         self._reduce_gradients()
         return parallel.gather(outputs, len(step.examples))
@@ -110,12 +111,12 @@ class AdapterModule(L.LightningModule):
     def update(self, step: Step, outputs: Mapping[str, torch.Tensor]) -> None:
         """Take an optimiser step with the accumulated gradient, and record the step's loss and number of tokens."""
         if self.optimization.max_grad_norm is not None:
-            # after the gradients of all batches and ranks are summed: the bound is on the gradient of the whole step
+            # after the gradients of all batches and ranks were added: the bound is on the whole step's gradient
             nn.utils.clip_grad_norm_(lora.trainable_parameters(self.model).values(), self.optimization.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         done = len(self.curve)
-        if done >= len(self._step_losses):  # one tensor that grows: many small ones would fragment the memory
+        if done >= len(self._step_losses):  # one tensor that grows, as many small ones would fragment the memory
             larger = torch.zeros(2 * done + 64, device=self.device)
             larger[:done] = self._step_losses
             self._step_losses = larger
@@ -134,12 +135,11 @@ class AdapterModule(L.LightningModule):
         """Accumulate the gradient of the loss of a step with N `examples`, of which `mine` are this rank's share.
 
         Returns:
-            Tensors (n,) by name, for this rank's n examples: rows, losses, counts (numbers of response tokens, only
-            with `loss=token`), norm_A and norm_B (only if `gradient_norms` is set), lanes (only if several adapters
-            train).
+            Tensors (n,) by name, for this rank's n examples: rows; losses; counts, the numbers of response tokens (with
+            `loss=token`); norm_A and norm_B (if `gradient_norms` is set); lanes (if several adapters train).
         """
-        # For layers that draw their dropout masks batch by batch. The seed depends on step and rank alone, so neither a
-        # resumed training nor a repeated step needs the random state of the steps before.
+        # For layers with torch's own dropout. The seed depends only on step and rank, so neither a resumed training nor
+        # a repeated step needs the random state of earlier steps.
         torch.manual_seed(derive_seed(self.dropout_seed, len(self.curve), parallel.rank()))
         self.forget_gradients()
         if self.gradient_norms is not None:
@@ -150,13 +150,13 @@ class AdapterModule(L.LightningModule):
         batches = by_length(mine, tokens)
         passes = len(batches)  # of this rank; additional passes have weight 0
         if self.is_divided:
-            passes = parallel.largest(passes, self.device)  # each pass through a divided model needs all ranks
+            passes = parallel.largest(passes)  # each pass through a divided model needs all ranks
         elif parallel.size() > 1:
             passes = max(1, passes)  # the last pass synchronises the gradients
         for number in range(passes):
             is_own = number < len(batches)
-            # A rank without a batch of its own passes the shortest example with weight 0, so that the other ranks'
-            # collective calls return.
+            # A rank without another batch of its own passes the shortest example with weight 0: the other ranks'
+            # collective operations wait for this rank.
             shortest = [min(examples, key=lambda example: len(example.input_ids))]
             rows = self._announced(batches[number] if is_own else shortest)
             divisor = self._divisor(rows, examples)
@@ -168,7 +168,7 @@ class AdapterModule(L.LightningModule):
                 total = (terms / divisor).sum() * weight
             else:
                 total = terms.sum() * weight / divisor
-            # DDP averages the ranks' gradients in the last backward pass only
+            # DDP shall average the ranks' gradients in the last backward pass only
             blocks = number < passes - 1 and isinstance(strategy, ParallelStrategy)
             with strategy.block_backward_sync() if blocks else nullcontext():
                 self.manual_backward(total)
@@ -187,13 +187,13 @@ class AdapterModule(L.LightningModule):
         self.optimizer.zero_grad()
 
     def _announced(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Tell the adapted layers which examples the next batch has, and return them in the order of the batch."""
+        """Tell the adapted layers about the examples of the next batch, and return them in the order of the batch."""
         self._give_masks(map(self.mask_key, examples))
         return examples
 
     def mask_key(self, example: Encoded) -> int:
         """Return the key of an example's dropout masks in the next step."""
-        # the key depends only on step and example, so the masks do not depend on batch, rank or interruptions
+        # step and example alone: the masks must not depend on batch, rank or interruptions
         return derive_seed(self.dropout_seed, len(self.curve), example.row)
 
     def _give_masks(self, keys: Iterable[int]) -> None:
@@ -201,12 +201,13 @@ class AdapterModule(L.LightningModule):
             self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
-        """Return what the losses (B,) of a pass's `rows` are divided by: a number, or (B,) with several adapters."""
-        # of the whole step: with a mean over each batch or rank, an example's weight would depend on its batch
+        """Return the divisor of the losses (B,) of `rows` in a step: a number, or (B,) with several adapters."""
+        # the number of examples or tokens of the step: with a mean over each batch or rank, an example's weight would
+        # depend on its batch
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
 
     def _reduce_gradients(self) -> None:
-        """Do nothing: DDP averages the ranks' gradients in the backward pass. A subclass without DDP averages here."""
+        """Do nothing: DDP has averaged the ranks' gradients in the backward pass."""
 
     def configure_optimizers(self) -> Any:
         parameters = lora.trainable_parameters(self.model)
@@ -217,7 +218,7 @@ class AdapterModule(L.LightningModule):
             weight_decay=self.optimization.weight_decay,
         )
         lora.restore_optimizer(optimizer, parameters, self.optimizer_state)
-        self.optimizer_state = {}  # twice as large as the adapter, and no longer needed
+        self.optimizer_state = {}  # frees memory: it is twice as large as the adapter
         # LambdaLR counts from 0 in each process, so the steps of earlier epochs and interrupted runs are added
         first = self.first_step
         self.optimizer = optimizer
@@ -238,7 +239,7 @@ class ProxyMember(AdapterModule):
         self._losses = ResponseLosses(self.model)
 
     def on_validation_model_eval(self) -> None:
-        # Lightning would switch off the dropout by which the members of mc_dropout differ
+        # Lightning would turn off the dropout by which the members of mc_dropout differ
         if self.masks is None:
             super().on_validation_model_eval()
 
@@ -252,7 +253,7 @@ class ProxyMember(AdapterModule):
         if norms is None:
             raise RuntimeError("a pass over norms needs GradientNormCallback among the trainer's callbacks")
         if self.masks is not None:
-            # for layers that draw their dropout masks batch by batch; a resumed pass draws the same masks
+            # for layers with torch's own dropout; a resumed pass has the same masks
             torch.manual_seed(derive_seed(self.masks, examples[0].row))
             self._give_masks(derive_seed(self.masks, example.row) for example in examples)
         norms.forget()
@@ -266,18 +267,15 @@ class TargetFinetuning(AdapterModule):
     """The finetune of the target, whose layers may be divided over the ranks (`gradsift.training.parallel`)."""
 
     def configure_model(self) -> None:
-        """Do nothing: the model was divided when it was loaded, but Lightning requires this method."""
+        """Do nothing: the model was divided while it was loaded. ModelParallelStrategy requires this method."""
 
     def _reduce_gradients(self) -> None:
-        """Average the adapter's gradients over the ranks, if the model is divided.
-
-        FSDP averages only the gradients of divided weights.
-        """
+        """Average the adapter's gradients over the ranks if the model is divided: FSDP does so for its layers only."""
         if not self.is_divided:
             return
         parameters = list(lora.trainable_parameters(self.model).values())
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        # one message for all parameters, and of the same size from all ranks
+        # one message for all parameters, of the same size from all ranks
         mean: Any = self.trainer.strategy.reduce(torch.cat([part.flatten() for part in parts]), reduce_op="mean")
         for parameter, part in zip(parameters, mean.split([part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter)

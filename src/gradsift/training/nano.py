@@ -1,7 +1,7 @@
 """The built-in backbones: nano models of the embedded world, and a byte-level model with random weights.
 
-The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`). The byte-level model
-(tiny_bytes) is to run real data through all stages without a pretrained model; its scores say nothing about the data.
+The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`). With the byte-level model
+(tiny_bytes), real data can pass through all stages without a pretrained model. Its scores say nothing about the data.
 
 Shape letters: B batch, T tokens, V vocabulary.
 """
@@ -36,8 +36,8 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 def nano_tokenizer() -> PreTrainedTokenizerFast:
     """Return the word-level tokenizer of the embedded world: one token per word, and one for a line break.
 
-    `<eos>` is also the beginning-of-text token (bos), which some models need. `<pad>` is a token of its own, so that
-    padding is never taken for the end of an answer.
+    `<eos>` is also the beginning-of-text token (bos), which some models need. `<pad>` is a separate token, so that
+    padding is never mistaken for the end of an answer.
     """
     words = (_PAD, _EOS, _UNK, _NEWLINE, *VOCABULARY)
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNK))
@@ -46,10 +46,10 @@ def nano_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte of UTF-8, which can decode any text, and with `<eos>` and `<pad>`."""
+    """Return a tokenizer with one token per UTF-8 byte, and with `<eos>` and `<pad>`."""
     alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
     tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
-    # without merges, splitting into words changes no token, and skipping it halves the time
+    # without merges no token depends on the splitting into words, and skipping it halves the time
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _fast(tokenizer, BYTES_CONTEXT)
@@ -100,7 +100,7 @@ def bytes_config() -> GPT2Config:
 
 def _ids_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64: matrix products are faster
+        "vocab_size": -(-len(tokenizer) // 64) * 64,  # matrix products are faster with a multiple of 64
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,
@@ -137,13 +137,17 @@ def pretrain(
 ) -> float:
     """Train all weights of a nano model, in place, on the embedded world's pretraining text.
 
-    Every step has new rows. The learning rate (AdamW, no weight decay) warms up over a twentieth of the steps and falls
-    linearly to a tenth of its peak. The loss is the weighted mean negative log-likelihood over tokens: response tokens
-    and the eos have weight 1, prompt tokens `prompt_loss_weight`. The same arguments and number of threads give the
-    same model weights. `progress` is called after every step with the loss of the batch.
+    Each step has rows of its own. The optimiser is AdamW without weight decay. The learning rate warms up over a
+    twentieth of the steps and falls linearly to a tenth of its peak. The loss is the weighted mean negative
+    log-likelihood of the tokens: response tokens and the eos have weight 1, prompt tokens `prompt_loss_weight`. The
+    same arguments and number of threads give the same model weights.
+
+    Args:
+        instructed_share: share of the rows that are worded as in the embedded world's data.
+        progress: called after every step with the loss of the batch.
 
     Returns:
-        The mean loss over the last tenth of the steps, in nats a token.
+        The mean loss over the last tenth of the steps, in nats per token.
     """
     rows = pretraining_rows(steps * batch_size, seed=seed, instructed_share=instructed_share)
     prompts = tokenizer([prompt for prompt, _ in rows], add_special_tokens=False)["input_ids"]
@@ -179,8 +183,8 @@ def pretrain(
 def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T), padded on the right, and their loss weights (B, T), 0 for padding.
 
-    Causal attention never looks to the right, so no mask is needed. Rows are padded with the eos, because transformers
-    warns of a pad token without a mask.
+    Causal attention needs no mask for padding on the right. The padding is the eos, because transformers warns of a pad
+    token without a mask.
     """
     longest = max(len(prompt) + len(response) for prompt, response in batch)
     tokens_BT = torch.full((len(batch), longest), batch[0][1][-1])

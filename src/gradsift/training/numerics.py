@@ -1,4 +1,4 @@
-"""The numerical settings that a model computes with, how a loaded model is given them, and torch's CPU threads.
+"""The numerics of models: the settings that change the rounding of results. Also torch's number of CPU threads.
 
     precision     dtype of weights and products: float32 or bfloat16
     quantization  format of frozen linear layers, if they are quantised: nf4 or int8
@@ -8,7 +8,7 @@
     kernels       version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
 Results of different numerics must not be mixed in one ensemble: the variance of the gradient norms over its members
-(V_t in GRADFILTERING) would then include the difference between the numerics. So these values are part of the identity
+(V_t in GRADFILTERING) would then include the difference between the numerics. So the numerics are part of the identity
 of a model and of everything that is computed from it.
 """
 
@@ -27,12 +27,11 @@ from gradsift.config import ComputeConfig, ModelConfig
 from gradsift.training.device import device_of
 from gradsift.training.residual import residual_in_float32, residual_precision
 
-_TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before any run sets another number
-_MEASURED_FOR = 0.25  # seconds
+_TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before a run sets another number
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded: `model.dtype` or, if that is auto or None, `compute.precision`.
+    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto, `compute.precision`.
 
     `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
     """
@@ -44,12 +43,12 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
 
 
 def rounds_to_tf32(compute: ComputeConfig) -> bool:
-    """Return whether float32 products may be rounded to TF32: True with compute.precision=auto on a GPU."""
+    """Return whether float32 products may be rounded to TF32: with compute.precision=auto on a GPU."""
     return compute.precision == "auto" and device_of(compute).type == "cuda"
 
 
 def set_kernels(compute: ComputeConfig) -> None:
-    """Set whether torch rounds float32 products to TF32 and uses deterministic kernels only, in this process."""
+    """Set for this process whether torch rounds float32 products to TF32, and whether all kernels are deterministic."""
     torch.set_float32_matmul_precision("high" if rounds_to_tf32(compute) else "highest")
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
@@ -57,16 +56,16 @@ def set_kernels(compute: ComputeConfig) -> None:
 
 
 def prepare(model: Any, compute: ComputeConfig) -> None:
-    """Set up residual stream, activation, attention and CPU kernels of a frozen model that was just loaded."""
+    """Set the residual stream, activation function, attention and CPU kernels of a frozen model, in place."""
     residual_in_float32(model)
     for module in model.modules():
-        # torch computes GPT-2's tanh GELU in one kernel; transformers passes over the widest tensor eight times
+        # torch computes GPT-2's tanh GELU in one pass over the widest tensor, transformers in eight
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = GELUTanh()
     if device_of(compute).type != "cpu":
         return
     model.set_attn_implementation("eager")  # the backward pass of torch's fused attention is slow on a CPU
-    packs = compute.strategy != "fsdp" and not is_quantized(model)  # packed weights cannot be divided over ranks
+    packs = compute.strategy != "fsdp" and not hasattr(model, "quantization")  # a divided model cannot be packed
     if compute.kernels == "auto" and packs:
         from gradsift.cpu import accelerate
 
@@ -78,7 +77,7 @@ def numerics_of(model: Any) -> dict[str, str]:
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "precision": str(model.dtype).removeprefix("torch."),
-        **({"quantization": model.quantization} if is_quantized(model) else {}),
+        **({"quantization": model.quantization} if hasattr(model, "quantization") else {}),
         **({"products": "tf32"} if tf32 else {}),
         "residual": residual_precision(model),
         "attention": str(model.config._attn_implementation),
@@ -87,7 +86,7 @@ def numerics_of(model: Any) -> dict[str, str]:
 
 
 def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelConfig) -> dict[str, str]:
-    """Return the numerics that a model with transformers' `config` will have on this machine, without its weights."""
+    """Return the numerics of a model with transformers' `config` on this machine, without loading its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -100,23 +99,21 @@ def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelCo
     return numerics_of(model)
 
 
-def is_quantized(model: Any) -> bool:
-    return "quantization" in vars(model)
-
-
 @functools.cache
 def busy_cores() -> float:
     """Return how many cores of this machine are busy with other work."""
-    # measured once, so that all jobs of a sweep have the same number of threads, on which last digits depend
-    return float(psutil.cpu_percent(interval=_MEASURED_FOR)) / 100 * (os.cpu_count() or 1)
+    # measured once, because results depend on the number of threads, which all jobs of a sweep must share
+    percent = psutil.cpu_percent(interval=0.25)  # of all cores, over a quarter of a second
+    return float(percent) / 100 * (os.cpu_count() or 1)
 
 
 def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
-    The threads of a kernel wait for each other by spinning, so one thread more than there are free cores makes a step
-    take many times longer. `auto` is the smallest of torch's own choice, the cores that affinity and cgroup allow, and
-    the free cores, divided by the number of ranks on this CPU. Torch's own choice follows OMP_NUM_THREADS.
+    The threads of a kernel wait for each other by spinning, so a step takes many times longer if there is one thread
+    more than there are free cores. `auto` is the least of torch's own choice, the number of cores that affinity and
+    cgroup allow, and the number of free cores, divided by the number of ranks on this CPU. If OMP_NUM_THREADS is set,
+    `auto` is torch's own choice, which follows this variable.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

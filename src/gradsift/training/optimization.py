@@ -1,6 +1,6 @@
-"""The optimisation of adapters (proxy members, warm-ups and targets), and the files that it leaves.
+"""The settings with which adapters (proxy members, warm-ups and targets) are trained, and two files of a training.
 
-`curve.jsonl` has a line per optimiser step, and `trajectory.safetensors` an adapter's path.
+`curve.jsonl` has a line per optimiser step, and `trajectory.safetensors` the path of an adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 CURVE_FILE = "curve.jsonl"
 TRAJECTORY_FILE = "trajectory.safetensors"
-BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; constants, because the saved optimiser state lacks them
+BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; gradient features need them too, and saved states lack them
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,6 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the P points of a trajectory (`gradsift.proxy.trajectory`): optimiser steps (P,), coordinates (P, D)."""
+    """Return the optimiser steps (P,) and the coordinates (P, D) of a trajectory (`gradsift.proxy.trajectory`)."""
     tensors = load_file(folder / TRAJECTORY_FILE)
     return tensors["steps"], tensors["points"]

@@ -3,10 +3,10 @@
 All ranks go through the same sequence of stages (`gradsift.launch`). A stage that divides its work gives each rank a
 share of the examples; every other stage is made by rank 0 alone (`SharedStore`).
 
-With `compute=fsdp` and several ranks, the layers of the target are divided over the ranks (FSDP2), for targets that one
-GPU cannot hold. A rank holds a part of every weight of every layer. The parts of a layer are gathered from all ranks
-only while the layer computes, so every rank must make the same passes. Embeddings, head, last normalisation layer and
-adapters are whole on every rank.
+With `compute=fsdp` and several ranks, the layers of the target are divided over the ranks (FSDP2), so that they need
+not fit on one GPU. A rank holds a part of each weight. The parts of a layer are gathered from all ranks only while the
+layer computes, so all ranks must make the same passes. Embeddings, head, last normalisation layer and adapters are
+whole on every rank.
 """
 
 from __future__ import annotations
@@ -42,39 +42,40 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _MAKE, _DONE, _ENDED = "make", "done", "ended"  # rank 0's messages
-_MARK = "_is_fsdp_managed_module"  # makes transformers' `generate` go on until the answers of all ranks have ended
-_HOOK = "maybe_distribute_model"  # called by `from_pretrained` between building a model on `meta` and reading files
-_alone = False  # whether this process, rank 0, now makes a stage without the other ranks
+_MARK = "_is_fsdp_managed_module"  # with it, transformers' `generate` continues until the answers of all ranks end
+_HOOK = "maybe_distribute_model"  # `from_pretrained` calls it after building a model on `meta`, before reading files
+_alone = False  # whether this process makes a stage without the other ranks
 
 
 def join(compute: ComputeConfig) -> None:
-    """Join the process group of all ranks, once, if the run has several ranks; Lightning chooses backend and device."""
+    """Join the process group of all ranks if the run has several ranks; Lightning chooses backend and device."""
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
         from lightning.fabric import Fabric
         from lightning.fabric.strategies.ddp import DDPStrategy
 
         for package in ("fabric", "pytorch"):  # each logs several lines about the group
             logging.getLogger(f"lightning.{package}").setLevel(logging.WARNING)
-        strategy = DDPStrategy(timeout=timedelta(hours=12))  # ranks may wait long for the slowest share of a pass
-        accelerator = "gpu" if device_of(compute).type == "cuda" else "cpu"
         Fabric(
-            accelerator=accelerator, devices=compute.devices, num_nodes=compute.num_nodes, strategy=strategy
+            accelerator="gpu" if device_of(compute).type == "cuda" else "cpu",
+            devices=compute.devices,
+            num_nodes=compute.num_nodes,
+            strategy=DDPStrategy(timeout=timedelta(hours=12)),  # ranks may wait long for the slowest share of a pass
         ).launch()
 
 
 def rank() -> int:
-    """Return the number of this process among the processes that share the current work; 0 if it works alone."""
+    """Return the number of this process among those that share the current work; 0 if it works alone."""
     return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
 
 
 def size() -> int:
-    """Return how many processes share the current work; 1 if this process works alone."""
+    """Return the number of processes that share the current work; 1 if this process works alone."""
     return distributed.get_world_size() if distributed.is_initialized() and not _alone else 1
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process work by itself: in this context `size()` is 1 and nothing is divided or gathered."""
+    """Let this process work alone: in this context `size()` is 1, and nothing is divided or gathered."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -84,7 +85,7 @@ def alone() -> Iterator[None]:
 
 
 def share(examples: Sequence[Encoded]) -> Sequence[Encoded]:
-    """Return this rank's part of the examples: every example is in exactly one rank's part."""
+    """Return this rank's share of the examples; every example is in exactly one rank's share."""
     return examples if size() == 1 else shard_of(examples, rank(), size())
 
 
@@ -92,8 +93,8 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
     """Return the columns of all ranks, concatenated in the order of the ranks, on every rank.
 
     Args:
-        columns: (n,) each, for the examples of `share`, in any order.
-        total: number of examples of all ranks together.
+        columns: (n,) each, for the n examples of `share`, in any order.
+        total: number of examples of all ranks.
     """
     if size() == 1:
         return dict(columns)
@@ -107,10 +108,10 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Return `work(tokens)`; with one rank, `budget.run` repeats it with fewer tokens if memory runs out.
+    """Return `work(tokens)`. With one rank, `budget.run` repeats it with fewer tokens if memory runs out.
 
     Raises:
-        GradsiftError: memory ran out on one of several ranks, which have to make the same passes.
+        GradsiftError: there are several ranks, which must make the same passes, and memory ran out on this one.
     """
     if size() == 1:
         return budget.run(work, lengths)
@@ -120,8 +121,8 @@ def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -
         if not is_out_of_memory(error):
             raise
         raise GradsiftError(
-            f"rank {rank()}: memory ran out with {budget.tokens:,} tokens at once, and ranks that share a step cannot "
-            "repeat it with fewer; give fewer with compute.tokens"
+            f"rank {rank()}: memory ran out with {budget.tokens:,} tokens at once, and several ranks cannot repeat a "
+            "step with fewer; lower compute.tokens"
         ) from error
     passed(sum(lengths))
     return result
@@ -134,16 +135,16 @@ def rounds(batches: Sequence[S]) -> Iterator[Sequence[S]]:
 
 
 def together(batches: Sequence[S], work: Callable[[S], list[T]]) -> list[T]:
-    """Return the results of `work` for all batches of a round, on every rank; each rank does one of the batches.
+    """Return the results of `work` for all batches of a round, on every rank; each rank computes one of the batches.
 
-    The results are pickled for the other ranks, so tensors in them must be on the CPU.
+    The results are pickled for the other ranks, so their tensors must be on the CPU.
     """
     if size() == 1:
         return list(chain.from_iterable(map(work, batches)))
     if rank() < len(batches):
         mine = work(batches[rank()])
     else:
-        with counting():  # these tokens do not count; but in a divided model every pass needs all ranks
+        with counting():  # a pass through a divided model needs all ranks, but these tokens are not counted
             mine = work(batches[-1])
     results: list[Any] = [None] * size()
     distributed.all_gather_object(results, mine, group=_control())
@@ -159,10 +160,10 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Yield what `budget.passes` yields, on every rank; each rank calls `work` on its part of the groups.
+    """Yield the results of `budget.passes` on every rank; each rank calls `work` on its share of the groups.
 
     Args:
-        work: see `together`.
+        work: its results are pickled for the other ranks, see `together`.
         in_step: whether the ranks must make the same passes, because they share a divided model.
     """
     if size() == 1:
@@ -174,10 +175,8 @@ def passes(
             return budget.group(group, work)
         return [run(budget, lambda tokens: work(group), [len(example.input_ids) for example in group])]
 
-    # an earlier pass may have halved the budget of one rank, and all ranks must form the same groups
-    smallest = torch.tensor(budget.tokens)
-    distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=_control())
-    budget.tokens = int(smallest)
+    # all ranks must form the same groups, but an earlier pass may have halved the budget of one rank
+    budget.tokens = _reduced(budget.tokens, distributed.ReduceOp.MIN)
     advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
     for groups in rounds(spread_out(by_length(examples, budget.tokens))):
         encoded = list(chain.from_iterable(groups))
@@ -185,16 +184,9 @@ def passes(
         advance_by_tokens(sum(len(each.input_ids) for each in encoded))
 
 
-def largest(count: int, device: torch.device) -> int:
-    """Return the largest of the ranks' counts."""
-    counts = torch.tensor(count, device=device)
-    distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
-    return int(counts)
-
-
 @functools.cache
 def _control() -> Any:
-    """Return a process group for messages on the CPU, with a timeout of a year, as rank 0 may work alone for long."""
+    """Return a process group for messages on the CPU; its timeout is a year, as rank 0 may work alone for long."""
     return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
@@ -205,26 +197,34 @@ def broadcast(message: Any) -> Any:
     return messages[0]
 
 
-def total(count: int) -> int:
-    """Return the sum of the ranks' counts; every rank waits for all others."""
+def _reduced(count: int, operation: Any) -> int:
     counts = torch.tensor(count)
-    distributed.all_reduce(counts, group=_control())
+    distributed.all_reduce(counts, op=operation, group=_control())
     return int(counts)
 
 
+def largest(count: int) -> int:
+    """Return the largest of the ranks' counts; all ranks wait for each other."""
+    return _reduced(count, distributed.ReduceOp.MAX)
+
+
+def total(count: int) -> int:
+    """Return the sum of the ranks' counts; all ranks wait for each other."""
+    return _reduced(count, distributed.ReduceOp.SUM)
+
+
 class RunEnded(Exception):
-    """Raised on the other ranks when rank 0 stops before the last stage; rank 0 itself reports the reason."""
+    """Raised on the other ranks when rank 0, which reports the reason, stops before the last stage."""
 
 
 class SharedStore(Store):
     """A store whose `obtain` is called by all ranks with the same arguments.
 
-    Rank 0 finds or makes the artifact and writes it, while the other ranks wait. Only a stage with `divided=True` is
-    made by all ranks together; ranks other than 0 then work in a scratch copy of rank 0's folder.
+    Rank 0 finds or makes the artifact while the other ranks wait. Only a stage with `divided=True` is made by all ranks
+    together; the other ranks then work in a temporary copy of rank 0's folder.
     """
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Return the artifact, on every rank, or raise `RunEnded` on the other ranks if rank 0 stopped."""
         options = {"light": light, "exact": exact, "divided": divided}
         if size() == 1:  # rank 0, within a stage that it makes by itself
             return super()._provide(wanted, make, **options)
@@ -236,13 +236,13 @@ class SharedStore(Store):
                 with alone():
                     return make(folder)
             broadcast((_MAKE, wanted.fingerprint, str(folder.resolve())))
-            total(0)  # wait until the others have copied the folder
+            total(0)  # waits until the other ranks have copied the folder
             return _make_on_every_rank(make, folder)
 
         try:
             artifact = super()._provide(wanted, make_here, **options)
         except Exception:
-            if not divided:  # in a divided stage the other ranks wait for no message; the launcher ends them
+            if not divided:  # in a divided stage no rank waits for a message, and the launcher ends the other ranks
                 broadcast((_ENDED, wanted.fingerprint, ""))
             raise
         broadcast((_DONE, wanted.fingerprint, ""))
@@ -250,21 +250,21 @@ class SharedStore(Store):
 
 
 def _follow(wanted: Artifact, make: Make) -> Artifact:
-    """Do what rank 0's messages ask for until rank 0 has the artifact, and return the artifact."""
+    """Do what rank 0's messages ask for until rank 0 has the artifact; return the artifact."""
     while True:
         order, fingerprint, folder = broadcast(None)
         if order == _ENDED:
             raise RunEnded
         if fingerprint != wanted.fingerprint:
             raise GradsiftError(
-                f"rank {rank()} came to {wanted.stage} {wanted.path.name}, but rank 0 works on {fingerprint}; "
-                "all ranks need the same command, code and input files"
+                f"rank {rank()} needs {wanted.stage} {wanted.path.name}, but rank 0 works on {fingerprint}; "
+                "start all ranks with the same command, code and input files"
             )
         if order == _DONE:
             manifest, damage = read_manifest(wanted.path, stage=wanted.stage, fingerprint=fingerprint)
             if damage is not None:
                 raise GradsiftError(
-                    f"rank {rank()} cannot read {wanted.path} ({damage}); all ranks need the same store, give it with "
+                    f"rank {rank()} cannot read {wanted.path} ({damage}); give all ranks the same store with "
                     "artifacts=DIR"
                 )
             return Artifact(wanted.stage, wanted.path, fingerprint, manifest)
@@ -296,7 +296,11 @@ def is_divided(model: Any) -> bool:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return the layers of a causal language model of transformers, if the model says which of its modules they are."""
+    """Return the layers of a causal language model of transformers, which names their classes.
+
+    Raises:
+        ConfigError: the model does not name these classes.
+    """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -310,7 +314,7 @@ def layers_of(model: Any) -> list[Any]:
 def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
     """Make transformers divide the models that it loads in this context; yield the options for `from_pretrained`.
 
-    It reads only this rank's part of each divided weight. If not `wanted`, models are loaded whole, without options.
+    Only this rank's part of each divided weight is read. If not `wanted`, models are loaded whole, without options.
     """
     if not wanted:
         yield {}
@@ -319,8 +323,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
 
     if not hasattr(PreTrainedModel, _HOOK):
         raise GradsiftError(
-            "compute.strategy=fsdp needs a newer transformers (5.23 is known to do); update it, or take "
-            "compute.strategy=ddp"
+            "compute.strategy=fsdp needs a newer transformers (5.23 works); update it, or take compute.strategy=ddp"
         )
     from transformers.distributed import DistributedConfig
 
@@ -344,13 +347,13 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
 
 def _divide(model: Any, device: torch.device) -> None:
     """Divide the layers of a causal language model on torch's meta device over all ranks, in place."""
-    # imported here, because this takes half a second and most runs divide nothing
+    # imported here, because the import takes half a second and most runs divide nothing
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
     layers = layers_of(model)
-    # GPT-2's last hidden states are a view, which nothing here changes in place
+    # GPT-2's last hidden states are a view, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in layers:

@@ -1,6 +1,6 @@
 """Pins, which identify the weights of pretrained models: the hashes of the files in a folder, or a commit of the hub.
 
-This module imports neither torch nor transformers, so that a missing model is reported within a second.
+This module does not import torch or transformers, so that a missing model is reported within a second.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gradsift.runtime import Display
 
 VERSION = 2  # of the backbone stage
 _TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-_ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # lists of architectures in transformers 5 and 4
+_ARCHITECTURES = ("auto_mappings.py", "configuration_auto.py")  # transformers' lists of architectures, in 5 and in 4
 _OWN_CODE = ("AutoConfig", "AutoModelForCausalLM")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
-    """Return the artifact with the hashes of the files in the model's folder, or with the model's commit on the hub."""
+    """Return the artifact of a pretrained model, with the hashes of its files or with its commit on the hub."""
     folder = folder_of(config)
     settings = _hub_settings(config)
     if folder is not None:
@@ -69,7 +69,7 @@ def require_model(store: Store, config: ModelConfig) -> None:
 
 
 def require_chat_template(config: ModelConfig, option: str) -> None:
-    """Refuse `option`=chat for a tokenizer without a chat template; do nothing if its files are not on this machine."""
+    """Refuse `option`=chat for a tokenizer without a chat template, if its files are on this machine."""
     if config.kind == "smollm2":
         return
     if config.kind == "pretrained":
@@ -109,9 +109,11 @@ def folder_of(config: ModelConfig) -> Path | None:
 def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
     """Refuse a model that needs the code in its own repository, unless `model.trust_remote_code` allows this code.
 
-    A model may come with code although transformers supports its architecture; then the code is not needed. The list of
-    architectures is read from the files of transformers, because importing it would take seconds. `described` is the
-    content of the model's config.json.
+    The code is not needed if transformers supports the architecture. The supported architectures are read from
+    transformers' files, because importing transformers would take seconds.
+
+    Args:
+        described: the content of the model's config.json.
     """
     own = described.get("auto_map")
     package = importlib.util.find_spec("transformers")
@@ -128,10 +130,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
 
 
 def _require_config(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder whose config.json is absent or no JSON object, and a model with code that is not allowed.
-
-    The errors of transformers would not name the file or the reason.
-    """
+    """Refuse a folder whose config.json is missing or not a JSON object, and a model with code that is not allowed."""
     if not (folder / "config.json").is_file():
         adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
         raise DataError(
@@ -150,14 +149,14 @@ def _require_config(config: ModelConfig, folder: Path) -> None:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Check a hub model; return the path of its config.json in the local cache, in a folder named after the commit."""
+    """Check a hub model; return the path of its config.json in the local cache, whose folder has the commit's name."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     path = str(config.path)
     with hub_errors(config):
         if not isinstance(try_to_load_from_cache(path, "config.json", revision=config.revision), str):
-            # asked once whether the file exists, because a download would be tried again for 24 s
+            # a missing file is reported at once, while a download would be retried for 24 s
             get_hf_file_metadata(hf_hub_url(path, "config.json", revision=config.revision))
             for name in _TEMPLATE_FILES:  # read by `require_chat_template`
                 with suppress(EntryNotFoundError):
@@ -177,11 +176,11 @@ def _trusted(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Turn exceptions from the hub's client or from broken files into a `DataError` of one line with the remedy."""
+    """Raise exceptions of the hub's client, and those that broken files cause, as `DataError` with the remedy."""
     from huggingface_hub import errors
     from safetensors import SafetensorError
 
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # a class of httpx, or of httpx2 in later versions
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of httpx, or of httpx2 in later versions
     try:
         yield
     except (OSError, http_error, ValueError, SafetensorError) as error:
@@ -202,6 +201,6 @@ def hub_errors(config: ModelConfig) -> Iterator[None]:
         else:
             problem = (
                 f"could not be loaded ({first_line(error)}): the hub cannot be reached and the local cache does not "
-                "have it, or it is not a whole model with safetensors and a tokenizer; give a folder that is"
+                "have it, or it is not a whole model with safetensors and a tokenizer; give the folder of a whole model"
             )
         raise DataError(f"model.path={config.path or config.kind} {problem}") from error

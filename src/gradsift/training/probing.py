@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
-Two short rows of random tokens pass forward and backward through the adapted model, first together and then the shorter
-one alone. A fresh adapter adds zero (its B is zero), so the outputs of each layer and the logits must stay the same as
-without the adapter; otherwise a layer is computed wrongly. A row must have the same loss alone and beside another row.
-The model and the global random state are left as they were.
+Two short rows of random tokens pass forward and backward through the adapted model, first together, and then the
+shorter row alone. As B of a fresh adapter is zero, the adapter must change neither a layer's outputs nor the logits. A
+row must have the same loss alone and beside another row. The trial changes neither the model nor the global random
+state.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from gradsift.training.adapted import AdaptedLinear, layer_path
 from gradsift.training.device import is_out_of_memory
 from gradsift.training.head import ResponseLosses
 
-# what torch, transformers or peft raise where a model and an adapter do not fit each other
+# exceptions of torch, transformers and peft if a model and an adapter do not fit each other
 _ERRORS = (GradsiftError, RuntimeError, AttributeError, TypeError, ValueError, LookupError)
 
 
 def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: bool) -> None:
-    """Refuse an adapter that cannot train on this model or, if `norms`, whose per-sample gradients cannot be computed.
+    """Refuse an adapter that cannot train on this model.
 
     Args:
         model: a frozen causal language model without adapters; the trial runs on its device.
         option: the option that `config` comes from, such as `proxy.lora`.
+        norms: whether the per-sample gradients of the adapter must be computable too.
 
     Raises:
         ConfigError: the model fails without an adapter, or a layer cannot have one. In the second case the message
@@ -87,7 +88,7 @@ def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """Return the exception that an adapter causes, if any; without it, `rows` have the `logits` (B, T, V)."""
+    """Return the exception that an adapter causes, if any; `logits` (B, T, V) are those of `rows` without it."""
     try:
         adapted = lora.add_adapter(model, config, seed=0)
     except ConfigError as error:
@@ -118,7 +119,7 @@ def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
         if probe is None:
             losses.sum().backward()
         elif (count := len(probe.backward(losses)[0])) != len(rows):
-            raise GradsiftError(f"{len(rows)} rows gave {count} gradient norms, so its layers do not see row by row")
+            raise GradsiftError(f"{len(rows)} rows gave {count} gradient norms: its layers mix the rows")
     return losses.detach()
 
 

@@ -1,10 +1,10 @@
 """A residual stream in float32 between blocks in bfloat16.
 
-Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the roundings of all
-blocks add up in the output and in every gradient. These, and not the roundings of the weights, cause most of a gradient
-norm's error (experiments/2026-11-22-gradient-engine). A few layers of a block read the stream: the normalisation
-layers before attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Normalisation layers get float32 and
-return bfloat16, and other readers get bfloat16, so all products are in bfloat16 although the stream is float32.
+Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the rounding errors of
+all blocks add up in the output and in every gradient. They cause most of a gradient norm's error, more than the
+rounding of the weights (experiments/2026-11-22-gradient-engine). The layers that read the stream in a block are the
+normalisation layers before attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Normalisation layers
+read float32 and return bfloat16, and attention and MLP read bfloat16. So all matrix products are in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# The names of the blocks, of the layers that read the stream in a block, and of the norm after the last block. Models
-# that scale the stream or its terms (Granite, Cohere) are not among them; Gemma 3 scales only the embeddings.
+# By model type, the names of the blocks, of the layers of a block that read the stream, and of the norm after the last
+# block. Models that scale the stream or its terms (Granite, Cohere) are not listed. Gemma 3 scales only the embeddings.
 _LLAMA = ("layers", ("input_layernorm", "post_attention_layernorm"), "norm")
 _OLMO = ("layers", ("self_attn", "mlp"), "norm")
 _STREAMS = {
@@ -33,16 +33,13 @@ _STREAMS = {
 }
 
 
-def residual_in_float32(model: Any) -> bool:
-    """Convert the residual stream of a bfloat16 model, and the normalisation layers that read it, to float32, in place.
+def residual_in_float32(model: Any) -> None:
+    """Make the residual stream of a bfloat16 model float32, in place, if its blocks are known here.
 
-    Their outputs stay bfloat16. A model whose blocks are not known here is not changed. Return whether the stream is
-    float32 now.
+    The normalisation layers that read the stream become float32. Their outputs stay bfloat16.
     """
-    if model.dtype == torch.float32:
-        return True
-    if not (readers := stream_readers(model)):
-        return False
+    if model.dtype == torch.float32 or not (readers := stream_readers(model)):
+        return
     blocks = getattr(model.base_model, _STREAMS[model.config.model_type][0])
     blocks[0].register_forward_pre_hook(_widen)  # every later sum has a float32 term
     for reader in readers:
@@ -51,14 +48,13 @@ def residual_in_float32(model: Any) -> bool:
         else:
             reader.float()
             reader.register_forward_hook(lambda norm, inputs, output: output.to(torch.bfloat16))
-    return True
 
 
 def stream_readers(model: Any) -> list[Any]:
     """Return the layers that read a model's residual stream; an empty list if its blocks are not known here."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
-        return []  # outside code may use model_type=llama for other blocks
+        return []  # a model with code of its own may use model_type=llama for other blocks
     blocks, names, last = _STREAMS[kind]
     readers = [getattr(block, name) for block in getattr(model.base_model, blocks) for name in names]
     return [*readers, getattr(model.base_model, last)]

@@ -1,4 +1,4 @@
-"""The finetune stage, which trains the target with LoRA on examples, and functions that load or merge its adapter."""
+"""The finetune stage, which trains the target with LoRA on examples; loading the target, and merging its adapter."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def finetune(
     positions: Callable[[], np.ndarray],
     rows: int,
 ) -> Artifact:
-    """Return the artifact of the target finetuned on selected examples, which depends on the set of examples alone.
+    """Return the artifact of the target finetuned on selected examples; their order has no influence.
 
     Args:
-        positions: returns the positions of the examples in the pool; raises `NotMade` in a plan whose selection does
-            not exist yet.
-        rows: the number of examples that the selection was asked for.
+        positions: returns the positions of the examples in the pool. In a plan, it raises `NotMade` if the selection
+            does not exist yet.
+        rows: the requested number of examples, for a plan.
     """
     settings: dict[str, Any] = asdict(config) | {
         **encoding_settings(config.template, config.max_length),
@@ -59,7 +59,7 @@ def finetune(
     }
     chosen: list[Example] = []
     try:
-        # in the order of the pool: an example's rank in the selection must not enter the fingerprint
+        # in the order of the pool, so that an example's rank in the selection does not enter the fingerprint
         chosen = [pool[position] for position in sorted(int(p) for p in positions())]
     except NotMade as missing:
         settings["examples"], exact = str(missing), False  # the message names the selection
@@ -81,7 +81,7 @@ def planned_steps(config: TargetConfig, rows: int) -> int:
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """Return the batches (lists of positions) of `epochs` passes over the examples, or the first `steps` batches."""
+    """Return the batches, as lists of positions, of `config.epochs` epochs or of the first `config.steps` steps."""
     if not len(lengths):
         raise GradsiftError("there is no example to finetune on")
     plan: list[list[int]] = []
@@ -89,7 +89,7 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
     while epoch != config.epochs and (config.steps is None or len(plan) < config.steps):
         epoch += 1
         plan += epoch_batches(lengths, config.batch_size, config.batching, derive_seed(seed, "target order", epoch))
-    return plan[: config.steps] if config.epochs is None else plan
+    return plan[: config.steps]
 
 
 def train_target(
@@ -107,7 +107,7 @@ def train_target(
     write_rejected(folder / REFUSED_FILE, list(report.refused.values()))
     if not encoded:
         raise GradsiftError(
-            "no selected example has a response token for the target's tokenizer; look at the selection"
+            "no selected example has a response token with the target's tokenizer; look at the selection"
         )
     plan = batch_plan([len(example.input_ids) for example in encoded], config, runtime.seed)
     optimization = Optimization(
@@ -137,7 +137,7 @@ def train_target(
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
-    """Print how many rows (called `what`) were cut or could not be used with the `group` proxy or target, if any."""
+    """Print how many rows (called `what`) were cut, or cannot be used, for the proxy or target (`group`), if any."""
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
             f"  of {rows:,} {what} {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "
@@ -145,23 +145,23 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
         )
     if report.rows_without_response:
         runtime.display.say(
-            f"  {len(report.rows_without_response):,} of {rows:,} {what} have no response token for the {group}'s "
+            f"  {len(report.rows_without_response):,} of {rows:,} {what} have no response token with the {group}'s "
             "tokenizer and are left out"
         )
     say_refused(runtime, report.refused.values(), rows, group, what)
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
-    """Load the target; with compute=fsdp, its layers are divided over the ranks if all ranks make the stage."""
+    """Load the target. With compute=fsdp its layers are divided over the ranks, if all ranks make the stage."""
     return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
 
 
 def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None) -> Backbone:
-    """Return the target on the device, with the adapter of `tuned`, or without an adapter if `tuned` is None."""
+    """Return the target on its device, with the adapter of `tuned`, or without an adapter if `tuned` is None."""
     backbone = load_target(runtime, config, target)
     model: Any = backbone.model
     if tuned is not None:
-        # the seed does not matter: the loaded weights replace the drawn ones
+        # the seed has no effect: the loaded weights replace the drawn ones
         model = lora.add_adapter(model, config.lora, seed=0)
         lora.load_adapter(model, tuned.file("adapter"))
     return Backbone(model.to(device_of(runtime.compute)).eval(), backbone.tokenizer)
@@ -170,14 +170,14 @@ def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: 
 def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, compute: ComputeConfig, folder: Path) -> None:
     """Write the merged model (safetensors, in the precision of `numerics.dtype_of`) and its tokenizer.
 
-    If `config.template` is a file of a chat template, the tokenizer gets this template.
+    If `config.template` is a file, it becomes the tokenizer's chat template.
     """
     model, tokenizer = load_plain(target, config.model, compute)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)  # see `require_mergeable`
         adapted = peft.PeftModel.from_pretrained(model, tuned.file("adapter"))
     lora.require_mergeable(adapted)
-    # weights are saved under their names in the original files, unless they were dequantised while loading
+    # weights keep their names in the original files, unless they were dequantised while loading
     original = not load_options(config_of(target, config.model), "none", model.dtype)
     adapted.merge_and_unload().save_pretrained(folder, safe_serialization=True, save_original_format=original)
     if is_file(config.template):
@@ -193,9 +193,9 @@ def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tun
 
 
 def can_merge(model: Any) -> bool:
-    """Return whether a model's adapter can be merged in place so that results change only by float32 rounding.
+    """Return whether merging a model's adapter in place changes results by no more than float32 rounding.
 
-    In bfloat16, or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
+    In bfloat16 or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
     part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a weight
     that two layers share (such as a head that is also the embedding), the merged model would compute another function.
     """

@@ -1,9 +1,8 @@
-"""Serve the pairs of a run, or of two files, to raters; with `--results`, print the counts of their votes."""
+"""Serve pairs of answers to raters; with `--results`, print the counts of their votes."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -26,18 +25,20 @@ PORT = 8765
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.human", description=__doc__)
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json, instead of a run")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="model_outputs.json of the model, instead of a run")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="model_outputs.json of the reference")
-    parser.add_argument("--judgments", type=Path, metavar="FILE", help="an LLM judge's (default: those of the run)")
-    parser.add_argument("--database", type=Path, metavar="FILE", help=f"the votes (default: {DATABASE} in RUN)")
-    parser.add_argument("--raters", metavar="A,B", help="only these may vote, or are counted (default: anyone)")
-    parser.add_argument("--items", type=int, help="number of pairs, drawn with the seed (default: all)")
-    parser.add_argument("--seed", type=int, help="of the draw, the order and the sides (default 0)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"on 127.0.0.1 (default {PORT}; 0 takes a free one)")
-    parser.add_argument("--unblind", action="store_true", help="show raters who have finished which side was whose")
-    parser.add_argument("--plain", action="store_true", help="show texts as they are (default: Markdown is rendered)")
-    parser.add_argument("--results", action="store_true", help="print the counts as JSON and serve nothing")
+    parser.add_argument(
+        "--judgments", type=Path, metavar="FILE", help="judgments.jsonl of an LLM judge (default: of the run)"
+    )
+    parser.add_argument("--database", type=Path, metavar="FILE", help=f"file of the votes (default: {DATABASE} in RUN)")
+    parser.add_argument("--raters", metavar="A,B", help="who may vote, or whose votes are counted (default: anyone)")
+    parser.add_argument("--items", type=int, help="number of pairs, drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, help="seed of the draw, the order and the sides (default 0)")
+    parser.add_argument("--port", type=int, default=PORT, help=f"port on 127.0.0.1 (default {PORT}; 0: a free port)")
+    parser.add_argument("--unblind", action="store_true", help="after Finish, show which answers were the model's")
+    parser.add_argument("--plain", action="store_true", help="show texts as they are, without rendering Markdown")
+    parser.add_argument("--results", action="store_true", help="print the counts as JSON instead of serving pages")
     parser.add_argument("--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)")
     options = parser.parse_args(arguments)
     files = _files(options)
@@ -54,17 +55,17 @@ def _files(options: argparse.Namespace) -> PairFiles:
         raise ConfigError("give either the folder of a run, or two files with --model and --reference")
     in_range("--confidence", options.confidence, above=0, below=1)
     require_bound("--seed", options.seed or 0)
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing and not options.results:
-        raise ConfigError(
-            f"the page needs the package {missing[0]}; install it with `pip install -c constraints.txt -e '.[human]'`"
-        )
     files = files_of_run(options.run) if options.run else PairFiles(options.model, options.reference)
     return replace(files, judgments=options.judgments) if options.judgments else files
 
 
 def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
-    from gradsift.evaluation.human.server import LOOPBACK, Pages, listen, serve
+    try:
+        from gradsift.evaluation.human.server import LOOPBACK, Pages, listen, serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the page needs the package {error.name}; install it with `pip install -c constraints.txt -e '.[human]'`"
+        ) from error
 
     pairs = read_pairs(files)
     listener = listen(options.port)
@@ -72,25 +73,24 @@ def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
     votes.require(pairs, options.items, options.seed)
     pages = Pages(votes, pairs, invited=_names(options.raters), unblind=options.unblind, plain=options.plain)
     port = listener.getsockname()[1]
-    print(f"{len(votes.keys)} of {len(pairs.items)} pairs; votes are kept in {path}")
+    print(f"{len(votes.keys)} of {len(pairs.items)} pairs; votes are stored in {path}")
     print(f"open http://{LOOPBACK}:{port}{pages.root}/")
-    print(f"(from another machine: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE, then the same address; Ctrl-C ends)")
-    sys.stdout.flush()
+    print(
+        f"(from another machine: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE, then the same address; Ctrl-C stops)",
+        flush=True,
+    )
     serve(pages.app(), listener)
     votes.close()
-    print("ended; the same command goes on, and with --results it prints the counts")
+    print("stopped; run the command again to continue, or with --results to print the counts")
 
 
 def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[str, Any]:
     votes = Votes(path)
-    if files.model.is_file() and files.reference.is_file():  # the store may be deleted before the votes
-        votes.require(read_pairs(files))
-    else:
-        print("the answers no longer exist, so it was not checked that the votes are about them", file=sys.stderr)
+    votes.require(read_pairs(files))
     names = _names(options.raters)
     known = [rater.name for rater in votes.raters()]
     if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"--raters: nobody called {unknown[0]} has voted; there are {', '.join(known) or 'none'}")
+        raise ConfigError(f"--raters: nobody called {unknown[0]} has voted; raters: {', '.join(known) or 'none'}")
     judged: Outcomes | None = None
     if files.judgments is not None:
         records = read_records(files.judgments)
@@ -100,16 +100,13 @@ def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[
     result = {**about, **describe(counted, judged, options.confidence)}
     pooled = result["majority"]["pooled"]
     if pooled["split"]:
-        split = f"{pooled['split']} of {pooled['n']} pairs are split"
-        print(f"note: {split}, so no choice has more than half of the votes; they are not in the PWS", file=sys.stderr)
+        split = f"{pooled['split']} of {pooled['n']} pairs have no outcome that more than half of their raters chose"
+        print(f"note: {split}; the PWS omits these pairs", file=sys.stderr)
     return result
 
 
 def _names(raters: str | None) -> list[str]:
-    names = [] if raters is None else [" ".join(name.split()) for name in raters.split(",")]
-    if not all(names):
-        raise ConfigError(f"--raters {raters!r}: an empty name; give names with commas between them")
-    return names
+    return [] if raters is None else [" ".join(name.split()) for name in raters.split(",")]
 
 
 if __name__ == "__main__":

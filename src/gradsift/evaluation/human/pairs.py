@@ -27,7 +27,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of answers by two models, and the models' names; `content` is a hash of all texts."""
+    """The names of two models and all pairs of their answers; `content` is a hash of all texts."""
 
     model: str
     reference: str
@@ -37,7 +37,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files with both models' answers and, if an LLM judge has judged these, the file with its judgments."""
+    """The files of both models' answers and, if an LLM judge has judged these answers, of its judgments."""
 
     model: Path
     reference: Path
@@ -45,15 +45,12 @@ class PairFiles:
 
 
 def read_pairs(files: PairFiles) -> Pairs:
-    """Read both models' answers; raise DataError if they do not answer the same items or an id is not valid Unicode."""
+    """Read both models' answers; raise DataError if they do not answer the same items."""
     rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}
     items = {
         item_key(row): Pair(row["instruction"], row["input"], row["output"], outputs[item_key(row)]) for row in rows
     }
-    for key in items:
-        if any("\ud800" <= character <= "\udfff" for character in "".join(key)):
-            raise DataError(f"{files.model}: item {'/'.join(key)!a} holds half a surrogate pair; give it another id")
     content = content_hash({"pairs": sorted([*key, *vars(pair).values()] for key, pair in items.items())})
     return Pairs(rows[0]["generator"], reference_rows[0]["generator"], items, content)
 
@@ -62,7 +59,7 @@ def files_of_run(folder: Path) -> PairFiles:
     """Return a run's files: the answers of its two models and, if the judge has finished, the judgments.
 
     Raises:
-        DataError: `folder` is not the folder of a run, or answers of two models are not there.
+        DataError: `folder` is not the folder of a run, or the run has no answers of two models.
     """
     path = folder / RUN_FILE
     try:
@@ -72,32 +69,25 @@ def files_of_run(folder: Path) -> PairFiles:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} cannot be read as a run's ({error}); give the folder of a finished run, as in outputs/DATE/TIME"
+            f"{path} cannot be read as the record of a run ({error}); give the folder of a run, as in outputs/DATE/TIME"
         ) from error
     answers = {fingerprint: artifact / OUTPUTS_FILE for name, artifact, fingerprint in stages if name == "generate"}
     if judged := [artifact for name, artifact, _ in stages if name == "judge"]:
-        parents = _manifest(judged[-1])["parents"][:2]  # the model's answers, then the reference's
-        if missing := [parent for parent in parents if parent not in answers]:
-            raise DataError(
-                f"{folder}: run.json does not name the judged answers {', '.join(missing)}; give its command again"
-            )
-        model, reference = (answers[parent] for parent in parents)
+        model, reference = (answers[parent] for parent in _manifest(judged[-1])["parents"][:2])
         return PairFiles(model, reference, judged[-1] / "judgments.jsonl")
-    # the judge has not finished, so take the answers that the first two finetunes (on the selection, on all rows) gave
-    # to the same items
+    # The judge has not finished: take the answers of the first two finetunes (on the selection, on all rows) to the
+    # same items. The run may also have answers to the questions about forgetting, but only by the first of the two.
     tuned = [fingerprint for name, _, fingerprint in stages if name == "finetune"][:2]
-    by_items: dict[str, dict[str, Path]] = {}  # by hash of the items: {finetune: file of answers}
+    by_model: dict[tuple[str, str], Path] = {}  # by hash of the items and fingerprint of the model
     for file in answers.values():
         manifest = _manifest(file.parent)
-        same_items = by_items.setdefault(str(manifest["config"].get("items")), {})
-        same_items |= {parent: file for parent in manifest["parents"] if parent in tuned}
-    # only the first model answers the questions about forgetting
-    for same_items in by_items.values():
-        if len(same_items) == 2:
-            return PairFiles(same_items[tuned[0]], same_items[tuned[1]])
+        by_model |= {(manifest["config"].get("items", ""), parent): file for parent in manifest["parents"]}
+    for (items, adapter), file in by_model.items():
+        if len(tuned) == 2 and adapter == tuned[0] and (items, tuned[1]) in by_model:
+            return PairFiles(file, by_model[items, tuned[1]])
     raise DataError(
-        f"{folder}: the run has no answers of two models (it stopped early, failed, or is of the full-data model "
-        "itself); name two model_outputs.json with --model and --reference"
+        f"{folder}: the run has no answers of two models (it stopped early, failed, or tunes the full-data model "
+        "alone); name two model_outputs.json with --model and --reference"
     )
 
 
@@ -105,7 +95,7 @@ def _manifest(artifact: Path) -> dict[str, Any]:
     manifest, damage = read_manifest(artifact)
     if damage:
         raise DataError(
-            f"{artifact} cannot be read as a run's ({damage}); run this from the folder in which the run was started, "
-            "or give the run's command again"
+            f"{artifact} cannot be read as an artifact of the run ({damage}); start this command in the folder in "
+            "which the run was started, or give the run's command again"
         )
     return manifest

@@ -1,21 +1,20 @@
-"""The pages for raters: plain forms, which work without scripts too, served on loopback only.
+"""The pages on which raters vote: plain forms that work without scripts, served on loopback only.
 
-Protection: the address holds a random secret, so neither another user of the machine nor another page in the rater's
+Security: the address contains a random secret, so neither another user of the machine nor another page in the rater's
 browser can guess it. The Host header must name this machine, and a form must come from a page of the same origin. Every
-text is escaped, and a strict content security policy is sent as well. Which answer is the model's is shown only with
-`--unblind`, to raters who have finished.
+text is escaped, and a strict content security policy is sent. With `--unblind`, raters who have finished see which
+answers are the model's; nobody else does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 import uvicorn
 from markdown_it import MarkdownIt
@@ -27,8 +26,9 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from gradsift.errors import ConfigError
@@ -38,11 +38,10 @@ from gradsift.evaluation.pws import summarise
 from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
-CUT = 6000  # characters of a text that are shown at first
-_BODY = 16_384  # bytes of a form at most; a character of a comment takes up to 12
-_LONGEST_MARKDOWN = 100_000  # characters; longer texts are shown as they are
+_PAGES = Path(__file__).with_name("pages")
+_MAX_FORM = 16_384  # bytes; one character of a comment takes up to 12
+_MAX_MARKDOWN = 100_000  # characters; longer texts are shown without rendering
 _CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "bad": "tie", "second": "second"}
-_FILES = {"style.css": "text/css", "keys.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -54,7 +53,7 @@ _HEADERS = {
 
 
 class Pages:
-    """Serves the pages on which people vote, and stores the votes in one file."""
+    """Serves the pages and stores the votes."""
 
     def __init__(self, votes: Votes, pairs: Pairs, *, invited: Sequence[str], unblind: bool, plain: bool) -> None:
         self.votes = votes
@@ -63,8 +62,7 @@ class Pages:
         self.unblind = unblind
         self.markdown = None
         if not plain:
-            # HTML is escaped, and links and images are shown as text, so an answer can neither load anything from
-            # another site nor lead a rater there
+            # HTML is escaped, and links and images are shown as text: answers must not load anything from other sites
             rules = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable("table")
             self.markdown = rules.disable(["html_block", "html_inline", "link", "image", "autolink", "reference"])
         self.root = f"/{votes.about['address']}"
@@ -80,16 +78,16 @@ class Pages:
             Route("/r/{rater:int}/{item:int}", self.vote, methods=["POST"]),
             Route("/r/{rater:int}/done", self.done),
             Route("/r/{rater:int}/done", self.finish, methods=["POST"]),
-            *(Route(f"/{name}", self.file, name=name) for name in _FILES),
+            Mount("/pages", StaticFiles(directory=_PAGES)),
         ]
         return Starlette(
             routes=[Mount(self.root, routes=routes)],
             middleware=[
                 Middleware(BaseHTTPMiddleware, dispatch=_guard),
                 Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"], www_redirect=False),
-                Middleware(RequestBodyLimitMiddleware, max_body_size=_BODY),
+                Middleware(RequestBodyLimitMiddleware, max_body_size=_MAX_FORM),
             ],
-            exception_handlers={sqlite3.Error: _not_kept},
+            exception_handlers={sqlite3.Error: _not_stored},
         )
 
     async def start(self, request: Request, error: str | None = None) -> Response:
@@ -102,7 +100,7 @@ class Pages:
         name = (await _form(request)).get("name", "")
         try:
             if self.invited and name not in self.invited:
-                raise ConfigError("this name was not invited; choose one of those below")
+                raise ConfigError("this name was not invited; choose a name below")
             rater = self.votes.join(name)
         except ConfigError as error:
             return await self.start(request, str(error))
@@ -117,7 +115,6 @@ class Pages:
         vote = votes[item - 1]
         pair = self.pairs.items[vote.key]
         answers = (pair.model, pair.reference) if vote.model_first else (pair.reference, pair.model)
-        full = request.query_params.get("text") == "whole"
         return self._page(
             "pair.html",
             rater,
@@ -127,9 +124,9 @@ class Pages:
             choice="bad" if vote.bad else vote.choice,
             comment=vote.comment,
             comment_length=COMMENT_LENGTH,
-            instruction=self._shown(pair.instruction, full),
-            input=self._shown(pair.input, full),
-            answers=[self._shown(answer, full) for answer in answers],
+            instruction=self._shown(pair.instruction),
+            input=self._shown(pair.input),
+            answers=[self._shown(answer) for answer in answers],
         )
 
     async def vote(self, request: Request) -> Response:
@@ -137,7 +134,7 @@ class Pages:
         form = await _form(request)
         given = form.get("choice", "")
         if given not in _CHOICES:
-            raise HTTPException(400, "A vote is one of first, tie, bad and second; go back and choose one.")
+            raise HTTPException(400, "A vote must be first, tie, bad or second; go back and choose one.")
         comment = presentable(form.get("comment", "").strip())
         self.votes.vote(rater, item, _CHOICES[given], bad=given == "bad", comment=comment)
         return self._next(rater, after=item)
@@ -158,24 +155,18 @@ class Pages:
         self.votes.finish(rater)
         return self._next(rater)
 
-    async def file(self, request: Request) -> Response:
-        name = request.url.path.rsplit("/", 1)[1]
-        return FileResponse(Path(__file__).with_name("pages") / name, media_type=_FILES[name])
-
-    def _shown(self, text: str, full: bool) -> dict[str, Any]:
-        """Return the part of a text that a page shows, its HTML (or None), and the number of hidden characters."""
-        cut = text if full else text[:CUT]
-        shown, html = presentable(cut), None
-        if self.markdown is not None and len(cut) <= _LONGEST_MARKDOWN:
-            html = Markup(self.markdown.render(shown))  # noqa: S704 - the renderer escapes HTML
-        return {"shown": shown, "html": html, "hidden": len(text) - len(cut)}
+    def _shown(self, text: str) -> str:
+        """Return the HTML of a rendered text, or the text itself, which the template will escape."""
+        if self.markdown is None or len(text) > _MAX_MARKDOWN:
+            return presentable(text)
+        return Markup(self.markdown.render(presentable(text)))  # noqa: S704 - the renderer escapes HTML
 
     def _page(self, name: str, rater: Rater, **values: Any) -> Response:
         here = f"{self.root}/r/{rater.number}"
         return HTMLResponse(self.templates.get_template(name).render(values, rater=rater, here=here))
 
     def _next(self, rater: Rater, after: int = 0) -> Response:
-        """Redirect to the first unrated item after the item `after`, else to the first unrated one or the last page."""
+        """Redirect to the first unrated item after `after`, or to the first unrated item, or to the last page."""
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         page = next((item for item in missing if item > after), missing[0] if missing else "done")
         return RedirectResponse(f"{self.root}/r/{rater.number}/{page}", 303)
@@ -185,31 +176,29 @@ class Pages:
         for rater in self.votes.raters():
             if rater.number == number:
                 return rater
-        raise HTTPException(404, "There is no such rater; begin at the first page.")
+        raise HTTPException(404, "This rater does not exist; begin at the first page.")
 
     def _item(self, request: Request) -> int:
         item: int = request.path_params["item"]
         if item not in self.votes.keys:
-            raise HTTPException(404, f"There is no pair {item}; they are numbered from 1 to {len(self.votes.keys)}.")
+            raise HTTPException(404, f"Pair {item} does not exist; pairs have the numbers 1 to {len(self.votes.keys)}.")
         return item
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the fields of a form; the last value of a repeated field counts."""
-    fields = parse_qs((await request.body()).decode("utf-8", "replace"))
-    return {name: values[-1] for name, values in fields.items()}
+    return dict(parse_qsl((await request.body()).decode("utf-8", "replace")))
 
 
-async def _not_kept(request: Request, error: Exception) -> Response:
+async def _not_stored(request: Request, error: Exception) -> Response:
     return PlainTextResponse(
-        f"The file of votes cannot be used just now ({error}). This click was not stored; free some space or wait, "
-        "then go back and try again.",
+        f"The file of votes cannot be used ({error}). Your click was not stored; free some disk space or wait, then go "
+        "back and try again.",
         503,
     )
 
 
 async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Refuse forms sent by other sites' pages, and add `_HEADERS` to every response."""
+    """Refuse forms that another site's page sent, and add `_HEADERS` to every response."""
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     foreign = origin is not None and origin.lower() != f"http://{request.headers['host']}".lower()
     if request.method not in ("GET", "HEAD") and (foreign or site not in (None, "same-origin")):
@@ -221,13 +210,11 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Respon
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on loopback, with port 0 on a free port; raise ConfigError if it cannot be used."""
+    """Return a socket that listens on loopback, for port 0 on a free port; raise ConfigError if the port is in use."""
     try:
         return socket.create_server((LOOPBACK, port))
     except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else str(error)
-        raise ConfigError(f"--port {port}: {reason}; give another, or 0 for a free one") from error
+        raise ConfigError(f"--port {port}: {error}; give another port, or 0 for a free one") from error
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:

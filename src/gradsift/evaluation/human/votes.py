@@ -1,4 +1,4 @@
-"""Raters and their votes, in one SQLite file, and what the votes add up to.
+"""Raters and their votes in one SQLite file, and the counts of the votes.
 
 Each vote is on disk before the next page is shown. Shape letters: N items, K categories (win, tie, lose).
 """
@@ -9,7 +9,7 @@ import random
 import secrets
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from gradsift.evaluation.pws import SIGNS, Outcome, Outcomes, agreement, summari
 Choice = Literal["first", "tie", "second"]
 NAME_LENGTH = 60  # characters of a rater's name
 COMMENT_LENGTH = 1000  # characters of a comment
-_APPLICATION = 0x67736865  # "gshe": distinguishes our file from other SQLite files
+_APPLICATION = 0x67736865  # "gshe": distinguishes files of votes from other SQLite files
 _FORMAT = 2
 _SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -48,7 +48,7 @@ PRAGMA user_version = {_FORMAT};
 
 @dataclass(frozen=True)
 class Rater:
-    """A rater. After finishing, a rater can no longer vote, and may see the counts."""
+    """A rater. A rater who has finished can no longer vote, and sees the counts."""
 
     number: int
     name: str
@@ -57,7 +57,7 @@ class Rater:
 
 @dataclass(frozen=True)
 class Vote:
-    """One item as one rater saw it; `choice` is None before the vote. `bad` marks a tie of two bad answers."""
+    """One item as a rater sees it; `choice` is None before the vote. `bad` marks a tie of two bad answers."""
 
     rater: str
     item: int  # position in the order shown, from 1
@@ -78,10 +78,10 @@ class Vote:
 
 
 class Votes:
-    """The file of people's votes on pairs of answers: all pairs of two models' answers, or a random sample of them."""
+    """The file of votes on the pairs of two models' answers, or on a random sample of the pairs."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file that `create` has made; raise DataError if it is missing, broken, or not a file of votes."""
+        """Open a file that `create` made; raise DataError if it is missing or not a file of votes."""
         if not path.is_file():
             raise DataError(f"{path} does not exist, so nobody has voted; serve the pairs first, without --results")
         self.path = path
@@ -93,7 +93,7 @@ class Votes:
             raise DataError(f"{path} cannot be opened as a file of votes ({error}); name another --database") from error
         if (application, version) != (_APPLICATION, _FORMAT):
             self.close()
-            raise DataError(f"{path} is another kind of database, or of another version; name another --database")
+            raise DataError(f"{path} is not a file of votes of this version of gradsift; name another --database")
         self._connection.execute("PRAGMA journal_mode = WAL")  # pages can be read while a vote is written
         self.about: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM about"))
         rows = self._connection.execute("SELECT item, benchmark, item_id FROM items ORDER BY item")
@@ -113,16 +113,18 @@ class Votes:
         drawn = random.Random(f"items/{seed}").sample(keys, items or len(keys))
         about = {
             "content": pairs.content,
-            "model": pairs.model.encode("utf-8", "replace").decode(),
-            "reference": pairs.reference.encode("utf-8", "replace").decode(),
+            "model": pairs.model,
+            "reference": pairs.reference,
             "seed": str(seed),
             "address": secrets.token_urlsafe(16),
         }
         try:
-            path.touch(mode=0o600)  # it holds people's names and the secret part of the address
+            path.touch(mode=0o600)  # it contains people's names and the secret part of the address
             connection = _connect(path)
             with _transaction(connection):
-                if connection.execute("PRAGMA schema_version").fetchone() == (0,):  # still an empty file
+                if connection.execute("PRAGMA schema_version").fetchone() == (
+                    0,
+                ):  # no other process has created the tables
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.executemany("INSERT INTO about VALUES (?, ?)", about.items())
@@ -130,35 +132,39 @@ class Votes:
                     connection.executemany("INSERT INTO items VALUES (?, ?, ?)", rows)
             connection.close()
         except (OSError, sqlite3.Error) as error:
-            raise DataError(f"{path} cannot be made a file of votes ({error}); name another --database") from error
+            raise DataError(
+                f"{path} cannot be written as a file of votes ({error}); name another --database"
+            ) from error
         return cls(path)
 
     def close(self) -> None:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Raise ConfigError or DataError if pairs or options of the draw differ from what the file records."""
+        """Raise DataError or ConfigError if the pairs, their number or the seed differ from those of the file."""
         if self.about["content"] != pairs.content:
             raise DataError(
-                f"{self.path} holds votes about other answers ({self.about['model']} against "
-                f"{self.about['reference']}); name another --database"
+                f"{self.path} has votes on other answers ({self.about['model']} against {self.about['reference']}); "
+                "name another --database"
             )
-        for option, asked, held in (("--items", items, len(self.keys)), ("--seed", seed, int(self.about["seed"]))):
-            if asked is not None and asked != held:
+        for option, given, stored in (("--items", items, len(self.keys)), ("--seed", seed, int(self.about["seed"]))):
+            if given is not None and given != stored:
                 raise ConfigError(
-                    f"{option} {asked}: {self.path} was begun with {held}; leave the option out to go on, or name "
+                    f"{option} {given}: {self.path} was created with {stored}; omit the option to continue, or name "
                     "another --database"
                 )
 
     def join(self, name: str) -> Rater:
         """Return the rater with this name, ignoring case and extra spaces; for a new name, add a rater.
 
-        A new rater sees the model's answer first for half of the items, chosen at random by the seed and the name.
-        ConfigError is raised if the name is empty, too long or not printable.
+        A new rater sees the model's answer first for half of the items, which are drawn with the seed and the name.
+
+        Raises:
+            ConfigError: the name is empty, too long or not printable.
         """
         name = " ".join(unicodedata.normalize("NFC", name).split())
         if not name or len(name) > NAME_LENGTH or not name.isprintable():
-            raise ConfigError(f"a rater's name has 1 to {NAME_LENGTH} printable characters, not {name[:80]!a}")
+            raise ConfigError(f"a rater's name must have 1 to {NAME_LENGTH} printable characters, not {name[:80]!a}")
         folded = name.casefold()
         with _transaction(self._connection):
             if not self._connection.execute("SELECT 1 FROM raters WHERE folded = ?", (folded,)).fetchone():
@@ -179,7 +185,7 @@ class Votes:
         return [Rater(number, name, bool(finished)) for number, name, finished in rows]
 
     def vote(self, rater: Rater, item: int, choice: Choice, *, bad: bool = False, comment: str = "") -> None:
-        """Store a vote, replacing an earlier one, unless the rater has finished. Long comments are cut."""
+        """Store a vote in place of an earlier one, unless the rater has finished. Long comments are cut."""
         self._connection.execute(
             "UPDATE shown SET choice = ?, bad = ?, comment = ?, voted = ? WHERE rater = ? AND item = ? "
             "AND (SELECT finished FROM raters WHERE raters.rater = shown.rater) IS NULL",
@@ -187,7 +193,7 @@ class Votes:
         )
 
     def finish(self, rater: Rater) -> None:
-        """Close a rater's votes, unless a vote is missing."""
+        """Record that a rater has finished, unless a vote is missing."""
         self._connection.execute(
             "UPDATE raters SET finished = ? WHERE rater = ? AND finished IS NULL "
             "AND NOT EXISTS (SELECT 1 FROM shown WHERE shown.rater = raters.rater AND choice IS NULL)",
@@ -195,7 +201,7 @@ class Votes:
         )
 
     def of(self, rater: Rater) -> list[Vote]:
-        """Return a rater's entries, one per item, in the order shown."""
+        """Return the votes of a rater, one per item, in the order shown."""
         query = "SELECT item, model_first, choice, bad, comment FROM shown WHERE rater = ? ORDER BY item"
         return [
             Vote(rater.name, item, self.keys[item], bool(first), choice, bool(bad), comment)
@@ -203,12 +209,12 @@ class Votes:
         ]
 
     def all(self) -> list[Vote]:
-        """Return all votes that were cast, by rater and item."""
-        return [vote for rater in self.raters() for vote in self.of(rater) if vote.choice is not None]
+        """Return the votes of all raters, including those without a choice."""
+        return [vote for rater in self.raters() for vote in self.of(rater)]
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # isolation_level=None: each statement commits by itself, unless a transaction was begun
+    # isolation_level=None: each statement outside of a transaction commits by itself
     connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")  # a confirmed vote survives a power cut
     connection.execute("PRAGMA foreign_keys = ON")
@@ -227,17 +233,23 @@ def _now() -> str:
 
 
 def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
-    """Return counts and PWS of each rater and of the majority, raters' position bias, and agreement between raters.
+    """Return the counts and PWS of each rater and of the majority, and the agreement of raters and judge.
 
     Args:
+        votes: those without a choice are ignored.
         judged: outcomes of an LLM judge on the same items, if there is one.
         confidence: coverage of the intervals, between 0 and 1.
 
     Returns:
-        JSON values. `raters` (by name): counts, PWS with interval, `both_bad` (ties of two bad answers) and `position`.
-        `majority`: counts and PWS per benchmark and pooled; `split` counts the items without a majority, which the PWS
-        leaves out. `agreement`: Cohen's kappa of each pair of raters, and Fleiss' kappa over the items that all raters
-        rated. `judge`: the judge's counts on the voted items, and its agreement with majority and raters, or None.
+        JSON values:
+
+        - `raters`, by name: counts, PWS with interval, and `both_bad` (ties of two bad answers).
+        - `majority`: counts and PWS per benchmark and pooled. `split` is the number of items without a majority, which
+          the PWS omits.
+        - `agreement`: Cohen's kappa of each pair of raters, and Fleiss' kappa over the items that all raters rated.
+        - `judge`: the judge's counts on the rated items, and its agreement with the majority and with each rater; None
+          without a judge.
+        - `comments`: all comments.
     """
     by_rater: dict[str, list[Vote]] = {}
     for vote in votes:
@@ -247,8 +259,8 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
     raters = {}
     for rater, cast in by_rater.items():
         cell = summarise(outcomes[rater], confidence)["pooled"]
-        del cell["invalid"]  # a vote is always valid
-        raters[rater] = {**cell, "both_bad": sum(vote.bad for vote in cast), "position": position(cast)}
+        del cell["invalid"]  # always 0 for a rater
+        raters[rater] = {**cell, "both_bad": sum(vote.bad for vote in cast)}
     decided = majority(outcomes.values())
     summary = summarise(decided, confidence)
     for cell in (summary["pooled"], *summary["benchmarks"].values()):
@@ -288,7 +300,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
 
 
 def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
-    """Return for each item the outcome that more than half of its raters chose, or "invalid" without a majority."""
+    """Return for each item the outcome that more than half of its raters chose; "invalid" if there is none."""
     votes: dict[Key, list[Outcome]] = {}
     for outcomes in raters:
         for key, kind in outcomes.items():
@@ -300,31 +312,16 @@ def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
 
 
 def fleiss_kappa(counts: np.ndarray) -> float | None:
-    """Return the agreement of several raters beyond chance (Fleiss, 1971), (P - Pe) / (1 - Pe).
+    """Return Fleiss' kappa (1971), the agreement of several raters beyond chance: (P - Pe) / (1 - Pe).
 
-    P is the mean over items of (sum_j n_ij^2 - n) / (n (n - 1)), and Pe the sum of the squared shares of the
+    P is the mean over items of (sum_j n_ij^2 - n) / (n (n - 1)), and Pe is the sum of the squared shares of the
     categories. The result is None if all votes are the same, because the denominator is then 0.
 
     Args:
-        counts: (N, K) how many raters n_ij put item i into category j; each row has the same sum n >= 2.
+        counts: (N, K), the number of raters n_ij who put item i into category j; each row has the same sum n >= 2.
     """
     raters = counts[0].sum()
     observed = (((counts**2).sum(1) - raters) / (raters * (raters - 1))).mean()
     shares = counts.sum(0) / counts.sum()
     chance = (shares**2).sum()
     return None if np.count_nonzero(shares) == 1 else float((observed - chance) / (1 - chance))
-
-
-def position(votes: Sequence[Vote]) -> dict[str, Any]:
-    """Count one rater's votes by position; `p_value` is that of a two-sided sign test for a preferred position."""
-    from scipy.stats import binomtest
-
-    first, tie, second = (sum(vote.choice == choice for vote in votes) for choice in ("first", "tie", "second"))
-    decided = first + second
-    return {
-        "first": first,
-        "tie": tie,
-        "second": second,
-        "first_share": first / decided if decided else None,
-        "p_value": float(binomtest(first, decided).pvalue) if decided else None,
-    }

@@ -36,10 +36,10 @@ class DryRun(GradsiftError):
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """A pair of answers in the order shown: `first` is the model's answer if `order` is "forward".
+    """A question and two answers, in the order shown: if `order` is "forward", `first` is the model's answer.
 
-    `reference` is the correct answer that the benchmark gives for the item, or None. In the second turn of a
-    conversation, `earlier` is the first turn: the question, and the answers in the order shown.
+    `reference` is the correct answer that the benchmark gives for the item, or None. For the second turn of a
+    conversation, `earlier` is the first turn: its question, and its answers in the order shown.
     """
 
     item_id: str
@@ -54,7 +54,7 @@ class JudgeRequest:
 
 
 def in_one_turn(request: JudgeRequest) -> JudgeRequest:
-    """Return a request whose question and answers hold both turns; a request without an earlier turn is unchanged."""
+    """Return a request with both turns in its question and in its answers; a request of one turn is unchanged."""
     if request.earlier is None:
         return request
     question, first, second = request.earlier
@@ -96,16 +96,16 @@ class Judge(Protocol):
     `name` identifies the judge in records. `combine` says how an item's scores in both orders become one outcome:
 
     - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
-    - "sum": the sign of the sum of the two score differences. The sum cancels a preference for a position if this
-      preference is equally strong for all pairs. In small models this preference exceeds all differences between
-      answers, so "signs" would give ties only.
+    - "sum": the sign of the sum of the two score differences. A preference for a position cancels in this sum if it is
+      equally strong for all pairs. In small models it is larger than all differences between answers, so "signs" would
+      give only ties.
     """
 
     name: str
     combine: Combine = "signs"
 
     def prompt_hash(self, request: JudgeRequest) -> str:
-        """Return a hash of all that the reply depends on: prompt, model and parameters, not an endpoint's address."""
+        """Return a hash of prompt, model and parameters, but not of the endpoint's address."""
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
         """Yield one reply for each request, in order of arrival.
@@ -115,7 +115,7 @@ class Judge(Protocol):
         """
 
     def cost(self) -> Cost:
-        """Return the cost of the pairs so far, including requests of earlier processes."""
+        """Return the cost of judging the pairs so far, in all processes."""
         return {}
 
 

@@ -2,9 +2,9 @@
 
 An annotator is a prompt with parameters of the request and a parser of the reply.
 
-alpaca_eval's PairwiseAnnotator shows each pair in one order, which depends on the instruction and is not recorded. It
-caches replies under a key without model and prompt, and drops replies that it cannot read. Therefore gradsift uses the
-package's annotators without this class. The tests compare requests and preferences with those of PairwiseAnnotator.
+gradsift uses the package's annotators without the package's class PairwiseAnnotator. This class shows each pair in one
+order, which depends on the instruction and is not recorded. Its cache's key has neither model nor prompt, and it drops
+replies that it cannot read. The tests compare requests and preferences with those of PairwiseAnnotator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gradsift.evaluation.judges.annotators import SLOT, Annotator
 from gradsift.evaluation.judges.parsing import after_thinking, json_objects, parse_scores
 from gradsift.evaluation.replies import CUT, Completion
 
-NAMES = "alpaca_eval/"  # in records, the names of these judges begin with it
+NAMES = "alpaca_eval/"  # the beginning of these judges' names in records
 EQUAL = "both answers are the same text, a draw without asking (as in alpaca_eval)"
 
 Parser = Callable[[Any], Any]
@@ -59,16 +59,18 @@ class AlpacaEvalJudge(Judge):
         return content_hash("alpaca_eval", self.chat.identity, reading, render(self.annotator, request))
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield replies in order of arrival, then replies about pairs of equal answers, which need no request."""
+        """Yield replies in order of arrival, then draws for pairs of equal answers, which need no request."""
         shown = {request: in_one_turn(request) for request in requests}
         asked = [request for request, pair in shown.items() if pair.first != pair.second]
-        parser = parser_of(self.annotator)
-        needs = " and needs the endpoint's log-probabilities" if self.annotator.parser == "logprob_parser" else ""
-        unread = f"{self.annotator.parser} finds no preference in it{needs}"
+        name, parser = self.annotator.parser, parser_of(self.annotator)
+        needs = " and needs the endpoint's log-probabilities" if name == "logprob_parser" else ""
+        unread = f"{name} finds no preference in it{needs}"
 
         def read(position: int, completion: Completion) -> Pair | None:
             completion = replace(completion, text=after_thinking(completion.text))
-            if self.annotator.parser == "json_parser":  # json_parser would take the last of two equal keys
+            if name == "lmsys_parser":  # alpaca_eval's own reads neither "8, 7" nor "8/10 7/10"
+                return _votes(parse_scores(completion.text, cut=completion.finish == CUT))
+            if name == "json_parser":  # it would take the last of two equal keys
                 list(json_objects(completion.text))
             p = preference(parser, completion, reads_choice=self.annotator.reads_choice)
             return None if p is None else (2 - p, p - 1)
@@ -104,8 +106,6 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
     """Return the preference, from 1 to 2, that the parser finds in a reply; None unless it finds exactly one."""
     shown: Any = completion.text
-    if parser is _from_two_scores:
-        parser = partial(_from_two_scores, cut=completion.finish == CUT)
     if reads_choice:
         shown = {"text": completion.text, "message": {"content": completion.text}}
         shown |= {"logprobs": {"content": completion.logprobs}} if completion.logprobs else {}
@@ -120,21 +120,17 @@ def preference(parser: Parser, completion: Completion, *, reads_choice: bool) ->
 
 
 def parser_of(annotator: Annotator) -> Parser:
-    """Return a function that reads the list of preferences from a reply.
-
-    A parser of our own replaces `lmsys_parser`, which reads neither "8, 7" nor "8/10 7/10".
-    """
-    if annotator.parser == "lmsys_parser":
-        return _from_two_scores
+    """Return alpaca_eval's function that reads the list of preferences from a reply."""
     # a copy: regex_parser puts compiled patterns into its options, which are hashed and must stay JSON values
     return partial(getattr(_parsers(), annotator.parser), **copy.deepcopy(dict(annotator.parser_options)))
 
 
-def _from_two_scores(text: str, *, cut: bool = False) -> list[float]:
-    scores = parse_scores(text, cut=cut)
+def _votes(scores: Pair | None) -> Pair | None:
+    """Return two scores as a preference's: 1 and 0, or 0.5 for both in a draw."""
     if scores is None:
-        return []
-    return [1.5 if scores[0] == scores[1] else 1.0 if scores[0] > scores[1] else 2.0]
+        return None
+    first, second = scores
+    return (0.5, 0.5) if first == second else (float(first > second), float(first < second))
 
 
 def _parsers() -> Any:

@@ -1,14 +1,13 @@
 """alpaca_eval's annotators, read from their files without importing the package.
 
 An annotator is a folder with a `configs.yaml`. This file names a prompt with slots such as {instruction}, a model with
-its parameters, and the parser that finds a preference in a reply. Annotators that cannot be asked in both orders
-through a chat endpoint are refused: those with a prompt for completion models or with several pairs in one prompt, and
-pools in which each annotator gets a random part of the questions.
+its parameters, and the parser that finds a preference in a reply. An annotator is refused if it cannot judge each pair
+in both orders through a chat endpoint: if its prompt is for completion models or shows several pairs, or if it is a
+pool, in which each annotator judges a random part of the questions.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -67,7 +66,7 @@ class Annotator:
 
 
 def shipped() -> dict[str, Path]:
-    """Return the folders of the annotators in the package alpaca_eval, by name."""
+    """Return the folders of the annotators that come with the package alpaca_eval, by name."""
     package = importlib.util.find_spec("alpaca_eval")
     if package is None or not package.submodule_search_locations:
         raise ConfigError("judge=alpaca_eval needs the package alpaca-eval; install it with `pip install alpaca-eval`")
@@ -83,143 +82,131 @@ def read_annotator(name_or_path: str) -> Annotator:
     """
     folders, path = shipped(), Path(name_or_path).expanduser()
     if name_or_path in folders:
-        return _annotator(name_or_path, folders[name_or_path] / _FILE)
-    if path.exists():
-        return _annotator(name_or_path, path / _FILE if path.is_dir() else path)
-    usable = []
-    for name, folder in folders.items():
-        try:
-            _annotator(name, folder / _FILE)
-        except ConfigError:
-            continue
-        usable.append(name)
-    near = difflib.get_close_matches(name_or_path, usable, n=3)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(
-        f"judge.annotators={name_or_path!r} is neither an annotator of alpaca_eval nor a folder; {meant}There are "
-        f"{', '.join(usable)}"
-    )
-
-
-def _annotator(name_or_path: str, file: Path) -> Annotator:
-    where = f"judge.annotators={name_or_path!r}"
-    name, entry = _entry(where, file)
-    options = _mapping(where, "completions_kwargs", entry.get("completions_kwargs"))
-    _refuse_what_cannot_be_asked(where, entry, options)
-    model, client = options.get("model_name"), _mapping(where, "client_kwargs", options.get("client_kwargs"))
-    if not isinstance(model, str):
-        raise ConfigError(f"{where}: completions_kwargs.model_name is missing or not text; name the model there")
-    if set(client) - {"base_url"}:
+        path = folders[name_or_path]
+    elif not path.exists():
         raise ConfigError(
-            f"{where}: client_kwargs holds {sorted(set(client) - {'base_url'})}, and only base_url is understood; the "
-            "key is read from the environment variable that judge.api_key_env names"
+            f"judge.annotators={name_or_path!r} is neither a folder nor an annotator of alpaca_eval, which has "
+            f"{', '.join(folders)}"
         )
-    parser = entry.get("fn_completion_parser", "regex_parser")
-    reading = _mapping(where, "completion_parser_kwargs", entry.get("completion_parser_kwargs"))
-    for used in (parser, *_mapping(where, "parsers_to_kwargs", reading.get("parsers_to_kwargs"))):
+    try:
+        return _annotator(path / _FILE if path.is_dir() else path)
+    except ConfigError as reason:
+        raise ConfigError(f"judge.annotators={name_or_path!r}: {reason}") from reason
+
+
+def _annotator(file: Path) -> Annotator:
+    name, entry = _entry(file)
+    options = _mapping(entry, "completions_kwargs")
+    _require_one_pair_per_chat_request(entry, options)
+    model, client = options.get("model_name"), _mapping(options, "client_kwargs")
+    if not isinstance(model, str):
+        raise ConfigError("completions_kwargs.model_name is missing or not text; name the model there")
+    if unknown := sorted(set(client) - {"base_url"}):
+        raise ConfigError(
+            f"client_kwargs holds {unknown}, and only base_url is understood; give the key in the environment variable "
+            "that judge.api_key_env names"
+        )
+    parser, reading = entry.get("fn_completion_parser", "regex_parser"), _mapping(entry, "completion_parser_kwargs")
+    for used in (parser, *_mapping(reading, "parsers_to_kwargs")):
         if used not in PARSERS:
-            raise ConfigError(f"{where}: the parser {used!r} is not known; take one of {', '.join(PARSERS)}")
-    price = _number(where, "price_per_token", options.get("price_per_token", 0))
+            raise ConfigError(f"the parser {used!r} is not known; choose one of {', '.join(PARSERS)}")
+    price = _number(options, "price_per_token", 0)
     return Annotator(
         name=name,
-        messages=_messages(where, file, entry.get("prompt_template")),
+        messages=_messages(file, entry.get("prompt_template")),
         model=model,
         # defaults are alpaca_eval's own
-        max_tokens=int(_number(where, "max_tokens", options.get("max_tokens", 2048))),
-        temperature=_number(where, "temperature", options.get("temperature", 0.7)),
+        max_tokens=int(_number(options, "max_tokens", 2048)),
+        temperature=_number(options, "temperature", 0.7),
         parameters={"top_p": 1.0} | {k: v for k, v in options.items() if k not in _CLIENT_OPTIONS},
         parser=parser,
         parser_options=reading,
-        reads_choice=entry.get("completion_key", "completions") == "completions_all",
+        reads_choice=entry.get("completion_key") == "completions_all",
         base_url=client.get("base_url"),
         price=price * 1e6 if price else None,
     )
 
 
-def _entry(where: str, file: Path) -> tuple[str, Mapping[str, Any]]:
+def _entry(file: Path) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of the annotator in a file, and its options."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where}: {file} cannot be read as YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{file} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()) or not content:
-        raise ConfigError(f"{where}: {file} holds no annotator; it must be NAME: {{prompt_template: ..., ...}}")
+        raise ConfigError(f"{file} holds no annotator; it must be NAME: {{prompt_template: ..., ...}}")
     if len(content) > 1:
         raise ConfigError(
-            f"{where} is a pool of {len(content)} annotators, each of which gets a random part of the questions; copy "
-            "the annotator to use into a file of its own"
+            f"it is a pool of {len(content)} annotators, each of which gets a random part of the questions; copy the "
+            "annotator to use into a file of its own"
         )
     ((name, entry),) = content.items()
     return str(name), entry
 
 
-def _refuse_what_cannot_be_asked(where: str, entry: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    asks, key = entry.get("fn_completions", "openai_completions"), entry.get("completion_key", "completions")
-    processors = _mapping(where, "processors_to_kwargs", entry.get("processors_to_kwargs"))
-    problem = None
+def _require_one_pair_per_chat_request(entry: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    asks, pairs = entry.get("fn_completions", "openai_completions"), entry.get("batch_size", 1)
     if asks != "openai_completions":
-        problem = (
-            f" asks through {asks}, and only openai_completions is supported; take another annotator, or copy its "
+        raise ConfigError(
+            f"it asks through {asks}, and only openai_completions is supported; choose another annotator, or copy its "
             "folder and name an endpoint that speaks OpenAI's chat protocol (judge.base_url)"
         )
-    elif entry.get("batch_size", 1) != 1:
-        problem = (
-            f" puts {entry['batch_size']} pairs into one prompt, where they influence each other; take one with "
-            "batch_size: 1"
+    if pairs != 1:
+        raise ConfigError(
+            f"it puts {pairs} pairs into one prompt, where they influence each other; choose one with batch_size: 1"
         )
-    elif favoured := [key for key in ("tokens_to_favor", "tokens_to_avoid") if options.get(key)]:
-        problem = f": {favoured[0]} needs the model's own tokenizer; give the request's logit_bias instead"
-    elif key not in ("completions", "completions_all"):
-        problem = f": completion_key={key!r} is neither completions nor completions_all"
-    elif unknown := [name for name in processors if name not in _READING_ALONE]:
-        problem = f": processors_to_kwargs names {unknown[0]}, which changes prompts; remove it"
-    if problem:
-        raise ConfigError(where + problem)
+    for name in ("tokens_to_favor", "tokens_to_avoid"):
+        if options.get(name):
+            raise ConfigError(f"{name} needs the model's own tokenizer; give the request's logit_bias instead")
+    for name in _mapping(entry, "processors_to_kwargs"):
+        if name not in _READING_ALONE:
+            raise ConfigError(f"processors_to_kwargs names {name}, which changes prompts; remove it")
 
 
-def _messages(where: str, file: Path, template: Any) -> tuple[tuple[str, str], ...]:
+def _messages(file: Path, template: Any) -> tuple[tuple[str, str], ...]:
     """Return the prompt's messages, split before slots are filled, so that markup in an answer cannot end a message."""
     if not isinstance(template, str):
-        raise ConfigError(f"{where}: prompt_template is missing or not text; give the prompt or the path of its file")
+        raise ConfigError("prompt_template is missing or not text; give the prompt or the path of its file")
     text = template
     if not SLOT.search(template):
         path = file.parent.parent / template  # relative to the folder that holds the annotator's folder
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: its prompt_template {path} cannot be read ({error})") from error
+            raise ConfigError(f"its prompt_template {path} cannot be read ({error})") from error
     slots = SLOT.findall(text)
     for name in _NEEDED:
         if slots.count(name) != 1:
-            raise ConfigError(f"{where}: its prompt has the slot {{{name}}} {slots.count(name)} times, not once")
+            raise ConfigError(f"its prompt has the slot {{{name}}} {slots.count(name)} times, not once")
     if unknown := sorted(set(slots) - set(_KNOWN_SLOTS)):
-        raise ConfigError(f"{where}: its prompt has the slot {{{unknown[0]}}}; known are {', '.join(_KNOWN_SLOTS)}")
+        raise ConfigError(f"its prompt has the slot {{{unknown[0]}}}; known are {', '.join(_KNOWN_SLOTS)}")
     text = text.strip()
     if not (text.startswith(_START) and text.endswith(_END)):
         raise ConfigError(
-            f"{where}: its prompt is for a completion model; for a chat model it is {_START}user, a line end, the text "
-            f"and {_END}"
+            f"its prompt is for a completion model; for a chat model, begin it with {_START}user and a line end, and "
+            f"end it with {_END}"
         )
     messages = []
     for part in text.split(_START)[1:]:
         role, _, content = part.partition("\n")
         if role.strip() not in _ROLES:
-            raise ConfigError(f"{where}: its prompt has a message by {role.strip()!r}; known are {', '.join(_ROLES)}")
+            raise ConfigError(f"its prompt has a message by {role.strip()!r}; known are {', '.join(_ROLES)}")
         messages.append((role.strip(), content.split(_END, 1)[0].strip()))
     return tuple(messages)
 
 
-def _mapping(where: str, key: str, value: Any) -> Mapping[str, Any]:
-    if value is None:
-        return {}
+def _mapping(options: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = options.get(key) or {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: {key} is of type {type(value).__name__}, and must be a mapping")
+        raise ConfigError(f"{key} is of type {type(value).__name__}, and must be a mapping")
     return value
 
 
-def _number(where: str, key: str, value: Any) -> float:
+def _number(options: Mapping[str, Any], key: str, default: float) -> float:
+    value = options.get(key, default)
     if isinstance(value, int | float):
         return value  # unchanged: a request says 1 and not 1.0
     try:
         return float(value)  # YAML reads 15e-6 as text
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {key}={value!r} is not a number") from error
+        raise ConfigError(f"{key}={value!r} is not a number") from error

@@ -1,8 +1,8 @@
 """The local judge compares log P("A") and log P("B") under a model on this machine.
 
-As a rater it gives the expected grade. With a small model it serves only to check that the pipeline runs:
-SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs of LLMBar-Natural. With the scores summed over the
-orders, it agrees with the human label on 55 of the pairs (chat template) or 50 (plain), which is no better than chance.
+As a rater it gives the expected grade. With a small model it only checks that the pipeline runs: on LLMBar-Natural,
+SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs. With the scores summed over the orders, it agrees with
+the human label on 55 of the pairs (chat template) or 50 (plain), which is no better than chance.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class _Prompt(NamedTuple):
 class LocalJudge(Judge, Rater):
     """Shows a pair to a causal LM and compares the log-probabilities (nats) of A and B as the next token.
 
-    Small models prefer one letter whatever is shown, by about the same amount for each pair, so the orders are combined
-    by "sum". The parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's
-    turn. If the answers do not fit into `max_length`, both are cut to the same limit. Answers whose shown tokens are
-    equal get equal scores without a forward pass, because its rounding errors would decide between them.
+    Small models prefer one letter for all pairs, by about the same amount, so the orders are combined by "sum". The
+    parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's turn. If the
+    answers do not fit into `max_length`, both are cut to the same limit. Two answers with equal tokens, after this cut,
+    get equal scores without a forward pass, in which rounding errors would decide.
     """
 
     combine: Combine = "sum"
@@ -131,9 +131,9 @@ class LocalJudge(Judge, Rater):
             yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield for each request the mean of the scale's grades, weighted by the next-token probabilities of digits.
+        """Yield for each request the mean of the scale's grades, weighted by the probabilities of their digits.
 
-        A response that does not fit into `max_length` is cut.
+        The probabilities are those of the next token. A response that does not fit into `max_length` is cut.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for the digits.
@@ -186,7 +186,7 @@ class LocalJudge(Judge, Rater):
             yield from zip((request for request, _ in batch), zip(*columns, strict=True), strict=True)
 
     def _prompt(self, request: JudgeRequest) -> _Prompt | None:
-        """Return a pair's prompt, at most `max_length` tokens; None if the question leaves no room for answers."""
+        """Return a pair's prompt of at most `max_length` tokens; None if the question leaves no room for answers."""
         opening, before_a, first, between, second, question = map(self._encode, render_pair(request))
         start = [*self._head, *opening, *before_a]
         end = [*question, *self._tail]
@@ -200,7 +200,7 @@ class LocalJudge(Judge, Rater):
         return _Prompt([*start, *first, *between, *second, *end], equal=first == second)
 
     def _rated_prompt(self, request: RatingRequest) -> list[int] | None:
-        """Return a rating prompt, at most `max_length` tokens; None if the parts around the response are too long."""
+        """Return a rating's prompt of at most `max_length` tokens; None if the rest leaves no room for the response."""
         opening, heading, response, ending = map(self._encode, render_rated(request))
         start = [*self._head, *opening, *heading]
         end = [*ending, *self._rated_tail]

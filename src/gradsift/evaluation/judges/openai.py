@@ -37,10 +37,10 @@ CONVERSATION = (
 def render_prompt(request: JudgeRequest, system: str | None = None, task: str | None = None) -> list[dict[str, str]]:
     """Return the messages for a pair; each part is between marker lines that no part can imitate.
 
-    In the second turn of a conversation, both turns are shown and the second is graded (MT-bench, arXiv 2306.05685).
+    For the second turn of a conversation, both turns are shown and the second is graded (MT-bench, arXiv 2306.05685).
 
     Args:
-        system, task: wording before and after question and answers; default: `SYSTEM`, `TASK`.
+        system, task: texts before and after question and answers; default: `SYSTEM` and `TASK`.
     """
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
     answers = {"answer 1": request.first, "answer 2": request.second}
@@ -64,8 +64,8 @@ _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 class OpenaiJudge(Judge, Rater):
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
-    If no scores or grade can be read from a reply, the prompt is sent once more; a second such reply is invalid. With
-    `parse="legacy"` a pair is sent only once; a reply that the published rule cannot read is invalid.
+    If no scores or no grade can be read from a reply, the prompt is sent once more; a second such reply is invalid.
+    With `parse="legacy"`, as in the published scripts, the prompt of a pair is sent only once.
 
     Attributes:
         scope: name under which the spending on pairs is counted (see `ChatClient.ask`).
@@ -102,7 +102,7 @@ class OpenaiJudge(Judge, Rater):
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
         prompts = [render_rating(request) for request in requests]
-        # sorted: the cost of the same examples in another order is counted under the same name
+        # sorted, so that the same examples in another order have the same scope
         asked = sorted({content_hash(prompt) for prompt in prompts})
         self.rating_scope = f"rate-{content_hash(self.chat.identity, asked)[:12]}"
 

@@ -1,19 +1,18 @@
 """Read scores from a judge's reply, by one of five rules (`judge.parse`).
 
-`strict`    the first line that is not blank consists of two numbers (8.5 is one number) and nothing else
+`strict`    the first line that is not blank must be two numbers (such as 8.5) and nothing else
 `tolerant`  as `strict`, but the line may have commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
-            ("Answer 1: 8, Answer 2: 7"; these may extend over two lines). Code fences are ignored. If the first line
-            has no scores, they are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict
-            ([[A]])
+            ("Answer 1: 8, Answer 2: 7", also on two lines). Code fences are ignored. If the first line has no scores,
+            they are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]])
 `verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or a comparison such as [[A>>B]],
             [[A>B]] or [[A=B]]
 `json`      only a JSON object, anywhere in the reply
 `legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
 
 Scores are between 0 and 10 (with `legacy`, any numbers); 0 is allowed because judges give it to empty answers. A
-verdict gives the better answer the score 1 (with >> the score 3) and the other answer 0; a tie gives both 0. A reply
-has no scores if the rule cannot read it, or if it has two readings that differ. No rule looks for numbers within a
-sentence: "both have 2 flaws and 3 merits" has no scores.
+verdict gives the better answer the score 1 (3 for >>) and the other answer 0; a tie gives both 0. A reply has no scores
+if the rule finds none in it, or finds two pairs of scores that differ. No rule looks for numbers within a sentence:
+"both have 2 flaws and 3 merits" has no scores.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from gradsift.evaluation.judges import Pair, Unreadable
 
 Parse = Literal["strict", "tolerant", "legacy", "verdict", "json"]
 
-_LONGEST = 120  # most characters of a line of scores; limits the time for a pattern
-_MOST_BRACES = 100  # a JSON object is looked for at this many opening braces at most
+_LONGEST = 120  # most characters of a line of scores; limits the time that a pattern takes
+_MOST_BRACES = 100  # JSON objects are looked for at this many opening braces at most
 
 _NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 _STRICT = re.compile(rf"\s*{_NUMBER}\s+{_NUMBER}\s*")
@@ -51,17 +50,13 @@ _PLACES = {"1": 0, "A": 0, "2": 1, "B": 1}  # of the answers in a pair, by their
 _SCORES_KEY = re.compile(r"(?:scores?|grades?|ratings?)", re.IGNORECASE)
 _FENCE = re.compile(r"^[^\S\n]*```[\w-]*[^\S\n]*$", re.MULTILINE)
 _UNFINISHED = re.compile(r"([1-9.]|(?<!1)0)\Z")  # a number with this end may lack digits; a 10 is complete
-_VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A<B|A<<B|[ABC])\s*\]\]")
 # the scores that a verdict stands for; a strong verdict (>>) counts as three, as in Arena-Hard
-_VERDICTS: Mapping[str, Pair] = (
-    dict.fromkeys(("A", "A>B"), (1, 0))
-    | {"A>>B": (3, 0)}
-    | dict.fromkeys(("B", "B>A", "A<B"), (0, 1))
-    | dict.fromkeys(("B>>A", "A<<B"), (0, 3))
-    | dict.fromkeys(("C", "A=B", "B=A"), (0, 0))
-)
-
-
+_VERDICTS: Mapping[str, Pair] = {
+    "A": (1, 0), "A>B": (1, 0), "A>>B": (3, 0),
+    "B": (0, 1), "B>A": (0, 1), "A<B": (0, 1), "B>>A": (0, 3), "A<<B": (0, 3),
+    "C": (0, 0), "A=B": (0, 0), "B=A": (0, 0),
+}  # fmt: skip
+_VERDICT = re.compile(rf"\[\[\s*({'|'.join(_VERDICTS)})\s*\]\]")
 _THINKING = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 # if the prompt's template already holds the opening tag, the reply begins inside the thinking
 _REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning)>[^\S\n]*$", re.DOTALL | re.MULTILINE)
@@ -87,9 +82,9 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
     """Return the two scores of a reply in the order shown, or None if the rule does not find them.
 
     Args:
-        cut: whether the reply was cut at its limit of tokens. Scores then count only at its beginning: further down
-            they may be a draft, since some servers send a model's thinking without a tag. A number at the very end does
-            not count: an 8 may be the beginning of 8.5, and a 1 the beginning of 10.
+        cut: whether the reply was cut at its limit of tokens. If so, scores count only at its beginning, because later
+            ones may be a draft: some servers send a model's thinking without a tag. A number at the very end does not
+            count, because digits may be missing: 8 may be the beginning of 8.5, and 1 the beginning of 10.
 
     Raises:
         Unreadable: the reply holds scores that are ambiguous or not from 0 to 10; the message says why.
@@ -211,9 +206,9 @@ def _parse_legacy(text: str) -> Pair | None:
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
     """Return the grade in a reply; None if the rule finds no grade from `low` to `high`.
 
-    The first line that is not blank is read first. `strict` accepts only a number on it. The other rules also accept
-    emphasis, a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, they accept a grade on
-    another line or in a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts.
+    `strict` reads only the first line that is not blank, which must be a number. The other rules also accept emphasis,
+    a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, they read one from another line or
+    from a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts.
 
     Raises:
         Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a

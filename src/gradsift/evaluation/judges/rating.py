@@ -71,10 +71,9 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
 
 
 def in_blocks(parts: Mapping[str, str], task: str) -> str:
-    """Return each part between marker lines that no part can imitate, then the task.
+    """Return each part between marker lines, then the task.
 
-    The rulers of `=` in the marker lines are longer than any run of `=` in the parts, so no part can contain a marker
-    line.
+    A marker line begins with more `=` in a row than any part contains, so no part can imitate a marker line.
     """
     longest = max((len(run) for text in parts.values() for run in re.findall("=+", text)), default=0)
     ruler = "=" * max(5, longest + 1)

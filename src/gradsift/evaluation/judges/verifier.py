@@ -1,7 +1,7 @@
 """The verifier grades answers against the benchmark's reference answer, without a model.
 
-As a rater it is an oracle: it computes the right response to an example of the embedded world (`data=verifiable`). A
-selection by its grades shows what a rater without errors would achieve in the embedded world.
+As a rater it makes no errors: it computes the right response to each example of the embedded world (`data=verifiable`).
+A selection by its grades shows what a perfect rater achieves there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradsift.evaluation.matching import Match
 
 @dataclass
 class VerifierJudge(Judge, Rater):
-    """Scores an answer 1 if it matches the reference answer, else 0. It has no position bias.
+    """Scores an answer 1 if it matches the reference answer, else 0, independently of the other answer.
 
     Attributes:
         matches: (answer, reference answer) -> whether the answer is right.

@@ -1,7 +1,7 @@
 """Hashes of the judges' prompts, so that replies to differently worded prompts are never mixed.
 
-A hash covers complete prompts about made-up texts, rendered by the judges' own functions, so it changes with any word
-of a prompt.
+A judge's own functions render whole prompts about placeholder texts, and these prompts are hashed. So the hash changes
+if any word of a prompt changes.
 """
 
 from __future__ import annotations

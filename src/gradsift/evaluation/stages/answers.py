@@ -1,4 +1,4 @@
-"""The stage `generate`: a benchmark's items, and a model's answers to them."""
+"""The stage `generate`: the items of benchmarks, and a model's answers to them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from gradsift.training.backbones import Backbone
 from gradsift.training.target import load_to_answer
 
 VERSION = 2
-TERSE_ITEMS = 360  # twenty of each skill
+TERSE_ITEMS = 360  # 20 per skill
 
 
 def benchmark_items(
     runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
 ) -> list[Item]:
-    """Return the items of the sets `names`, in that order. The embedded world's terse set is drawn with `seed`."""
+    """Return the items of the benchmarks `names`, in this order; `seed` is for the embedded world's terse benchmark."""
     downloads = runtime.store.root / "downloads"
     folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []
@@ -49,7 +49,7 @@ def benchmark_items(
 
 
 def embedded_items(loaded: Artifact) -> list[Item]:
-    """Return the items of the embedded world's benchmark. Families added by `data.delayed` are separate benchmarks."""
+    """Return the items of the embedded world; each family that `data.delayed` adds is a benchmark of its own."""
     rows = benchmark_rows(loaded)
     names = [EMBEDDED if row["family"] in FAMILIES else f"{EMBEDDED}_{row['family']}" for row in rows]
     return [_item(name, row) for name, row in zip(names, rows, strict=True)]
@@ -68,10 +68,10 @@ def generate(
     items: Sequence[Item],
     generator_config: GeneratorConfig,
 ) -> Artifact:
-    """Generate greedy answers to every item with the finetuned target, or with the untuned target if `tuned` is None.
+    """Generate greedy answers to all items with the finetuned target, or with the untuned target if `tuned` is None.
 
     Args:
-        generator_config: names the endpoint that computes the answers, unless this process computes them.
+        generator_config: whether this process computes the answers, or which endpoint does.
     """
     settings = {
         "items": items_hash(items),
@@ -115,7 +115,6 @@ def _answers(
     questions: Sequence[Question],
     advance: Advance,
 ) -> list[str]:
-    """Answer questions in this process."""
     return generate_answers(
         loaded.model,
         loaded.tokenizer,
@@ -129,7 +128,7 @@ def _answers(
 
 
 def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Question]:
-    """Return the items as questions. The history of a second turn is the first question and the answer to it."""
+    """Return the items as questions; the history of a second turn is the first question and its answer."""
     histories = {
         (item.benchmark, item.item_id): (
             Turn("user", with_input(item.instruction, item.input)),
@@ -141,13 +140,13 @@ def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Quest
 
 
 def items_hash(items: Sequence[Item]) -> str:
-    """Return the SHA-256 of the items; `after` is left out if it is None."""
+    """Return the SHA-256 of the items; an `after` of None is omitted."""
     known = [{name: value for name, value in asdict(item).items() if name != "after" or value} for item in items]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def slug_and_parents(config: TargetConfig, target: Artifact, tuned: Artifact | None) -> tuple[str, list[Artifact]]:
-    """Return the slug and the parents of an artifact that is computed with the target, finetuned or not."""
+    """Return the slug and the parents of an artifact that is computed with the target, finetuned or untuned."""
     if tuned is None:
         return f"{config.name}-untuned", [target]
     return tuned.path.name.rsplit("-", 1)[0], [target, tuned]

@@ -73,8 +73,8 @@ def judge(
             first = judgments[0]
             raise JudgeError(
                 f"{client.name}: none of its {invalid} replies can be read; the first one: {first.reply[:300]!r} "
-                f"({first.reason}); check judge.model, judge.max_tokens and judge.parse, then give the same command "
-                "again: the replies so far are kept"
+                f"({first.reason}); check judge.model, judge.max_tokens and judge.parse, and give the same command "
+                "again (stored replies are free)"
             )
         return {"rows": len(judgments), "invalid": invalid, "combine": client.combine, "cost": cost}
 
@@ -85,12 +85,12 @@ def judge(
 
 
 def _kind(config: JudgeConfig) -> str:
-    """Return "openai" for every judge with an `OpenaiJudgeConfig` (they share prompts), else the judge's name."""
+    """Return "openai" for all judges with an `OpenaiJudgeConfig`, whose prompts are the same, else the judge's name."""
     return "openai" if isinstance(config, OpenaiJudgeConfig) else config.name
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
-    """Return a list with the artifact of the judge's model; empty unless the model runs on this machine."""
+    """Return the artifact of a local judge's model in a list; an empty list for other judges."""
     if not isinstance(config, LocalJudgeConfig):
         return []
     from gradsift.training.backbones import backbone  # here: no other judge needs torch
@@ -99,7 +99,7 @@ def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
 
 
 def judge_settings(config: JudgeConfig, wording: str | None) -> dict[str, Any]:
-    """Return the settings that a judge's replies depend on, besides the texts shown and a local model's weights."""
+    """Return the settings that a judge's replies depend on, besides the answers and a local model's weights."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NOT_JUDGMENT}
     if isinstance(config, EndpointJudgeConfig):  # two endpoints may use one name for different models
         settings["base_url"] = config.base_url or os.environ.get("OPENAI_BASE_URL")
@@ -116,12 +116,12 @@ def judge_settings(config: JudgeConfig, wording: str | None) -> dict[str, Any]:
 
 
 def rater(runtime: Runtime, config: JudgeConfig) -> Source:
-    """Return the run's judge as a rater of single examples, for the scorers that need a rater."""
+    """Return the run's judge as a rater of single examples, for `scorer=llm_rating`."""
 
     def value() -> Rater:
         client = _client(runtime, config, judge_models(runtime, config))
         if isinstance(client, AlpacaEvalJudge):
-            raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; take judge=openai")
+            raise ConfigError(f"judge={config.name} compares pairs and cannot rate one example; choose judge=openai")
         return client
 
     settings = {**judge_settings(config, rating_wording(_kind(config))), "version": VERSION}
@@ -178,7 +178,7 @@ def _client(
 
 def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifact, reference: Artifact) -> Artifact:
     """Compute outcomes, PWS with intervals (per benchmark and pooled) and the judge's position and length bias."""
-    # imported here, so that the first request to a judge need not wait for numpy
+    # imported here, so that `compare` sends its first request without waiting for numpy
     from gradsift.evaluation.bias import length_bias, length_controlled, position_bias
     from gradsift.evaluation.pws import outcome_strings, outcomes_of, summarise
 

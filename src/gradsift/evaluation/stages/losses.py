@@ -1,4 +1,4 @@
-"""The stages `heldout` and `reference_loss`: a model's loss on held-out examples and on reference answers."""
+"""The stages `heldout` and `reference_loss`: a model's losses on held-out examples and on reference answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def heldout_loss(
             total += float(losses.sum())
             count += len(losses)
         if not count:
-            raise GradsiftError("no held-out example has a response token for the target; take data.holdout=0")
+            raise GradsiftError("no held-out example has a response token for the target; give data.holdout=0")
         loss = {"heldout_loss": total / count, "rows": count, "left_out": len(heldout) - count}
         (folder / "heldout.json").write_text(json.dumps(loss), encoding="utf-8")
         return loss
@@ -56,16 +56,16 @@ def heldout_loss(
 
 
 def heldout_loss_of(made: Artifact | None) -> float | None:
-    """Return the loss that `heldout_loss` stored in its artifact; None if `made` is None."""
+    """Return the loss in the artifact of `heldout_loss`; None if `made` is None."""
     return None if made is None else float(made.info["heldout_loss"])
 
 
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
 ) -> Artifact:
-    """Compute for each benchmark the mean over its items of the mean NLL per token of the reference answer (nats).
+    """Compute each benchmark's loss: the mean over items of the mean NLL per token of the reference answer (nats).
 
-    The artifact's `info["losses"]` has the losses by benchmark; benchmarks whose references have no token are omitted.
+    The artifact's `info["losses"]` has the losses by benchmark, without benchmarks whose references have no token.
     """
     known = [item for item in items if item.reference is not None]
     settings = {"items": items_hash(known), **encoding_settings(config.template, config.max_length)}
@@ -102,10 +102,10 @@ def example_losses(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return for each batch its examples' positions in `examples` and mean NLLs per response token (nats).
 
-    Print how many prompts and responses were cut, and how many examples are left out because they cannot be used.
+    Print how many prompts and responses are cut, and how many examples cannot be used and are omitted.
 
     Args:
-        purpose: name of this computation in the progress bar and in errors.
+        purpose: name of the computation in the progress bar and in errors.
         what: name of the examples in messages.
     """
     limit = min(config.max_length, model.context)
@@ -114,7 +114,7 @@ def example_losses(
     say_report(runtime, report, len(examples), "target", what)
     device = device_of(runtime.compute)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    in_step = is_divided(model.model)  # a divided layer that was used in inference mode fails outside it
+    in_step = is_divided(model.model)  # a divided layer that ran in inference mode fails in later passes
     no_gradients = torch.no_grad() if in_step else torch.inference_mode()
     with runtime.display.task(purpose, len(encoded)) as advance, no_gradients:
         response_losses = ResponseLosses(model.model)

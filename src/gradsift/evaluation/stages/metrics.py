@@ -1,6 +1,7 @@
-"""The stages `metrics` and `lm_eval`, which need no judge, and what a model forgets in a finetune by them.
+"""The stages `metrics` and `lm_eval`, which need no judge, and the forgetting that they measure.
 
-lm-eval (EleutherAI's harness) runs its tasks on the model in memory; the package is an optional extra.
+Forgetting is the change of a model's results on general benchmarks from before to after the finetuning. lm-eval
+(EleutherAI's harness, an optional extra) runs its tasks on the model in memory.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ METRICS_FILE = "metrics.json"
 
 
 def check_metrics(config: BenchmarkConfig) -> None:
-    """Raise an error early if a metric cannot be computed, because files are missing or a task is unknown."""
+    """Raise an error before the run starts if a metric cannot be computed: files are missing or a task is unknown."""
     check_wordnet(config.wordnet_dir)
     tasks, folder = list(config.lm_eval_tasks), config.lm_eval_folder
     if folder is not None and not Path(folder).is_dir():
-        raise DataError(f"benchmark.lm_eval_folder={folder} is no folder; name one with tasks of lm-eval")
+        raise DataError(f"benchmark.lm_eval_folder={folder} is not a folder; name a folder with tasks of lm-eval")
     if not tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -47,16 +48,16 @@ def check_metrics(config: BenchmarkConfig) -> None:
     known = _known(_manager(tuple(tasks), folder))
     if unknown := [task for task in tasks if task not in known]:
         raise ConfigError(
-            f"benchmark.lm_eval_tasks={unknown} is no task or group of lm-eval; `lm_eval ls tasks` lists them, and "
-            "benchmark.lm_eval_folder names a folder with YAML files of your own"
+            f"benchmark.lm_eval_tasks={unknown} is no task or group of lm-eval; take one that `lm_eval ls tasks` "
+            "lists, or name a folder with tasks of your own in benchmark.lm_eval_folder"
         )
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
-    """Compute the metrics of `gradsift.evaluation.text_metrics` for the answers of the stage `generate` to these items.
+    """Compute the metrics of `gradsift.evaluation.text_metrics` for the answers of the stage `generate` to `items`.
 
     Returns:
-        An artifact for `metrics_of`; None if no item has a reference answer.
+        The artifact, which `metrics_of` reads; None if no item has a reference answer.
     """
     asked = sorted({item.benchmark for item in items if item.reference is not None})
     if not asked:
@@ -69,9 +70,8 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 
     def make(folder: Path) -> Mapping[str, Any]:
         rows = read_model_outputs(answers.file(OUTPUTS_FILE))
-        known = sum(row["reference"] is not None for row in rows)
-        with runtime.display.task(f"metrics of {known:,} answers", 2 * known) as advance:
-            values = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet), advance)
+        with runtime.display.task(f"metrics of {len(rows):,} answers", None):
+            values = measure(rows, config.match_of, None if wordnet is None else read_wordnet(wordnet))
         (folder / METRICS_FILE).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
         return {"rows": values["pooled"]["items"]}
 
@@ -85,10 +85,7 @@ def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
 
 
 class General(NamedTuple):
-    """A model's results on general sets and lm-eval's tasks; None if the config does not ask for them.
-
-    `metrics` is also None if no item has a reference answer.
-    """
+    """The results of a model on general benchmarks and on tasks of lm-eval; None for those not asked for."""
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -104,7 +101,7 @@ def forgetting(
     items: Sequence[Item],
     generator: GeneratorConfig,
 ) -> tuple[General, General]:
-    """Return the results before and after the finetune; `items` are those of the sets in `benchmark.general`."""
+    """Return the results before and after the finetuning; `items` are those of `benchmark.general`."""
 
     def state(model: Artifact | None) -> General:
         measured = losses = tasks = None
@@ -120,10 +117,10 @@ def forgetting(
 
 
 def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
-    """Return `{set: {"before", "after", "change"}}`; a task of lm-eval has the key `lm_eval/<task>`.
+    """Return `{name: {"before", "after", "change"}}` for each benchmark and, as `lm_eval/<task>`, for each task.
 
-    Each of the three has the metrics and, where available, `loss`: the mean over items of the mean NLL per token of the
-    reference answer (nats).
+    For a benchmark, each of the three has the metrics and `loss`: the mean over items of the mean NLL per token of the
+    reference answer, in nats.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -148,7 +145,7 @@ def _lm_eval(
         "limit": config.limit,
         "template": template_identity(target_config.template),
         "max_new_tokens": config.max_new_tokens,
-        "package": metadata.version("lm-eval"),  # tasks change from release to release
+        "package": metadata.version("lm-eval"),  # tasks can change with each release
     }
     if config.lm_eval_folder is not None:
         files = sorted(file for file in Path(config.lm_eval_folder).rglob("*") if file.is_file())
@@ -157,12 +154,12 @@ def _lm_eval(
     def make(folder: Path) -> Mapping[str, Any]:
         loaded = load_to_answer(runtime, target_config, target, tuned)
         model: Any = loaded.model
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # it includes the LoRA layers
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # still has the LoRA layers
         tasks = evaluate_tasks(plain, loaded.tokenizer, config, target_config.template, runtime.compute.tokens)
         return {"rows": len(tasks), "tasks": tasks}
 
     slug, parents = slug_and_parents(target_config, target, tuned)
-    # in a divided model a forward pass needs all ranks, and lm-eval divides no requests, so every rank runs all
+    # a forward pass of a divided model needs all ranks, so every rank runs all requests
     divided = divides(runtime.compute)
     return runtime.store.obtain("lm_eval", slug, settings, parents, make, version=LM_EVAL_VERSION, divided=divided)
 
@@ -172,18 +169,18 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Return every figure that lm-eval reports for each task; a task uses its own number of few-shot examples.
 
-    Tasks that generate (IFEval, GSM8K) are answered as the stage `generate` answers: greedily, each prompt as an
-    instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
+    In tasks that generate (IFEval, GSM8K), the model answers as in the stage `generate`: greedily, with each prompt as
+    an instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
 
     Args:
-        config: the tasks, and the limits of items and answers; a task may set a lower limit for its answers.
-        max_tokens: the most tokens per batch of generated answers, padding included.
+        config: names the tasks and limits the number of items and the length of answers; a task can set a lower limit.
+        max_tokens: the largest number of tokens per batch of generated answers, including padding.
 
     Returns:
         `{task: {figure: value}}` on the first rank of each machine; an empty dict on all other ranks.
 
     Raises:
-        GradsiftError: a task needs a missing package, has no data here, samples its answers or has no figures.
+        GradsiftError: a task needs a missing package or missing data, samples its answers or has no figures.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -200,20 +197,21 @@ def evaluate_tasks(
         report = simple_evaluate(model=wrapped, tasks=tasks, task_manager=manager, **settings)
     except ImportError as error:
         raise ConfigError(
-            f"{option}: one of them needs the package {error.name}; install it (those of ifeval come with "
-            "pip install -e '.[lm-eval]')"
+            f"{option}: a task needs the package {error.name}; install it (pip install -e '.[lm-eval]' installs those "
+            "of ifeval)"
         ) from error
     except OSError as error:  # includes the hub's errors
         raise DataError(
-            f"{option}: lm-eval cannot have the data of one of them ({first_line(error)}); that of its own tasks "
-            "is on the hub: run where it can be reached, or give benchmark.lm_eval_folder"
+            f"{option}: lm-eval cannot load the data of a task ({first_line(error)}); its own tasks download "
+            "their data from the hub: run where the hub can be reached, or name a folder with tasks and their data in "
+            "benchmark.lm_eval_folder"
         ) from error
-    if report is None:  # on all ranks except the first of each machine, even if the model is divided among them
+    if report is None:  # on all ranks except the first of each machine
         return {}
     reported = {task: figures(report["results"][task]) for task in tasks}
     if bare := [task for task, values in reported.items() if not values]:
         raise GradsiftError(
-            f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure of these groups; name their tasks"
+            f"benchmark.lm_eval_tasks={bare}: lm-eval reports no figure for these groups; name their tasks"
         )
     return reported
 
@@ -231,7 +229,7 @@ def _answers(
     for place, request in enumerate(requests):
         options = request.args[1]
         if options.get("do_sample"):
-            raise ConfigError("a task of benchmark.lm_eval_tasks samples its answers; take one that answers greedily")
+            raise ConfigError("a task of benchmark.lm_eval_tasks samples its answers; take a task with greedy answers")
         limit = min(config.max_new_tokens, options.get("max_gen_toks", config.max_new_tokens))
         by_limit.setdefault(limit, []).append(place)
     answers = [""] * len(requests)
@@ -255,7 +253,7 @@ def until(text: str, ends: Sequence[str]) -> str:
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
     """Return lm-eval's index of tasks.
 
-    If the folder has all `tasks`, only the folder is indexed, because indexing the package's tasks takes ten seconds.
+    If the folder has all `tasks`, only the folder is indexed, because indexing lm-eval's own tasks takes ten seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -267,12 +265,12 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Return the names of tasks and groups; tags are left out, because lm-eval reports no figures for them."""
+    """Return the names of tasks and groups, without tags, for which lm-eval reports no figures."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 
 def figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers in lm-eval's report of one task (keys like `acc,none`), without standard errors and labels."""
+    """Return the figures in lm-eval's report of one task (keys like `acc,none`), without standard errors and labels."""
     return {
         name: float(value)
         for name, value in reported.items()

@@ -1,4 +1,4 @@
-"""All figures of the report. Call a figure with the material of a run or a sweep to get a matplotlib `Figure`.
+"""All figures of the report. Each takes the material of a run or a sweep and returns a matplotlib `Figure`.
 
 In a notebook:
 
@@ -46,15 +46,16 @@ FIGURES: tuple[Entry, ...] = (
 
 
 def write_figures(material: Material, folder: Path, formats: Sequence[str]) -> dict[str, str]:
-    """Write each figure as `<name>.<format>`, and remove the figures of an earlier report.
+    """Write each figure as `<name>.<format>`, in place of the figures of an earlier report.
 
-    Returns the reasons why figures could not be drawn, by the figures' names.
+    Returns, by name, the reasons why figures could not be drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(entry: Entry) -> None:
         figure = entry(material)
-        for form, content in [(form, bytes_of(figure, form)) for form in formats]:
+        contents = {form: bytes_of(figure, form) for form in formats}  # all formats or, after an error, none
+        for form, content in contents.items():
             (folder / f"{entry.name}.{form}").write_bytes(content)
 
     reasons = {}
@@ -68,9 +69,9 @@ def write_figures(material: Material, folder: Path, formats: Sequence[str]) -> d
 
 
 def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """Write each table as CSV and, unless it is long, Markdown and LaTeX; remove the tables of an earlier report.
+    """Write each table (see `Table.write`), in place of the tables of an earlier report.
 
-    Returns the tables that were made, and the reasons why tables could not be made, both by name.
+    Returns, by name, the tables that were made and the reasons why others could not be made.
     """
     makers = TABLES | {entry.name: entry.table for entry in FIGURES if entry.records is not None}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The cost of each stage, and the work that was reused."""
+"""The figure of cost by stage, with the work that was reused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
     Returns:
         made, reused: units of work.
         seconds: time spent on the units made.
-        saved: seconds that the reused units took when they were made, counted at each reuse.
+        saved: seconds that the reused units took when they were made, counted again for each reuse.
         tokens: forward tokens of the units made.
-        memory: highest peak memory of the process in GB, as recorded when a unit was made; 0 if unknown.
+        memory: peak memory of the process in GB, the highest of the units made; 0 if unknown.
     """
     by_stage: dict[str, dict[str, float]] = {}
     for run in material.runs:

@@ -1,4 +1,4 @@
-"""Choice of the runs that a figure shows, and measures of how far two runs agree."""
+"""Choice of the runs that a figure shows, and measures of the agreement of two runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_ROWS = 24  # methods in a figure of bars or cells
 
 
 def middle_alpha(runs: Sequence[Run]) -> float:
-    """Return the middle one of the runs' alphas below 1, or the lower of two in the middle; 1 if none is below 1."""
+    """Return the median of the runs' alphas below 1, the lower of two middle ones; 1 if no alpha is below 1."""
     alphas = sorted({run.alpha for run in runs if run.alpha < 1})
     return alphas[(len(alphas) - 1) // 2] if alphas else 1.0
 
 
 def by_method(runs: Sequence[Run], alpha: float, most: int = MOST_ROWS) -> dict[str, list[Run]]:
-    """Return the runs at `alpha` by method, in the sweep's order, for at most `most` methods (see `among`)."""
+    """Return the runs at `alpha` by method, in the order of the sweep, for at most `most` methods (see `among`)."""
     groups = grouped((run for run in runs if run.alpha == alpha), lambda run: run.method)
     shown = among({name: str(group[0].record["scorer"]) for name, group in groups.items()}, most)
     return {name: group for name, group in groups.items() if name in shown}
@@ -44,7 +44,7 @@ def among(scorers: Mapping[str, str], most: int) -> set[str]:
 def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
     """Return the runs that have an artifact of the stage, without the full-data run if `but_full`.
 
-    If there is none, raises `Missing` with the reason of the first run.
+    If no run has one, raises `Missing` with the first run's reason.
     """
     wanted = [run for run in material.runs if not (but_full and run.is_full)]
     if not wanted:
@@ -56,7 +56,7 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str) -> Run:
-    """Return the run for a figure of one run: the first run of G-SNR, or else of any scorer, at the middle alpha."""
+    """Return the run for a figure of one run: the first G-SNR run at the middle alpha, or the first run there."""
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == "gsnr"), at_alpha[0])
@@ -70,7 +70,7 @@ def largest_ensemble(material: Material) -> Run:
 
 
 def over_seeds_of(material: Material, one: Run) -> list[Run]:
-    """Return `one` and, for each other seed, a run with its data, models, method and stages; the judge may differ."""
+    """Return `one` and, for each other seed, a run with equal alpha, dataset, models, method and stages."""
     same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
     runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
     runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]
@@ -86,17 +86,11 @@ def seed_of(run: Run) -> str:
 
 def named(run: Run) -> str:
     """Return method, budget and seeds of a run, for the title of a panel."""
-    return f"{run.method} at {100 * run.alpha:g} %, {seed_of(run)}"
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None if there is no value or any is None, as means over different runs cannot be compared."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    return f"{run.label}, {seed_of(run)}"
 
 
 def heldout_loss(run: Run) -> float | None:
-    """Return the held-out loss of the tuned target; None if the run does not have it."""
+    """Return the held-out loss of the tuned target; None if it was not measured."""
     return (run.record.get("heldout_loss") or {}).get("model")
 
 
@@ -106,7 +100,7 @@ def overlap_of(material: Material, one: Run, other: Run) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the rank correlation over the entries that are finite in both arrays; None if it is not defined."""
+    """Return the rank correlation over the entries that are finite in both arrays; None if it is undefined."""
     from scipy.stats import spearmanr
 
     usable = np.isfinite(x) & np.isfinite(y)

@@ -1,4 +1,4 @@
-"""The PWS of every method and alpha; wins, ties and losses, and the biases of the judge."""
+"""Figures of the PWS of every method and alpha, of wins, ties and losses, and of the judge's biases."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def pws(material: Material) -> Figure:
     axes = axes[: len(places)]
     marks = list(zip(alphas, style.looks_of(map(str, alphas)).values(), strict=True))
     for panel, place in zip(axes, places, strict=True):
-        for number, (alpha, look) in enumerate(marks):  # the alphas of a method one below the other
+        for number, (alpha, look) in enumerate(marks):  # in a method's row, the alphas are one below the other
             shift = (number - (len(alphas) - 1) / 2) * 0.7 / len(alphas)
             own = {i + shift: cells[place, (alpha, m)] for i, m in enumerate(methods) if (place, (alpha, m)) in cells}
             values, low, high = (style.column(list(own.values()), key) for key in ("pws", "pws_low", "pws_high"))
-            ends = np.nan_to_num(np.maximum([values - low, high - values], 0))  # a row may have no interval
+            ends = np.nan_to_num(np.maximum([values - low, high - values], 0))  # 0 without an interval
             options: Style = {"color": look.colour, "marker": look.marker, "label": f"alpha {alpha:g}"}
             panel.errorbar(values, list(own), xerr=ends, ls="none", ms=5, capsize=2, **options)
         panel.axvline(1, color=style.INK, **style.DASHED)
@@ -54,7 +54,7 @@ def pws(material: Material) -> Figure:
 
 
 def judged(material: Material) -> dict[str, list[Run]]:
-    """Return the finished runs with judgments by method and alpha, at most MOST_ROWS groups."""
+    """Return the finished runs with judgments by method and alpha, in at most `groups.MOST_ROWS` groups."""
     by_alpha: dict[str, list[Run]] = {}
     for run in sorted(material.finished, key=lambda run: run.alpha):
         label = f"{run.method}, {run.alpha:g}"
@@ -71,9 +71,9 @@ def total(runs: Sequence[Run], part: str, name: str) -> int:
 
 
 def longer_shares(cells: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
-    """Return for each cell's runs the share of items that the longer answer won, and the number of items.
+    """Return for each cell the share of items that the longer answer won, and the number of these items.
 
-    Items count if they have a winner and answers of different length; a cell without such items is left out.
+    Only items with a winner and with answers of different length count. A cell without such items is left out.
     """
     shares = {}
     for name, runs in cells.items():
@@ -112,7 +112,7 @@ def judge_outcomes(material: Material) -> Figure:
         axes.barh(range(len(cells)), shares, left=start, color=colour, hatch=hatch, label=name, **style.BAR)
         ink = style.ON_LIGHT if name == "tie" else style.ON_DARK
         options: Style = {"backgroundcolor": colour, "color": ink, "fontsize": 7.5, "ha": "center", "va": "center"}
-        for place in np.flatnonzero(shares > 0.06).tolist():  # where a number fits into the bar
+        for place in np.flatnonzero(shares > 0.06).tolist():  # the bar is long enough for a number
             middle = start[place] + shares[place] / 2
             axes.text(middle, place, f"{counts[place]}", **options)
         start += shares
@@ -152,7 +152,7 @@ def length_bias(material: Material) -> Figure:
         raise Missing("no decided item has answers of different lengths")
     figure, axes = _rows_panel(shares, [items for _, items in shares.values()])
     for place, (share, items) in enumerate(shares.values()):
-        interval = binomtest(round(share * items), items).proportion_ci(0.95, "wilson")  # has a width even for 0 and 1
+        interval = binomtest(round(share * items), items).proportion_ci(0.95, "wilson")  # its width is never 0
         ends = [[share - interval.low], [interval.high - share]]
         axes.errorbar(share, place, xerr=ends, fmt="o", ms=6, color=style.COLOURS[0], capsize=3)
     axes.axvline(0.5, color=style.INK, **style.DASHED)
@@ -161,7 +161,7 @@ def length_bias(material: Material) -> Figure:
 
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
-    """Return a panel with a row for each name; if `items` is given, the row's number of items is written beside it."""
+    """Return a figure and its panel with a row for each name; the numbers `items`, if given, are written beside."""
     figure, (axes,) = style.panels(width=5.6, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)

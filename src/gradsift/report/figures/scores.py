@@ -1,4 +1,4 @@
-"""The scores and the ensemble's statistics over the pool: their distributions, and what they correlate with."""
+"""Figures of the scores and the ensemble's statistics over the pool: distributions and correlations."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from gradsift.data.load import EXAMPLES_FILE
 from gradsift.report.figures import groups, style
 from gradsift.report.figures.style import Style, report_figure
 from gradsift.report.material import Material, Missing, Run
+from gradsift.report.run_tables import mean
 from gradsift.scoring.scores import SCORED
 from gradsift.selection.checks import lengths
 from gradsift.selection.choice import best_first
 
-MOST_POINTS = 1500  # points of a scatter plot; more examples are drawn as hexagons
+MOST_POINTS = 1500  # points of a scatter plot; a larger pool is drawn as hexagons of counts
 _CLOUD = "#7d8296"
 _GREYS = LinearSegmentedColormap.from_list("counts", ["#c9ccd6", "#4a5068"])  # visible on white and on black
 _BINS = 40
-_WIDE = 20  # the axis has an asinh scale if the scores span at least this many interquartile ranges
+_WIDE = 20  # interquartile ranges; scores that span at least so many are drawn on an asinh scale
 _BANDS = 20  # number of bands of the ranking in `score_length`
 
 
@@ -53,14 +54,14 @@ def score_distributions(material: Material) -> Figure:
         panel.locator_params(axis="y" if width is not None else "both", nbins=4)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
-    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # a `figure.supxlabel` would overlap the legend
+    for panel in axes[max(0, len(shown) - columns) : len(shown)]:  # figure.supxlabel would overlap the legend
         panel.set_xlabel("score")
     figure.supylabel("rows", fontsize=9)
     return figure
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Return the edges of the bins, and the linear width of an asinh scale (None for a linear scale)."""
+    """Return the edges of the bins, and the linear width of the asinh scale (None for a linear scale)."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
     if width <= 0 or np.ptp(values) < _WIDE * width:
@@ -114,7 +115,7 @@ def score_length(material: Material) -> Figure:
 
 
 def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
-    """Return the median response length (characters) in each band of the ranking."""
+    """Return the median response length in characters in each band of the ranking, shape (_BANDS,)."""
     order = best_first(material.scores(run))
     if len(order) < _BANDS:
         raise Missing(f"{run.name}: {len(order)} scored rows are too few for {_BANDS} bands")
@@ -146,15 +147,16 @@ def variance_and_loss(material: Material) -> Figure:
 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
-    """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of` that has these values.
+    """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of`.
 
-    Full-data runs are left out. `variance` (N,) is V_t of the examples under the ensemble of `of`.
+    Full-data runs and runs without a selection or a held-out loss are left out. `variance` (N,) is the V_t of the
+    examples under the ensemble of `of`.
     """
     points = []
     for run in material.runs:
         loss = groups.heldout_loss(run)
         if run.data == of.data and run.has("select") and not run.is_full and loss is not None:
-            level = groups.mean([float(v) for v in variance[material.selected(run)] if np.isfinite(v)])
+            level = mean([float(v) for v in variance[material.selected(run)] if np.isfinite(v)])
             if level is not None and level > 0:
                 points.append((run.method, level, float(loss)))
     return points
@@ -178,18 +180,11 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, chosen: np.ndarray | None) -
         axes.plot([], [], "h", ms=7, mec="none", color=_CLOUD, label="all rows, darker where there are more")
     if chosen is not None:
         drawable = np.sort(chosen[usable[chosen]])
-        shown = thinned(drawable, MOST_POINTS)
+        shown = drawable
+        if len(drawable) > MOST_POINTS:
+            shown = np.sort(np.random.default_rng(0).choice(drawable, MOST_POINTS, replace=False))
         label = "selected" if len(shown) == len(drawable) else f"selected ({len(shown):,} of {len(drawable):,})"
         axes.plot(x[shown], y[shown], "s", ms=3.2, mec="none", color=style.COLOURS[1], alpha=0.8, label=label)
-
-
-def thinned(values: np.ndarray, most: int) -> np.ndarray:
-    """Return at most `most` of the values in their order, drawn at random with a fixed seed."""
-    if len(values) <= most:
-        return values
-    kept = np.random.default_rng(0).choice(len(values), most, replace=False)
-    thin: np.ndarray = values[np.sort(kept)]
-    return thin
 
 
 def as_text(correlation: float | None) -> str:

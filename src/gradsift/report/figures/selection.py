@@ -1,4 +1,4 @@
-"""What the methods select, how far they agree, and the noise audit."""
+"""Figures of the selected rows, of the overlap between methods, and of the noise audit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Audit = Mapping[str, Any]
 def overlaps(material: Material) -> Records:
     """Return the Jaccard index of each pair of methods at the middle alpha, averaged over datasets and seeds.
 
-    The value is NaN if no dataset and seed has both methods.
+    The value is NaN if the two methods have no dataset and seed in common.
     """
     runs = groups.reached(material, "select")
     alpha = groups.middle_alpha(runs)
@@ -62,7 +62,7 @@ def overlap(material: Material) -> Figure:
 
 
 def label_shares(material: Material) -> Records:
-    """Return the share of each quality in the pool ("all rows") and in each method's selections at the middle alpha."""
+    """Return the share of each quality label in the pool ("all rows") and in each method at the middle alpha."""
     labels = [(run, material.labels(run)) for run in groups.reached(material, "select")]
     qualities = {run: Counter(known.quality) for run, known in labels if known is not None}
     if not qualities:
@@ -99,7 +99,7 @@ def labels(material: Material) -> Figure:
 
 
 def audits(material: Material, most: int = groups.MOST_LINES) -> dict[str, list[Audit]]:
-    """Return the audits by method, one for each dataset and seed; an audit does not depend on the run's alpha."""
+    """Return the audits by method, one for each dataset and seed, since an audit does not depend on a run's alpha."""
     audited = [run for run in material.runs if run.record.get("audit") is not None]
     shown = groups.among({run.method: str(run.record["scorer"]) for run in audited}, most)
     by_method: dict[str, dict[tuple[Any, Any], Audit]] = {}
@@ -142,7 +142,7 @@ def audit_spoilt(material: Material) -> Figure:
     return figure
 
 
-@report_figure("audit", "Noise audit: how well the scores tell it apart")
+@report_figure("audit", "Noise audit: AUROC of the scores")
 def audit_auroc(material: Material) -> Figure:
     """AUROC of clean rows against each kind of corruption. At 1 all clean rows rank first, at 0.5 the score cannot
     distinguish clean from corrupted rows, and below 0.5 it prefers the corrupted rows."""

@@ -1,4 +1,4 @@
-"""How sensitive the result is to what the paper leaves open: the number of members M, the snapshots, eps, the seed."""
+"""Figures of the sensitivity to settings that the paper leaves open: the number of members M, snapshots, eps, seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradsift.report.audit_tables import jaccard
 from gradsift.report.figures import groups, style
 from gradsift.report.figures.style import Records, Style, report_figure
 from gradsift.report.material import Material, Missing, Run
-from gradsift.report.run_tables import grouped
+from gradsift.report.run_tables import grouped, mean
 from gradsift.scoring.gsnr import gsnr
 from gradsift.scoring.scores import Scores
 from gradsift.selection.choice import best_first
@@ -26,15 +26,12 @@ Setting = tuple[int, tuple[int, ...]]  # M, snapshots
 EPS = np.logspace(-12, 2, 57)
 
 
-# ------------------------------------------------------------------------------- M and snapshots
-
-
 def settings_grid(material: Material) -> Records:
-    """Return a value for each setting (number of members, pair of snapshots) of one scorer, averaged over its runs.
+    """Return a value for each setting (number of members, pair of snapshots) of one scorer at the middle alpha.
 
-    The scorer is G-SNR if its runs vary in the setting, else the first scorer whose runs do. Only runs at the middle
-    alpha count. The value is the PWS if all runs have one; otherwise the held-out loss if all runs have one; otherwise
-    the overlap (Jaccard) with the selection of the setting with the most members and, of these, the latest snapshots.
+    The scorer is G-SNR if its settings vary, or else the first scorer whose settings vary. The value is the mean PWS of
+    the setting's runs if all runs have a PWS, or else their mean held-out loss if all runs have one. Otherwise it is
+    the mean overlap (Jaccard) with the setting that has the most members and, among these, the latest snapshots.
     """
     runs = [run for run in material.runs if run.has("select") and run.has("statistics")]
     by_scorer = grouped(runs, lambda run: str(run.record["scorer"]))
@@ -47,10 +44,10 @@ def settings_grid(material: Material) -> Records:
     alpha = groups.middle_alpha(varied[scorer])
     cells = grouped((run for run in varied[scorer] if run.alpha == alpha), _setting_of)
     measure = "PWS"
-    values = {setting: groups.mean([run.record.get("pws") for run in runs]) for setting, runs in cells.items()}
+    values = {setting: mean([run.record.get("pws") for run in runs]) for setting, runs in cells.items()}
     if None in values.values():
         measure = "held-out loss"
-        values = {setting: groups.mean(list(map(groups.heldout_loss, runs))) for setting, runs in cells.items()}
+        values = {setting: mean(list(map(groups.heldout_loss, runs))) for setting, runs in cells.items()}
     if None in values.values():
         largest = max(cells)
         measure, values = f"overlap with M={largest[0]}, {list(largest[1])}", {}
@@ -91,11 +88,8 @@ def members_and_snapshots(material: Material) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------------- members and eps: agreement
-
-
 def size_curves(material: Material) -> Records:
-    """Compare G-SNR from the first m members, 2 <= m <= M, with G-SNR from all M (Spearman, Jaccard), for each seed."""
+    """For each seed, compare G-SNR from the first m members, 2 <= m <= M, with G-SNR from all M (see `agreement`)."""
     records: list[Mapping[str, Any]] = []
     for run in groups.over_seeds_of(material, groups.largest_ensemble(material)):
         early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
@@ -122,7 +116,7 @@ def ensemble_size(material: Material) -> Figure:
 
 
 def eps_curves(material: Material) -> Records:
-    """Compare G-SNR with each eps of EPS to G-SNR with the run's own eps (Spearman, Jaccard), for each seed."""
+    """For each seed, compare G-SNR at each value of EPS with G-SNR at the run's eps (see `agreement`)."""
     records: list[Mapping[str, Any]] = []
     for run in groups.over_seeds_of(material, groups.representative(material, "statistics")):
         values = material.statistics(run)
@@ -142,18 +136,18 @@ def eps(material: Material) -> Figure:
     label = f"median $V_t$: {' to '.join(dict.fromkeys(f'{value:.2g}' for value in (min(middles), max(middles))))}"
     for middle in middles:
         axes.axvline(middle, color=style.FAINT, **style.DOTTED, label=label)
-        label = "_"  # no entry of its own in the legend
+        label = "_"  # left out of the legend
     axes.set(xscale="log", xlabel="eps", ylabel=f"agreement with eps = {own_eps(run):g}")
     return figure
 
 
 def own_eps(run: Run) -> float:
-    """Return the run's eps, or the default if its scorer has none."""
+    """Return the run's eps, or the default of G-SNR if the run's scorer has no eps."""
     return float((run.config.get("scorer") or {}).get("eps", GsnrConfig.eps))
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Compare each of `scores` with `base`: Spearman (None if not defined), and Jaccard of the top share `run.alpha`.
+    """Compare each of `scores` with `base`: Spearman (None if undefined), and Jaccard of the best share `run.alpha`.
 
     `name` is the setting that varies; the keys of `scores` are its values.
     """
@@ -180,23 +174,19 @@ def _draw_agreement(run: Run, records: Records, name: str, marks: Sequence[str] 
         for place, (key, label) in enumerate(zip(("rank_correlation", "overlap"), labels, strict=True)):
             look: Style = {"color": style.COLOURS[place], "alpha": 1 if len(seeds) == 1 else 0.7, "label": label}
             axes.plot(style.column(own, name), style.column(own, key), marks[place] + ("-", "--")[place], **look)
-        labels = "_", "_"  # one entry in the legend for all seeds
+        labels = "_", "_"  # matplotlib leaves this label out of the legend, which has one entry for all seeds
     axes.set_ylim(limits(style.column(records, "rank_correlation")))
-    several = f"{run.method} at {100 * run.alpha:g} %, {len(seeds)} seeds"
-    axes.set_title(several if len(seeds) > 1 else groups.named(run))
+    axes.set_title(f"{run.label}, {len(seeds)} seeds" if len(seeds) > 1 else groups.named(run))
     return figure, axes
 
 
 def limits(correlation: np.ndarray) -> tuple[float, float]:
-    """Return the limits of an axis for these rank correlations, which may be negative, and for overlaps (0 to 1)."""
+    """Return the limits of an axis that shows rank correlations, which may be negative, and overlaps (0 to 1)."""
     return float(np.fmin.reduce(correlation, initial=0.0)) - 0.02, 1.03
 
 
-# ------------------------------------------------------------------------------------------- seeds
-
-
 def seed_agreement(material: Material) -> Records:
-    """Compare runs of a method at the middle alpha that differ in the seed alone (Spearman, Jaccard)."""
+    """Compare all pairs of runs of a method at the middle alpha that differ in the seed alone (Spearman, Jaccard)."""
     runs = groups.reached(material, "select")
     alpha = groups.middle_alpha(runs)
     records: list[dict[str, Any]] = []

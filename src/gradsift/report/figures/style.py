@@ -1,8 +1,8 @@
-"""What all figures share: how they are declared, their colours and markers, and parts that several of them draw.
+"""The declaration of a figure, the colours and markers of all figures, and parts that several figures draw.
 
-Neutral elements (text, axes, grids, background) are drawn in INK, FAINT, RULE or PAPER, and nothing else is drawn in
-these four colours, since the page replaces them in an SVG to suit a dark background. Text inside coloured cells is
-ON_LIGHT or ON_DARK, which are never replaced.
+Only neutral elements (text, axes, grids, background) have the colours INK, FAINT, RULE and PAPER. The page replaces
+these four colours in an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which the
+page does not replace.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ RULE = "#d9dade"  # grid and frames
 PAPER = "#fdfdfc"  # background
 ON_LIGHT, ON_DARK = "#000000", "#ffffff"
 
-# Okabe and Ito's palette without its yellow, which is too light for lines, and its black, which is INK
+# six colours of Okabe and Ito's palette (its yellow is too light for lines, its black is like INK) and two more
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#6a51a3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")  # no dots: an SVG draws each dot as a separate circle
+HATCHES = ("", "//", "\\\\", "xx", "--", "||", "++", "/")  # no dots, as an SVG has a circle for each dot
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SEQUENTIAL = "cividis"  # made for colour-blind readers
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [COLOURS[1], "#f4f2ee", COLOURS[0]])
@@ -70,7 +70,7 @@ _SETTINGS: Style = {
 }
 
 
-styled = partial(rc_context, _SETTINGS)  # returns a context in which figures are made and drawn
+styled = partial(rc_context, _SETTINGS)  # styled() is a context in which to make and draw figures
 
 
 def column(records: Records, key: str) -> np.ndarray:
@@ -80,14 +80,14 @@ def column(records: Records, key: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of the report. Call it with the material to draw it; it raises `Missing` if the files do not suffice.
+    """A figure of the report. Calling it with the material draws it, or raises `Missing` with the reason why not.
 
-    The figure's files have the name of the drawing function, and the function's docstring is the caption.
+    The name of the drawing function is the name of the figure's files, and its docstring is the caption.
     """
 
     section: str  # id of the page's section
     title: str
-    records: Callable[[Material], Records] | None  # returns the numbers behind the figure, for a CSV file
+    records: Callable[[Material], Records] | None  # returns the values that the figure shows, for a CSV file
     draw: Callable[[Material], Figure]
 
     @property
@@ -105,7 +105,7 @@ class Entry:
         return figure
 
     def table(self, material: Material) -> Table:
-        """Return the table of the numbers behind the figure."""
+        """Return the table of the values that the figure shows."""
         records = self.records(material) if self.records is not None else []
         return table_of_records(self.title, records, self.caption)
 
@@ -123,7 +123,7 @@ def panels(columns: int = 1, rows: int = 1, *, width: float = 7.2, height: float
 
 @dataclass(frozen=True)
 class Look:
-    """How a method, a member or a quality is drawn."""
+    """The look of a method, a member or a quality label in a figure."""
 
     colour: str
     marker: str
@@ -132,10 +132,10 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name by its place in the order."""
+    """Return a look for each name, by its position in the sequence."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
-        # shifted by one in each round of the colours, so that a colour comes back with another marker
+        # shifted by one after each round of the colours, so that a colour recurs with another marker
         other = place + place // len(COLOURS)
         marker, dash, hatch = (group[other % len(group)] for group in (MARKERS, DASHES, HATCHES))
         looks[name] = Look(COLOURS[place % len(COLOURS)], marker, dash, hatch)
@@ -143,9 +143,9 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 
 
 def add_legend(figure: Figure) -> None:
-    """Put one legend below the figure for all panels that have no legend yet, in as many columns as fit.
+    """Add one legend below the figure for all panels that have no legend, in as many columns as fit.
 
-    If the legend has more than two lines, the figure grows, so that the panels do not shrink.
+    A legend of more than two lines makes the figure higher, so that the panels do not shrink.
     """
     entries: dict[str, Any] = {}
     for panel in figure.axes:
@@ -156,19 +156,19 @@ def add_legend(figure: Figure) -> None:
         width = 0.5 + 0.085 * max(map(len, entries))  # inches of a column
         columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
         lines = -(-len(entries) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))  # there is room for two lines
+        figure.set_figheight(figure.get_figheight() + 0.17 * max(0, lines - 2))  # two lines fit anyway
         figure.legend(list(entries.values()), list(entries), loc="outside lower left", ncols=columns)
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Label the rows of a figure of horizontal bars or points, with the first name on top."""
+    """Label the rows of horizontal bars or points, with the first name on top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
 
 
 def in_percent(*axes: Axis) -> None:
-    """Label the ticks of axes that show shares (0 to 1) as percentages, without a minus sign."""
+    """Label the ticks of axes of shares (0 to 1) with percentages, without a minus sign."""
     for axis in axes:
         axis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
 
@@ -196,7 +196,7 @@ def cells(
     """Draw a matrix of coloured cells with texts and the names of its rows and columns.
 
     Args:
-        shades: (rows, columns) from 0 to 1; NaN cells stay empty.
+        shades: (rows, columns) values from 0 to 1; a NaN cell stays empty.
         rotation: angle of the columns' names, in degrees.
     """
     axes.imshow(shades, cmap=DIVERGING if diverging else SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
@@ -212,10 +212,10 @@ def cells(
 
 
 def bytes_of(figure: Figure, form: str) -> bytes:
-    """Return the bytes of the figure's file, the same at each call: PNG on PAPER, SVG with a transparent background."""
+    """Return the figure's file, with equal bytes at each call: PNG on PAPER, SVG with a transparent background."""
     stream = io.BytesIO()
     with styled():
-        if (layout := figure.get_layout_engine()) is not None:  # only once, so that all formats have equal layouts
+        if (layout := figure.get_layout_engine()) is not None:  # once, so that all formats have the same layout
             layout.execute(figure)
             figure.set_layout_engine("none")
         if form == "svg":

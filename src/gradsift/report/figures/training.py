@@ -1,4 +1,4 @@
-"""How the target (the paper's Fig. 3) and the members of the ensemble (the paper's Fig. 1) train."""
+"""Figures of the training of the target (the paper's Fig. 3) and of the ensemble's members (the paper's Fig. 1)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gradsift.report.run_tables import grouped
 from gradsift.training.optimization import read_curve
 
 ALL = "all rows"
-_MOST_POINTS = 400  # largest number of points drawn for a line
+_MOST_POINTS = 400  # points drawn for a line
 _SMOOTHED = 0.05  # share of the steps that a running mean spans
 _BOUND: Style = {"color": style.COLOURS[1], **style.DASHED}
 Trajectories = list[tuple[np.ndarray, np.ndarray]]  # for each member: steps (P,) and points (P, D)
 
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
-    """Return the running mean; its window holds `share` of the values, and fewer values near the ends."""
+    """Return the running mean over a window of `share` of the values, which is shorter near the ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     sums, counts = (np.convolve(each, window, mode="same") for each in (values, np.ones(len(values))))
     mean: np.ndarray = sums / counts
@@ -31,7 +31,7 @@ def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
 
 
 def shown_steps(loss: np.ndarray) -> np.ndarray:
-    """Return the indices of the steps to draw: all, or _MOST_POINTS evenly spaced ones if there are more."""
+    """Return the indices of the steps to draw: all, or _MOST_POINTS evenly spaced steps if there are more."""
     return np.unique(np.linspace(0, len(loss) - 1, min(_MOST_POINTS, len(loss))).astype(int))
 
 
@@ -41,7 +41,7 @@ def curves(material: Material) -> Records:
     The values are means over the runs (seeds), up to the last step of the shortest curve.
     """
     runs = groups.reached(material, "finetune", but_full=False)
-    by_method: dict[str, list[Any]] = {}  # curves: for each optimiser step its loss and tokens
+    by_method: dict[str, list[Any]] = {}  # for each run the loss and tokens of every optimiser step
     for method, own in groups.by_method(runs, groups.middle_alpha(runs), groups.MOST_LINES).items():
         by_method[ALL if own[0].is_full else method] = [read_curve(run.one("finetune").path) for run in own]
     references = dict.fromkeys(artifact.path for run in runs for artifact in run.artifacts["finetune"][1:2])
@@ -120,7 +120,7 @@ def _trajectories(material: Material) -> tuple[Run, Trajectories]:
 
 
 def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, ylabel: str) -> Figure:
-    """Draw a line for each member through its points; `flat` (M P, 2) holds all points, one member after the other."""
+    """Draw a line for each member through its points, which are consecutive rows of `flat`, shape (M P, 2)."""
     figure, (axes,) = style.panels(width=5.2, height=4.2)
     looks = style.looks_of(f"member {number}" for number in range(len(trajectories)))
     for (name, look), points in zip(looks.items(), np.split(flat, len(trajectories)), strict=True):
@@ -158,7 +158,7 @@ def collapse(material: Material) -> Figure:
     for run, look in zip(runs, style.looks_of(run.name for run in runs).values(), strict=True):
         try:
             trajectories = material.trajectories(run)
-        except Missing:  # the norms may still be there
+        except Missing:  # the right panel may still have data
             trajectories = []
         if len(trajectories) > 1:
             left.plot(*spread_over_steps(trajectories), marker="o", ms=3, color=look.colour)
@@ -188,7 +188,7 @@ def member_loss(material: Material) -> Figure:
     noise. With several seeds, the members of one seed share a colour."""
     runs = groups.over_seeds_of(material, groups.representative(material, "member"))
     figure, (axes,) = style.panels(width=5.2, height=3.2)
-    lines = []  # each line's name in the legend, and its losses
+    lines = []  # (name in the legend, losses)
     for run in runs:
         for number, epochs in enumerate(material.members(run)):
             curve = [entry for artifact in epochs for entry in read_curve(artifact.path)]

@@ -45,7 +45,7 @@ def norms_in_bfloat16(line: Line, epoch: int) -> np.ndarray:
     norms = []
     for member, weights in enumerate(line.adapters):
         with TemporaryDirectory() as folder:
-            info = collect_rows(runtime, Path(folder), proxy, inputs, (member, epoch, weights[epoch - 1]), 0)
+            info = collect_rows(runtime, Path(folder), proxy, inputs, (member, epoch, weights[epoch - 1]), 0, "norms")
             norms.append(norms_of(line, [Artifact("norms", Path(folder), "", {"info": info})]))
     return np.stack(norms)
 

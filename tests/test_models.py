@@ -100,7 +100,7 @@ def test_one_option_is_the_template_of_proxy_and_target(option: str, template: s
 @pytest.mark.parametrize("other", ["proxy.template=chat", "++target.template=chat", "template=chat"])
 def test_two_templates_for_one_model_are_refused(other: str, gradsift: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*FOREIGN, *BOTH, other, "template.file=own.jinja"]
-    words = r"is the template of proxy and target, which \S+ sets too; give one"
+    words = r"sets the template of proxy and target; give it or \S+, not both"
     with pytest.raises(ConfigError, match=words):
         compose_config(options)
     assert gradsift(*options) == 2

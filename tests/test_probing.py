@@ -69,7 +69,7 @@ def test_a_trial_leaves_no_trace(architecture: str, precision: torch.dtype) -> N
 
 def test_a_linear_layer_with_a_forward_of_its_own_has_no_norms_and_trains_by_peft() -> None:
     message = refusal(with_layer(Doubled), ["all-linear"])
-    assert "per-sample gradients need plain LoRA on frozen linear layers, and model.layers.1.mlp.up_proj" in message
+    assert "per-sample gradients need plain LoRA on frozen linear layers, but model.layers.1.mlp.up_proj" in message
     assert "is of class Doubled" in message
     assert "proxy.lora.targets=[down_proj,gate_proj,k_proj,o_proj,q_proj,v_proj]" in message  # and not up_proj
     require_adaptable(with_layer(Doubled), LoraConfig(), "target.lora", norms=False)

@@ -106,7 +106,7 @@ def everything(
     infos["e2"], infos["other"] = train_members_epoch(run, settings, inputs, units, lambda done: None)
     second = Artifact("member", parts["e2"], "fingerprint", {"info": infos["e2"]})
     passed = replace(settings, collect="epoch_end")
-    infos["norms"] = collect_rows(run, parts["norms"], passed, inputs, (0, 2, second), 0)
+    infos["norms"] = collect_rows(run, parts["norms"], passed, inputs, (0, 2, second), 0, "norms")
     return infos
 
 

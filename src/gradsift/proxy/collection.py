@@ -58,13 +58,16 @@ def _units(config: ProxyConfig, adapters: Sequence[Sequence[Artifact]], epoch: i
 
 
 def _collect(ensemble: Ensemble, unit: Unit, shard: int) -> Artifact:
-    runtime, config = ensemble.runtime, ensemble.config
+    runtime, config, (member, epoch, weights) = ensemble.runtime, ensemble.config, unit
+    # made here, because the norms do not depend on the number of members, and `make` must read only what they depend on
+    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
+    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
 
     def make(folder: Path) -> Mapping[str, Any]:
-        return collect_rows(runtime, folder, config, ensemble.load(), unit, shard)
+        return collect_rows(runtime, folder, config, ensemble.load(), unit, shard, label)
 
     # examples in a shard, rounded up; plans estimate the time from this number
-    size = -(-(unit[2].size or 0) // config.shards)
+    size = -(-(weights.size or 0) // config.shards)
     return runtime.store.obtain(**_identity(ensemble, unit, shard), make=make, size=size, divided=True)
 
 
@@ -79,13 +82,18 @@ def _identity(ensemble: Ensemble, unit: Unit, shard: int) -> dict[str, Any]:
 
 
 def collect_rows(
-    runtime: Runtime, folder: Path, config: ProxyConfig, inputs: ProxyInputs, unit: Unit, shard: int
+    runtime: Runtime, folder: Path, config: ProxyConfig, inputs: ProxyInputs, unit: Unit, shard: int, label: str
 ) -> dict[str, Any]:
-    """Collect the norms of one shard, write them to `folder`, and return the artifact's `info`."""
+    """Collect the norms of one shard and write them to `folder`.
+
+    Args:
+        label: name of the progress bar.
+
+    Returns:
+        The artifact's `info`.
+    """
     member, epoch, weights = unit
     encoded = shard_of(inputs.encoded, shard, config.shards)
-    label = f"norms of member {member + 1}/{config.members}, epoch {epoch}/{config.total_epochs}"
-    label += f", shard {shard} of {config.shards}" if config.shards > 1 else ""
     masks = derive_seed(runtime.seed, "mc_dropout", member, epoch) if config.ensemble == "mc_dropout" else None
     with (
         # the seed 0 has no effect, because the member's weights replace the new adapter's

@@ -51,9 +51,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores + 1
 
 
-# They take longest and wait for processes: begun last, they would leave the other workers idle. The first two share one
-# server of forks, so they are best run by one worker.
-FIRST = ["test_concurrency.py", "test_soak.py", "test_ranks.py", "test_cuda_paths.py", "test_figures.py"]
+# They take longest and wait for processes: begun last, they would leave the other workers idle.
+FIRST = ["test_concurrency.py", "test_ranks.py", "test_cuda_paths.py", "test_figures.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ ONE_RUN = (
 )
 
 
+@pytest.mark.slow  # `.ci/run` runs it
 def test_kills_within_an_epoch_and_the_judging_change_no_byte(tmp_path: Path) -> None:
     outcome = soak(tmp_path, 2, 0, ONE_RUN, ("member", "judge"), Forked)
     assert len(outcome.hits) == 2

@@ -59,8 +59,8 @@ def row_of(name: str, scores: np.ndarray, first: np.ndarray, spoilt: np.ndarray 
     cells = [name, f"{spearmanr(scores[both], first[both]).statistic:.3f}", f"{shared:.2f}"]
     if spoilt is not None:
         known = ~np.isnan(scores)
-        cells += [f"{auroc(scores[known & ~spoilt], scores[known & spoilt]):.2f}"]
-        cells += [f"{spoilt[top(scores)].mean():.2f}"]
+        area = auroc(scores[known & ~spoilt], scores[known & spoilt])  # None if one of the two kinds of rows is absent
+        cells += ["-" if area is None else f"{area:.2f}", f"{spoilt[top(scores)].mean():.2f}"]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -1,4 +1,4 @@
-"""What the scripts share: the line of a run, the norms and losses of its members, and the defaults of `contrast`.
+"""Helpers of the scripts: the `Line` of a run, the norms and losses of its members, and the defaults of `contrast`.
 
 Shape letters: M members, N examples.
 """
@@ -22,7 +22,7 @@ CONTRAST = ContrastConfig(name="contrast")
 
 
 def line_of(overrides: Sequence[str]) -> Line:
-    """Return the line of the run of `python run.py OVERRIDES`. A missing artifact is made at its first use."""
+    """Return the `Line` (the stages) of `python run.py OVERRIDES`. A missing artifact is made at its first use."""
     config = compose_config(overrides)
     prepare(config.compute)
     display = Display()

@@ -10,7 +10,8 @@ knowledge (target_set=verifiable): once by the walk, and once as the set S that 
 S is found by integer programming, so the sub-pools must be small. The walk has a second constraint: each step must keep
 the direction of the sum of gradients. This constraint depends on the order of the steps, which a set does not have, so
 the optimum ignores it and is an upper bound. Prints Markdown: the number of rows that the walk selected, the largest
-number of rows (up to the share) that all agree, and the mean <g, K> of the walk's rows and of the best set.
+number of rows (up to the share) that all agree, and the mean <g, K> of the walk's rows and of the best set of as many
+rows.
 
 Shape letters: n rows of a sub-pool, D features.
 """
@@ -55,7 +56,7 @@ def compared(vectors: np.ndarray, core: CoreKnowledge, share: int, keep: float) 
 
     Returns:
         The number of rows that the walk selects, the largest number of rows that all agree (at most `share`), and the
-        mean <g, K> of the walk's rows and of the optimum.
+        mean <g, K> of the walk's rows and of the best set of as many rows.
     """
     features, pool = Features(vectors), np.arange(len(vectors))
     towards, unused = products(features, pool, core.directions), np.ones(len(pool), dtype=bool)

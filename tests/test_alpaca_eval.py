@@ -264,6 +264,7 @@ def annotator_folder(tmp_path: Path, prompt: str | None, **other: Any) -> str:
         ("{instruction} {output_1} {output_1} {output_2}", {}, r"the slot \{output_1\} 2 times"),
         ("{instruction} {output_1} {output_2} {style}", {}, r"the slot \{style\}; known are"),
         ("{instruction} {output_1} {output_2}", {"fn_completion_parser": "copy"}, "the parser 'copy' is not known"),
+        ("{instruction} {output_1} {output_2}", {"completion_key": "logprobs"}, "completion_key='logprobs' is unknown"),
         ("{instruction} {output_1} {output_2}", {"completions_kwargs": {}}, "model_name is missing"),
         (
             "{instruction} {output_1} {output_2}",

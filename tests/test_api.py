@@ -203,6 +203,9 @@ def test_texts_reach_the_config_as_they_are() -> None:
     config = _config(Path("x"), [], {"proxy": "tiny_bytes", **fields_given})
     fields = config.data.fields  # type: ignore[attr-defined]
     assert {name: getattr(fields, name) for name in texts} == texts
+    shares: Any = {"a:1,b": 2.0, " x": 1.0, "C++": 3.0, "(y) [z]": 4.0, "{k=v}\\": 5.0}
+    config = _config(Path("x"), ["selector=quotas"], {"proxy": "tiny_bytes", "selector__shares": shares})
+    assert config.selector.shares == shares  # type: ignore[union-attr]
 
 
 # -------------------------------------------------------------------------------------------- formula

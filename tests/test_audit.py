@@ -361,7 +361,7 @@ def test_a_selection_from_corrupted_data_says_which_rows_are_not_the_users(grads
     file = gradsift.folder / "rows.json"
     file.write_text(json.dumps(rows))
     options = ("data=json", f"data.path={file}", "proxy=tiny_bytes", "proxy.members=2", "audit.clusters=5")
-    assert gradsift("experiment=audit", *options, "scorer=random", "alpha=1", "compute.threads=1") == 0
+    assert gradsift("experiment=audit", *options, "scorer=random,superfilter", "alpha=1", "compute.threads=1") == 0
     (selection,) = gradsift.folder.glob("multirun/*/*/*random*/selection.jsonl")
     selected = [json.loads(line) for line in selection.read_text().splitlines()]
     assert len(selected) == 44
@@ -372,7 +372,7 @@ def test_a_selection_from_corrupted_data_says_which_rows_are_not_the_users(grads
         own = row.pop("gradsift")
         assert row in rows and (own["row_index"] >= 40 or row == rows[own["row_index"]])
     methods = json.loads((sweep_of(gradsift) / "audit.json").read_text())["datasets"][0]["methods"]
-    assert set(methods) == {"random"}
+    assert set(methods) == {"random", "superfilter"}
     assert methods["random"]["families"] == "clusters"
     assert methods["random"]["selections"][0]["families"] >= 1
 

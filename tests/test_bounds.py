@@ -102,7 +102,8 @@ def refused(*arguments: str) -> str:
 
 def test_every_group_that_is_null_is_refused_with_its_choices() -> None:
     for group in {path.name for path in conf_folder().iterdir() if path.is_dir()} - {"hydra"}:
-        for written in (f"{group}=null", f"+{group}=NULL"):
+        lists = (f"{group}=a, null", f"{group}=[null]", f"{group}=choice(null,a)", f"{group}@{group}=null")
+        for written in (f"{group}=null", f"+{group}=NULL", *lists):
             assert refused("-m", written).startswith(f"{group}=null is not a choice; leave {group} out, or choose")
     assert "gsnr, gsnr_direction" in refused("scorer=null")
     assert "basic" not in refused("hydra/launcher=null") and "joblib" in refused("hydra/launcher=null")
@@ -117,6 +118,7 @@ def test_other_nulls_and_other_arguments_pass() -> None:
         "--cfg=null",
         "seed=" + "1" * 1000,
         "scorer=nullable",
+        "+scorer={_target_: a.b, name: b, top: null, bottom: 1}",
     ]
     require_readable(fine)
 
@@ -162,14 +164,16 @@ HUGE = ("range(0,1e9)", "range(0,1000000000)", "sort(range(0,1e9))", "shuffle(ra
 @pytest.mark.parametrize("searches", [False, True])
 @pytest.mark.usefixtures("hydra_ready")
 def test_a_sweep_of_too_many_jobs_is_refused_without_listing_them(text: str, searches: bool) -> None:
-    with pytest.raises(ConfigError, match=r"sweep has at least 10,001 jobs to check, and at most 10,000 are possible"):
+    with pytest.raises(
+        ConfigError, match=r"sweep has at least 10,001 jobs to check, and at most 10,000 are possible; alpha"
+    ):
         jobs_of(master(f"alpha={text}", "seed=0"), searches)
 
 
 @pytest.mark.usefixtures("hydra_ready")
 def test_jobs_are_counted_over_all_options() -> None:
     assert len(jobs_of(master("alpha=range(0,100)", "seed=range(0,100)"), searches=False)) == MOST_JOBS
-    with pytest.raises(ConfigError, match=r"sweep has at least 10,100 jobs"):
+    with pytest.raises(ConfigError, match=r"sweep has at least 10,100 jobs .*; seed has the most values"):
         jobs_of(master("alpha=range(0,100)", "seed=range(0,101)"), searches=False)
     # a search needs each value only once
     assert len(jobs_of(master("alpha=range(0,100)", "seed=range(0,101)"), searches=True)) == 101

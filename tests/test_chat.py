@@ -336,6 +336,14 @@ def test_fewer_prompts_than_give_up_that_are_all_refused_are_no_answers_either(
     assert len(asked(client(give_up=5), MANY[1:3])) == 2
 
 
+def test_a_refused_prompt_beside_a_stored_reply_of_another_scope_is_invalid(endpoint: Endpoint, client: Client) -> None:
+    endpoint.behave = lambda text, attempt: (200, "1", {}) if text == "a" else (400, "no", {})
+    assert asked(client(), ["a"], scope="first") == {0: 1}
+    got = asked(client(), ["a", "b"], scope="second")  # nothing is spent here, but not every prompt is refused
+    assert got[0] == 1 and got[1].startswith("the endpoint refuses it, HTTP 400")
+    assert client().spent("second")["calls"] == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

@@ -283,6 +283,11 @@ def test_a_constant_without_a_value_in_a_users_yaml_is_named() -> None:
         load_config(config)
 
 
+def test_alpha_may_exceed_the_candidates_if_it_is_a_share_of_the_scored_rows() -> None:
+    config = composed("selector=facility_location", "alpha=0.3", "budget_base=scored")
+    assert config.selector.candidates == 0.2
+
+
 def test_characters_of_any_data_can_be_counted_without_a_proxy() -> None:
     config = composed("scorer=length", "scorer.unit=characters", "data=json", "data.path=x", "stop_after=selection")
     assert config.scorer._target_ == "gradsift.scoring.length.length_in_characters"

@@ -217,7 +217,7 @@ def test_duplicates_go_before_limit_and_holdout_are_drawn(tmp_path: Path) -> Non
 def test_a_holdout_that_duplicates_leave_nothing_for_is_refused(tmp_path: Path) -> None:
     rows = [{"instruction": "say", "output": "yes"}] * 5
     assert len(pool_of(loaded(tmp_path, rows, dedup="exact"))) == 1
-    with pytest.raises(ConfigError, match=r"data\.holdout=2, but only 1 rows"):
+    with pytest.raises(ConfigError, match=r"data.dedup=exact drops 4 of the 5 rows, and data.holdout=2 leaves none"):
         loaded(tmp_path, dedup="exact", holdout=2)
 
 

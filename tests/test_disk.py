@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -86,6 +88,26 @@ def test_a_mapped_array_allocates_its_space_first(mount: Mount) -> None:
     fitting = open_features(disk, 100, 100)
     fitting[:] = 1.0
     fitting.flush()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space cannot be allocated first")
+@pytest.mark.parametrize("left", [0, 4_128])
+def test_a_mapped_array_that_does_not_fit_gives_its_space_back(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ext4 keeps the part that it could allocate. `left`: size of the array of an interrupted run."""
+
+    def allocate_a_part(descriptor: int, offset: int, size: int) -> None:
+        os.ftruncate(descriptor, 100_000)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if left:
+        open_features(tmp_path, 10, 100)[:] = 1.0
+    monkeypatch.setattr(os, "posix_fallocate", allocate_a_part)
+    with pytest.raises(OSError, match=r"No space left on device for 4\.0 GB of vectors: .*features\.npy"):
+        open_features(tmp_path, 10_000, 100_000)
+    (file,) = tmp_path.rglob("features.npy")
+    assert file.stat().st_size == left
 
 
 @pytest.mark.parametrize("moment", ["within", "between"])

@@ -24,6 +24,7 @@ from gradsift.evaluation.generation import ModelOutput, model_outputs, write_mod
 from gradsift.evaluation.human.pairs import PairFiles
 from gradsift.evaluation.judgments import Judgment, read_judgments
 from gradsift.evaluation.pws import outcomes_of, summarise
+from gradsift.evaluation.records import describe, read_records
 
 ITEMS = [Item("set", str(n), f"question {n}", "with this" if n == 2 else "", None) for n in range(6)]
 OURS = model_outputs(ITEMS, [f"ours {n}" for n in range(6)], "ours-m")
@@ -84,6 +85,16 @@ def test_an_export_without_draws_or_invalid_items_is_read_too(files: PairFiles, 
     theirs = get_winrate(pd.read_json(tmp_path / "to" / "ours-m" / "openai_m" / "annotations.json"))
     assert (theirs["n_wins"], theirs["n_wins_base"]) == (4, 2)
     assert theirs["win_rate"] == pytest.approx(50 * pooled(judgments(scores=decided))["pws"])
+
+
+def test_the_exported_annotations_have_the_same_pws_among_our_records(files: PairFiles, tmp_path: Path) -> None:
+    export(files, tmp_path / "to")
+    records = read_records(tmp_path / "to" / "ours-m" / "openai_m" / "annotations.json")
+    assert records.model == "ours-m"
+    found, ours = describe(records, 0.95)["one_order"], pooled(judgments())
+    assert {name: found[name] for name in ("win", "tie", "lose", "invalid", "pws")} == {
+        name: ours[name] for name in ("win", "tie", "lose", "invalid", "pws")
+    }
 
 
 def test_a_row_of_the_annotations_by_hand(files: PairFiles, tmp_path: Path) -> None:

@@ -266,6 +266,9 @@ def test_a_full_disk_is_seen_before_the_warm_up(fresh: Path, monkeypatch: pytest
     assert not list((fresh / "warmup").glob("*/manifest.json"))
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=4 * 40 * 2 * 48))
     require_room(line.runtime, line.config.features, line._pool_inputs(), 2)
+    with pytest.raises(GradsiftError, match=r"40 rows x 2 checkpoints x [\d,]{5,} dimensions"):
+        _ = line_of(fresh, "features.dimensions=null").gradients
+    assert not list((fresh / "warmup").glob("*/manifest.json"))
 
 
 def test_a_gradient_that_is_not_finite_is_named_by_its_row(line: Line, fresh: Path) -> None:

@@ -106,6 +106,7 @@ def test_what_cannot_be_sent_is_refused_at_once(
         ("export=[trl,axolotl]", "stop_after=scores"): "export writes the selection, but stop_after=scores",
         ("export=[trl,foo]",): "export=foo does not exist; the choices are: axolotl, llama_factory, trl",
         ("export.merged=true", "stop_after=selection"): "take stop_after=finetune or a later stage",
+        ("-m", "seed=1,2", "export.push_to_hub=a/b"): "export.push_to_hub=a/b is the dataset of another job too",
     }
     for options, words in cases.items():
         assert gradsift(*options, "tracker=none") == 2

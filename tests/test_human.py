@@ -362,6 +362,15 @@ def test_markdown_is_rendered_without_the_html_links_and_images_of_an_answer(tmp
     assert not re.search(r"<(script|img|a|b|u|i|iframe|svg|style)\b|<[^>]*(\bon\w+=|javascript:)", shown)
 
 
+def test_a_text_that_is_too_long_to_render_is_shown_as_text(tmp_path: Path) -> None:
+    long = "**bold** <u>" * 10_000
+    served = Direct(outputs(tmp_path, 1, good=long, bad="**bold**"), plain=False)
+    with served.client("Ann") as client:
+        page = client.get(f"{served.root}/r/1/1").text
+    assert texts_of(page) == [long]
+    assert page.count("<strong>bold</strong>") == 1 and "<u>" not in page
+
+
 def test_both_bad_is_a_tie_that_is_counted_and_a_comment_is_stored_with_the_vote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,7 +425,9 @@ def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(tmp
             (client.get("/r/1/1"), 404),
             (client.get(f"{served.root[:-1]}/r/1/1"), 404),
             (client.get(f"{served.root}/../votes.sqlite"), 404),
-            (client.get(f"{served.root}/pages/..%2Fserver.py"), 404),
+            (client.get(f"{served.root}/static/..%2Fserver.py"), 404),
+            (client.get(f"{served.root}/static/"), 404),
+            *((client.get(f"{served.root}/{place}/pair.html"), 404) for place in ("static", "pages")),
             (client.get(f"{served.root}/r/2/1"), 404),
             (client.get(f"{served.root}/r/1/7"), 404),
             (client.get(f"{served.root}/r/1/{10**30}"), 404),
@@ -437,6 +448,7 @@ def test_only_this_machine_under_its_own_name_with_the_key_and_its_own_forms(tmp
         assert [response.status_code for response, _ in refused] == [status for _, status in refused]
         for response, _ in refused:
             assert response.headers["content-security-policy"].startswith("default-src 'none'")
+            assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
             assert response.headers["cache-control"] == "no-store"
             assert served.root not in response.text or response.request.url.path.startswith(served.root)
         assert {vote.choice for vote in served.votes.all()} == {None}
@@ -589,6 +601,8 @@ def test_a_run_names_its_answers_and_its_judge(tmp_path: Path, capsys: pytest.Ca
     assert found["raters"]["Ann"]["win"] == 3
     assert found["judge"]["majority"] == {"items": 3, "accuracy": 1.0, "kappa": None}
     shutil.rmtree(model.path)
+    shutil.rmtree(reference.path)
+    assert printed(capsys, str(run)) == found  # votes can be counted without the answers
     assert "model_outputs.json cannot be read" in refused(capsys, str(run), "--port", "0")
 
 
@@ -651,6 +665,17 @@ def test_outputs_that_do_not_match_are_refused_with_their_rows(
     error = refused(capsys, *arguments(files))
     assert "set/3 (different instruction)" in error
     assert "set/6 (only in the model's answers)" in error
+
+
+@pytest.mark.parametrize("part", ["generator", "item_id", "dataset"])
+def test_names_that_sqlite_cannot_store_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    files = outputs(tmp_path)
+    for file in (files.model, files.reference):
+        file.write_text(json.dumps([row | {part: f"{row[part]}\ud800"} for row in json.loads(file.read_text())]))
+    assert "contains a lone surrogate" in refused(capsys, *arguments(files, "--port", "0"))
+    assert not (tmp_path / "votes.sqlite").exists()
 
 
 def test_a_file_of_other_votes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

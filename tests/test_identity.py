@@ -90,7 +90,7 @@ STAGES = {  # of which a unit must have been seen at work
     "contrast": {"losses"},
     "grads": {"embedding_gradients"},
     "less": {"warmup", "features", "target_set"},
-    "g2is": {"features"},
+    "g2is": {"warmup", "features", "target_set"},
     "superfiltering_d": {"score", "embeddings"},
     "rds_plus": {"embeddings"},
     "length": {"score"},
@@ -271,7 +271,7 @@ def test_every_option_that_a_stage_reads_is_in_its_identity(
     shutil.copytree(backbones, tmp_path / "store")
     config = composed(*LINES[line], f"artifacts={tmp_path / 'store'}")
     # the line `gsnr` covers the stages that all lines share
-    stages = None if line == "gsnr" else STAGES[line] | {"overlap", "score", "select"}
+    stages = None if line == "gsnr" else STAGES[line] | {"overlap", "score", "select", "statistics"}
     reads = reads_of_a_unit_of_each_stage(config, tmp_path / "store", monkeypatch, stages)
     assert {Path(unit).parent.name for unit in reads} >= STAGES[line]
     assert uncovered(config, tmp_path / "store", reads) == {}

@@ -240,6 +240,13 @@ def test_the_headline_names_the_limits_of_one_seed_and_the_baselines() -> None:
     assert ("its held-out loss", "1.500", "full data 1.250") in headline(sweep(*seeds)).tiles
 
 
+def test_the_headline_has_the_length_controlled_pws_beside_the_plain_one() -> None:
+    one = judged("gsnr", "w" * 30, length_controlled={"pws": 1.25, "benchmarks": {"vicuna": {"pws": 1.25}}})
+    tile = ("length-controlled PWS", "1.250", "at answers of equal length")
+    assert tile in headline(sweep(one)).tiles
+    assert tile in headline(Material(Path("run"), [one], False)).tiles
+
+
 def test_methods_below_random_rows_are_one_warning(tmp_path: Path) -> None:
     found = [
         Diagnostic(f"against_random (gsnr, {alpha})", "warning", {"pws": 0.75, "pws_random": 1.0, "p_value": p}, "m")

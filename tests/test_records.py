@@ -143,6 +143,13 @@ def test_two_query_reviews_hold_the_models_score_first_in_both_orders(tmp_path: 
     assert result["orders"] == ["forward", "reverse"] and "one_order" not in result
 
 
+def test_blank_lines_do_not_change_the_items_of_reviews_without_ids(tmp_path: Path) -> None:
+    file = queries(tmp_path, ([9, 8], [9, 7]), ([4, 8], [4, 7]))
+    rows = [{k: v for k, v in json.loads(line).items() if k != "question_id"} for line in file.read_text().splitlines()]
+    file.write_text("\n" + "\n\n".join(map(json.dumps, rows)))
+    assert [judgment.item_id for judgment in read_records(file).judgments] == ["1", "1", "2", "2"]
+
+
 def test_two_query_reviews_of_other_assistants_in_between_are_refused(tmp_path: Path) -> None:
     file = queries(tmp_path, ([9, 8], [9, 7]), ([9, 8], [9, 7]), assistant2_QUERY1="theirs")
     with pytest.raises(DataError, match=r"line 2: the assistants are not \('ours', 'chat'\)"):
@@ -339,6 +346,14 @@ def test_the_paired_test_equals_the_enumeration_of_all_sign_flips() -> None:
 
 
 HUGE = "9" * 400  # beyond all floats
+
+
+def test_a_judgment_whose_reply_quotes_the_key_of_a_review_is_still_a_judgment(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(JUDGMENT.replace("null", "2").replace('"r"', json.dumps('an "eval_QUERY0"')))
+    (judgment,) = read_records(tmp_path / "a.jsonl").judgments
+    assert (judgment.reply, judgment.score_model) == ('an "eval_QUERY0"', 2)
+
+
 JUDGMENT = (
     '{"benchmark": "b", "item_id": "1", "order": "forward", "prompt_hash": "h", "judge": "j", "reply": "r", '
     '"score_model": null, "score_reference": 1, "valid": true, "reason": ""}'

@@ -31,7 +31,7 @@ from gradsift.gradients.statistics import STATISTICS_FILE, Statistics
 from gradsift.pages import portable, presentable
 from gradsift.report import page as page_module
 from gradsift.report.__main__ import main
-from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, pools
+from gradsift.report.browser import CUT, STATUSES, Pool, held, pack, packed_pools, pools
 from gradsift.report.figures import FIGURES
 from gradsift.report.inline_svg import inline_svg
 from gradsift.report.material import Material, Missing, read
@@ -571,6 +571,18 @@ def test_of_a_large_pool_the_selected_and_a_share_of_the_others_are_held(sweep: 
     assert about["methods"][0]["scored"] == ROWS  # ranks are among all
 
 
+def test_pools_of_any_sizes_are_held_in_full_while_there_is_room(sweep: Made) -> None:
+    (large,) = pools(read(sweep.folder))
+    small = replace(large, examples=large.examples[:6], quality=None, family=None, methods=[], selections=[])
+
+    def rows(most: int) -> list[int]:
+        return [packed.about["rows"] for packed in packed_pools([large, small], most)]
+
+    assert rows(ROWS + 6) == [ROWS, 6]
+    assert rows((ROWS + 6) // 2) == [ROWS // 2, 3]
+    assert packed_pools([], 10) == []
+
+
 def test_rankings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     jobs = made(tmp_path)
     jobs.job(0, "gsnr", 0.1)
@@ -586,8 +598,8 @@ def test_rankings_of_one_name_are_told_apart(tmp_path: Path) -> None:
     other |= {"artifact": str(moved), "fingerprint": "other"}
     (jobs.folder / "1-gsnr-0.25" / "run.json").write_text(json.dumps(run))
     (pool,) = pools(read(jobs.folder))
-    assert [method["name"] for method in pool.methods] == ["gsnr", "gsnr (1-gsnr-0.25)"]
-    assert [selection["name"] for selection in pool.selections] == ["gsnr at 10 %", "gsnr (1-gsnr-0.25) at 25 %"]
+    assert [method["name"] for method in pool.methods] == ["gsnr", "gsnr, seed 1"]
+    assert [selection["name"] for selection in pool.selections] == ["gsnr at 10 %", "gsnr, seed 1 at 25 %"]
 
 
 def test_a_pool_without_labels_or_texts_to_sort_by_is_packed(sweep: Made) -> None:

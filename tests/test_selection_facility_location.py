@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradsift.errors import ConfigError
 from gradsift.features.vectors import Features, unit_rows
 from gradsift.scoring.scores import Scores
 from gradsift.selection import facility_location as module
@@ -129,3 +130,9 @@ def test_one_of_each_of_two_crowds_is_taken_before_a_second_of_either() -> None:
     (told,) = choice.diagnostics
     assert told.name == "facility_location"  # beside the selection's `coverage`, which compares with random rows
     assert told.values == {"mean_similarity": 1.0, "candidates": 16}
+
+
+def test_fewer_candidates_than_the_budget_is_refused() -> None:
+    vectors = Features(np.eye(10, dtype=np.float32))
+    with pytest.raises(ConfigError, match=r"selector.candidates=0.29 gives 2 cand.* budget is 3.*lower alpha"):
+        facility_location(Scores(np.arange(10.0)), 3, vectors, similarity="cosine", candidates=0.29)

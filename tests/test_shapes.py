@@ -319,9 +319,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "chosen text alone": ({"chosen": f"Human: {ASK}", "rejected": "x"}, "column 'chosen' does not say.*split it"),
     "input and output": ({"input": ASK, "output": SAY}, r"whole prompt, set data\.fields\.instruction=input"),
-    "an unknown response": ({"question": ASK, "reply": SAY}, r"columns are question, reply.*data\.fields\.output=NAME"),
-    "an unknown prompt": ({"riddle": ASK, "answer": SAY}, r"are riddle, answer.*data\.fields\.instruction=NAME"),
+    "an unknown response": (
+        {"question": ASK, "reply": SAY},
+        r"column of the response with data\.fields\.output=COLUMN, one of: reply",
+    ),
+    "an unknown prompt": (
+        {"riddle": ASK, "answer": SAY},
+        r"column of the prompt with data\.fields\.instruction=COLUMN, one of: riddle",
+    ),
     "unknown turns": ({"dialogue": [USER, REPLY]}, r"set data\.fields\.messages=dialogue"),
+    "turns as rows": (USER, r"the rows are turns: write each conversation as one row"),
 }
 
 
@@ -377,6 +384,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "semicolons": ("a.csv", table(";")),
     "bars": ("a.csv", table("|")),
     "commas in .tsv": ("a.tsv", table(",")),
+    "the delimiter named": ("a.csv", "sep=;\n" + table(";")),
     "carriage returns": ("a.csv", table(";").replace("\n", "\r")),
     "UTF-16": ("a.csv", table("\t").encode("utf-16")),
     "blanks in the header": ("a.csv", "instruction, input, output\n" + table(",").partition("\n")[2]),
@@ -397,6 +405,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "indented objects": ("a.json", json.dumps(ROW, indent=1) + json.dumps(OTHER, indent=1)),
     "data beside other keys": ("a.json", json.dumps({"version": "1", "data": [ROW, OTHER], "tags": ["x"]}, indent=1)),
     "data beside other keys on a line": ("a.json", json.dumps({"version": "1", "data": [ROW, OTHER], "by": {}})),
+    "data in .jsonl": ("a.jsonl", json.dumps({"data": [ROW, OTHER], "errors": []})),
 }
 
 

@@ -48,6 +48,10 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
             ["proxy.members=1,2", "scorer=late_loss,gsnr", "scorer.eps=1e-8"],
             ["job 1 of 4 (", "eps", "and 1 more: ", "job 2 of 4 (", "divides by a variance over members"],
         ),
+        (["seed=range(1,9,0)"], ["seed=range(1,9,0) cannot be listed (", "a step other than 0"]),
+        (["alpha=range(0,nan,0.1)"], ["alpha=range(0,nan,0.1) cannot be listed (", "give finite numbers"]),
+        (["scorer=glob(nosuch*)"], ["scorer=glob(nosuch*) has no values; give at least one"]),
+        (["seed=range(0,1e12)"], ["at least 10,001 jobs to check", "seed has the most values"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )

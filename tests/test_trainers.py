@@ -6,6 +6,7 @@ own: GRADSIFT_TEST_LLAMA_FACTORY and GRADSIFT_TEST_AXOLOTL name the Python of ea
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -149,6 +150,14 @@ def test_a_run_without_a_target_leaves_the_model_to_be_named(tmp_path: Path) -> 
     named = {tool: yaml.safe_load((folder / tool / "sft.yaml").read_text()) for tool in FORMATS}
     keys = {"trl": "model_name_or_path", "llama_factory": "model_name_or_path", "axolotl": "base_model"}
     assert [named[tool][keys[tool]] for tool in FORMATS] == ["MODEL"] * 3
+
+
+def test_epochs_have_each_tools_name_and_type(tmp_path: Path) -> None:
+    by_epochs = dataclasses.replace(target(), steps=None, epochs=2)
+    export(ExportConfig(**dict.fromkeys(FORMATS, True)), by_epochs, "a/b", examples("single"), tmp_path)
+    lines = [(tmp_path / "export" / tool / "sft.yaml").read_text().splitlines() for tool in FORMATS]
+    expected = ("num_train_epochs: 2", "num_train_epochs: 2.0", "num_epochs: 2")
+    assert all(line in of_tool for line, of_tool in zip(expected, lines, strict=True))
 
 
 def test_only_pairs_have_files_for_preference_training(tmp_path: Path) -> None:

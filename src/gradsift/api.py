@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,11 @@ def _chosen(method: str) -> str:
     )
 
 
+def _key(name: str, key: Any) -> str:
+    """Return a key of a dict in the syntax of the command line, in which keys cannot be quoted."""
+    return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", key) if isinstance(key, str) else _spelt(name, key)
+
+
 def _spelt(name: str, value: Any) -> str:
     """Return a Python value in the syntax of the command line; an error message names the option `name`."""
     if isinstance(value, np.generic):
@@ -281,7 +287,7 @@ def _spelt(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(_spelt(name, item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_spelt(name, item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{_key(name, key)}:{_spelt(name, item)}" for key, item in value.items()) + "}"
     raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give a number, a text, a list or a dict of these")
 
 

@@ -143,7 +143,9 @@ def require_readable(arguments: Sequence[str]) -> None:
         require_no_typed_secret(group, value)
         if (longest := max((len(digits) for digits in re.findall(r"\d+", value)), default=0)) > _MOST_DIGITS:
             raise ConfigError(f"{group} is given a number of {longest:,} digits; give one that fits into 64 bits")
-        if value.lower() == "null" and (conf_folder() / group).is_dir():
+        names = [] if value.startswith("{") else re.split(r"[\s,()\[\]]+", value.lower())  # of a choice, list or sweep
+        group = group.split("@")[0]
+        if "null" in names and group and (conf_folder() / group).is_dir():
             choices = ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
             raise ConfigError(f"{group}=null is not a choice; leave {group} out, or choose one of: {choices}")
 

@@ -57,8 +57,8 @@ def peak_resident_gb() -> float | None:
 def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the sums, by `WORK_COLUMNS`, over units of work given as entries of `stages` in one or several `run.json`.
 
-    A unit that several runs reused counts once for each run. So do the steps and tokens that a reuse saved, which are
-    those that were spent when the unit was made.
+    A unit that several runs reused counts once for each run. The steps and tokens that were
+    spent to make it count as saved once for each of these runs.
     """
     total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
     for stage in stages:

@@ -28,7 +28,7 @@ class Diagnostic:
 
     @classmethod
     def judged(cls, name: str, bad: bool, values: Mapping[str, float | None], observed: str, check: str) -> Diagnostic:
-        """Return `ok`, or, if the value is `bad`, a `warning` whose message also says what to `check`."""
+        """Return a `warning` whose message also says what to `check` if `bad`, otherwise an `ok`."""
         return cls(name, "warning", values, f"{observed}; check {check}") if bad else cls(name, "ok", values, observed)
 
     @classmethod

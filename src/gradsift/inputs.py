@@ -162,7 +162,7 @@ class Inputs:
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return diagnostics of the ensemble up to the late snapshot for a scorer that asked for these sources."""
+        """Return the diagnostics of the ensemble up to the late snapshot; `asked` names the sources of the scorer."""
         if not self.has_ensemble:
             return []
         trained = [epochs[: self.config.proxy.snapshots[1]] for epochs in self.adapters]

@@ -150,7 +150,7 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed by itself; without such a rank, of one that lost another rank.
+    """Return the error of the first rank that failed by itself, or an error of a lost rank if none did.
 
     The error is a `GradsiftError`, or a `RuntimeError` for a defect.
     """

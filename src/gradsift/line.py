@@ -117,7 +117,7 @@ class Line(Inputs):
     def refused(self) -> Artifact | None:
         """Artifact with the rows that the proxy's chat template cannot render.
 
-        None without a chat template, or if the asked sources use neither the pool's tokens nor its embeddings.
+        None without a chat template, or if no source that the run asks for uses the pool's tokens or embeddings.
         """
         proxy = self.config.proxy
         if not is_chat(proxy.template):

@@ -47,7 +47,7 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 def read_manifest(path: Path, **request: Any) -> tuple[dict[str, Any], str | None]:
     """Return the manifest of the artifact at `path`, and a message about the artifact's damage (None if it is intact).
 
-    A manifest that cannot be read is returned as {}. `request` are values that the manifest must have.
+    A manifest that cannot be read is returned as {}. `request` gives values that the manifest must have.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)

@@ -138,7 +138,7 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, str]]:
-    """Return the settings to print at the start of a run as (name, value), without those of stages not reached."""
+    """Return the settings to print when a run starts, as (name, value); stages that it does not reach are left out."""
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"

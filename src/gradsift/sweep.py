@@ -18,14 +18,14 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gradsift.composition import in_one_line, quoted
 from gradsift.config import Config, load_config
-from gradsift.errors import ConfigError, GradsiftError
+from gradsift.errors import ConfigError, GradsiftError, first_line
 
 HOME = "GRADSIFT_HOME"  # environment variable of a job: the folder in which its sweep was started
 MOST_JOBS = 10_000  # in one sweep
@@ -65,6 +65,7 @@ def begin(composed: DictConfig) -> Sweep:
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # otherwise Optuna prints a line for every trial
     jobs = jobs_of(composed, searches)
     errors: dict[str, list[int]] = {}  # numbers of the jobs that cannot run, by error message
+    datasets: set[str] = set()  # the datasets to which earlier jobs push their selections
     before = HydraConfig.instance().cfg
     with Display().task(f"check {len(jobs):,} jobs", len(jobs)) as advance:
         for number, job in enumerate(jobs):
@@ -72,6 +73,13 @@ def begin(composed: DictConfig) -> Sweep:
                 config = _load(composed, job)
                 if searches:
                     config.check_objective()
+                if dataset := config.export.push_to_hub:
+                    if dataset in datasets:
+                        raise ConfigError(
+                            f"export.push_to_hub={dataset} is the dataset of another job too, whose selection would be "
+                            "replaced; give each its own, as in 'export.push_to_hub=OWNER/NAME-${alpha}-${seed}'"
+                        )
+                    datasets.add(dataset)
             except GradsiftError as error:
                 errors.setdefault(str(error), []).append(number)
             except (HydraException, OmegaConfBaseException) as error:
@@ -108,7 +116,7 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     The jobs of a search have every listed value of each option and both ends of each interval at least once.
 
     Raises:
-        ConfigError: there are more than `MOST_JOBS` jobs, which is found without listing them.
+        ConfigError: an option has no values, or there are more than `MOST_JOBS` jobs (found without listing them).
     """
     # not resolved: an override may contain `${hydra:job.num}`, which only a job has
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
@@ -117,26 +125,39 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
     choices = {}
     # if several overrides set one option, the last one counts; those of the command line come last
     for override in parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *task]):
-        key, value = override.get_key_element(), override.value()
-        if isinstance(value, IntervalSweep):
-            texts = [str(value.start), str(value.end)]
-        elif override.is_sweep_override():
-            # Hydra's own iterator would list all values of a shuffled range
-            values = map(str, value.range()) if isinstance(value, RangeSweep) else override.sweep_string_iterator()
-            texts = list(itertools.islice(values, MOST_JOBS + 1))
-        else:
-            texts = [override.get_value_element_as_str()]
-        choices[key] = [f"{key}={text}" for text in texts]
+        key = override.get_key_element()
+        try:
+            choices[key] = [f"{key}={value}" for value in _values_of(override)]
+        except (ValueError, ArithmeticError, HydraException) as error:
+            raise ConfigError(
+                f"{override.input_line} cannot be listed ({first_line(error)}); in a range, give finite numbers and a "
+                "step other than 0"
+            ) from error
+        if not choices[key]:
+            raise ConfigError(f"{override.input_line} has no values; give at least one")
     counts = [len(values) for values in choices.values()]
     longest = max(counts, default=0)
     if (number := longest if searches else math.prod(counts)) > MOST_JOBS:
+        largest = max(choices, key=lambda key: len(choices[key]))
         raise ConfigError(
-            f"this sweep has at least {number:,} jobs to check, and at most {MOST_JOBS:,} are possible; give fewer "
-            "values, or several sweeps"
+            f"this sweep has at least {number:,} jobs to check, and at most {MOST_JOBS:,} are possible; {largest} has "
+            "the most values, so give fewer values, or several sweeps"
         )
     if not searches:
         return list(itertools.product(*choices.values()))
     return [tuple(values[number % len(values)] for values in choices.values()) for number in range(longest)]
+
+
+def _values_of(override: Override) -> list[str]:
+    """Return the values of an override as text: at most `MOST_JOBS` + 1, or the two ends of an interval."""
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    # Hydra's own iterator would list all values of a shuffled range
+    values = map(str, value.range()) if isinstance(value, RangeSweep) else override.sweep_string_iterator()
+    return list(itertools.islice(values, MOST_JOBS + 1))
 
 
 def _load(composed: DictConfig, job: Job) -> Config:

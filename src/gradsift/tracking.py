@@ -93,8 +93,8 @@ class Tracker:
 def log_report(folder: Path) -> None:
     """Log the figures (PNG) and tables (CSV) of a report to W&B, if its runs are tracked there.
 
-    The report is a separate W&B run with the job type `report`, in the group of the sweep if there is one, because the
-    runs that it shows have ended and may already be uploaded.
+    The report is a separate W&B run with the job type `report`, because the runs that it shows have ended and may
+    already be uploaded. It is in the group of the sweep, if there is one.
     """
     if not is_logged(folder):
         return

@@ -18,9 +18,8 @@ from urllib.parse import urlsplit
 
 from gradsift.errors import ConfigError
 
-SCHEMAS: dict[
-    str, dict[str, type]
-] = {}  # dataclasses by group, and by <name> in a file's `/schema/<group>@_here_: <name>`
+# the dataclasses by group, and by <name> in a file's `/schema/<group>@_here_: <name>`
+SCHEMAS: dict[str, dict[str, type]] = {}
 FROM_ENVIRONMENT = "env:"  # prefix of a value that names an environment variable, which is read when needed
 _SECRET_NAME = re.compile(
     r"auth|key|token|secret|passw|cookie|session|credential|signature|^(sig|code)$", re.IGNORECASE
@@ -37,8 +36,8 @@ _BOUNDS = (
     ("members", 1000, "more than any published ensemble has; the paper has 5"),
     ("rank", 4096, "more than any published rank; a rank above a layer's smaller side adds nothing"),
     ("shards shard", 10_000, "the largest number of jobs of a sweep"),
-    ("size", 10_000_000, "more than fits in memory, where the embedded world is generated"),
-    ("benchmark_items target_set.limit", 1_000_000, "more than fits in memory, where the embedded world is generated"),
+    ("size", 10_000_000, "the limit for data that is generated in memory"),
+    ("benchmark_items target_set.limit", 1_000_000, "the limit for data that is generated in memory"),
     ("dimensions", 2**20, "above which a projection saves nothing"),
     ("concurrency", 1000, "more than any endpoint answers at once"),
     ("retries", 1000, "which would take days"),

@@ -219,7 +219,7 @@ class TargetSetConfig(Group, option="target_set", schema="target_set"):
 
 @dataclass
 class FilesTargetSetConfig(TargetSetConfig, schema="files"):
-    """Target rows from files: one file per task, or one file whose column names each row's task."""
+    """Target rows from files: one file per task, or one file with a column that names each row's task."""
 
     path: str | None = None  # a local file, or a folder with local copies of the files in `urls`; replaces `urls`
     urls: dict[str, str] = field(default_factory=dict)  # address of each task's file, which is downloaded at first use

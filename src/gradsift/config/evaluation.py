@@ -154,7 +154,7 @@ class LocalJudgeConfig(JudgeConfig, schema="local"):
 class EndpointOptions(Group):
     """How requests are sent to an OpenAI-compatible endpoint, and what they may cost."""
 
-    # address of the endpoint; null: that in the environment variable OPENAI_BASE_URL, or else the OpenAI client's
+    # address of the endpoint; null: the environment variable OPENAI_BASE_URL or, if unset, the OpenAI client's default
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; the key is never in the config
     timeout: float = option(60.0, above=0, most=_WEEK)  # longest time of a request, in seconds
@@ -217,7 +217,7 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
 
 @dataclass
 class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
-    """A protocol (prompt and parser) at an OpenAI-compatible endpoint; the default is the paper's (scores of 1-10)."""
+    """A model at an OpenAI-compatible endpoint, with a prompt and a parser; by default the paper's (scores of 1-10)."""
 
     model: str = "gpt-4o"  # name of the model at the endpoint
     temperature: float | None = option(0.0, least=0)  # sampling temperature; null: not sent
@@ -274,14 +274,14 @@ class CompareConfig(Group):
 
 @dataclass
 class GeneratorConfig(Group, option="generator", schema="local"):
-    """Generates the answers: this process (`local`), or an endpoint."""
+    """Where answers are generated: in this process (`local`), or by an endpoint."""
 
     name: str = "local"
 
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig, schema="endpoint"):
-    """An OpenAI-compatible server generates the answers. It must serve a tuned target under its artifact's name."""
+    """An OpenAI-compatible server generates the answers. It must serve a tuned target under the artifact's name."""
 
     model: str | None = None  # name of the untuned target on the server; null: target.model.path
     # what is sent. tokens: token ids, encoded with the target's template, to the completions API; chat: messages, to

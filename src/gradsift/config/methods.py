@@ -42,7 +42,7 @@ class GsnrConfig(ScorerConfig, schema="gsnr"):
 class GsnrDirectionConfig(GsnrConfig, schema="gsnr_direction"):
     """Cosine between an example's gradient and the mean gradient of the pool, alone or combined with G-SNR."""
 
-    # gsnr: multiply the cosine by the share of examples whose G-SNR is at most that of the example; none: do not
+    # gsnr: multiply the cosine by the share of examples whose G-SNR is at most the example's; none: the cosine alone
     weigh: str = option("none", choices=("none", "gsnr"))
 
 
@@ -58,7 +58,7 @@ class ContrastConfig(ScorerConfig, schema="contrast"):
     like_length: int = option(100, least=2)
     # how many standard deviations over the members are subtracted from the mean over the members
     caution: float = option(1.0, least=0)
-    # share of the rows, those with the highest scores, that get random scores above all other scores
+    # share of the rows that get random scores above all other scores: the rows with the highest scores
     saturation: float = option(0.2, least=0, most=1)
     seed: int = option(0, least=0)  # seed of the random scores
 
@@ -176,11 +176,11 @@ class SelectorConfig(Group, option="selector", schema="selector"):
 
 @dataclass
 class FacilityLocationConfig(SelectorConfig, schema="facility_location"):
-    """Selects a subset that represents all candidates; the candidates have the highest scores (Superfiltering.D)."""
+    """Selects a subset that represents all candidates, the examples with the highest scores (Superfiltering.D)."""
 
     # similarity of two embeddings; exp_distance: exp(-distance / dimensions), as in the published code
     similarity: str = option("exp_distance", choices=("exp_distance", "cosine"))
-    # share of the pool, the examples with the highest scores, that are candidates; at least alpha
+    # share of the pool's examples that are candidates: those with the highest scores; at least alpha
     candidates: float = option(0.2, above=0, most=1)
 
 

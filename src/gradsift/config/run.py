@@ -213,7 +213,7 @@ class Config(Group):
         if isinstance(selector, FacilityLocationConfig) and self.reaches("selection"):
             shares = {"alpha": self.alpha, "audit.alphas": max(self.audit.alphas) if self.audit.enabled else 0.0}
             name = max(shares, key=lambda each: shares[each])
-            if selector.candidates < shares[name]:
+            if self.budget_base == "accepted" and selector.candidates < shares[name]:
                 raise ConfigError(
                     f"selector.candidates={selector.candidates} gives fewer candidates than {name}={shares[name]} "
                     f"selects; raise selector.candidates, or lower {name} below it"
@@ -313,7 +313,7 @@ class Config(Group):
 
 
 def _option_of(method: Any, option: str) -> Any:
-    """Return an option of a scorer or selector: a dataclass, or the mapping of a user's own method."""
+    """Return an option of `method`, which is a dataclass or, for a user's own scorer or selector, a mapping."""
     return method.get(option, "unnamed") if isinstance(method, dict) else getattr(method, option)
 
 
@@ -323,7 +323,7 @@ def load_config(composed: DictConfig) -> Config:
 
 
 def load_root(composed: DictConfig, kind: type[Root]) -> Root:
-    """Convert a composed config into checked dataclasses, of which `kind` is the outermost.
+    """Convert a composed config into an instance of the dataclass `kind`, whose values are checked.
 
     Raises:
         ConfigError: an option is missing, unknown or has a value that cannot be used.

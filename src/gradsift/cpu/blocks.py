@@ -1,9 +1,9 @@
 """The layers of a frozen bfloat16 model on a CPU: packed matrix products, and fused operations between them.
 
-A plain weight is reordered by oneDNN in every call, which takes a third of the product's time, and oneDNN compiles a
-product for every new number of rows. So `PackedProducts` keeps two copies of a weight that are packed into oneDNN's
-memory layout, one for the product of the forward pass and one for that of the backward pass, and rounds the number of
-rows up to a multiple of 32 (`kernels.cpp`).
+oneDNN reorders a plain weight in every call, which takes a third of the product's time. So `PackedProducts` keeps two
+copies of a weight in oneDNN's memory layout, one for the product of the forward pass and one for that of the backward
+pass. oneDNN also compiles a product for every new number of rows, so this number is rounded up to a multiple of 32
+(`kernels.cpp`).
 
 transformers reads and writes whole tensors for every sum, product and cast, which takes half of a step's time. Here a
 normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), in
@@ -107,7 +107,7 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return the number of places whose logits are computed at once, a multiple of BLOCK, if there are `count`."""
+        """Return how many of `count` places have their logits computed at once, a multiple of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)

@@ -112,18 +112,18 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    In the order of `length_batches` the slowest batches come first, so the remaining time would be overestimated. After
-    this function, the batch that needs the most memory still comes first.
+    In the order of `length_batches` the slowest batches come first, so the remaining time would be overestimated. The
+    first batch keeps its place because it needs the most memory, and a lack of memory should show at once.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return part `shard` (from 0) of `shards` parts of the examples, which take similar time.
+    """Return the examples of part `shard` (from 0), in their order in `examples`.
 
-    Of the examples sorted from the longest to the shortest, the part has every `shards`-th, beginning at `shard`. They
-    are returned in their order in `examples`.
+    The examples are sorted from the longest to the shortest and dealt out in turn to `shards` parts, so that all parts
+    take similar time.
     """
     by_falling_length = sorted(range(len(examples)), key=lambda position: -len(examples[position].input_ids))
     return [examples[position] for position in sorted(by_falling_length[shard::shards])]

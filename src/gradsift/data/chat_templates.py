@@ -278,7 +278,10 @@ def _squeezed(text: str) -> str:
 
 @functools.lru_cache(maxsize=4)  # called for every example, and slow
 def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
-    """Return whether each control token is special. These are special tokens and added tokens in the template."""
+    """Return the control tokens, the longest first, and whether each one is a special token.
+
+    Control tokens are the special tokens, and the other added tokens that the template contains.
+    """
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
     return {token: added[token] for token in sorted(control, key=len, reverse=True)}  # a token may contain another

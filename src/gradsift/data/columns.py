@@ -45,7 +45,7 @@ _DEFAULTS = FieldsConfig()
 
 @lru_cache(maxsize=1024)  # called for every column of every row
 def folded(name: str) -> str:
-    """Return a column's name without surrounding blanks, in lower case."""
+    """Return a column's name in lower case, without blanks and byte order marks around it."""
     return name.strip().strip("\ufeff").casefold()
 
 
@@ -93,8 +93,8 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the format of a dataset and the columns of its fields.
 
-    The three ways to match columns (see the module) are tried in turn. For each, the first row that has all columns of
-    a format decides.
+    The three ways to match columns (see the module) are tried in turn. In each way, the first row that has all columns
+    of a format decides.
 
     Args:
         format: auto, or the only format to look for.
@@ -164,12 +164,18 @@ def _advice(rows: Sequence[SourceRow], group: str) -> str:
     if _are_turns(rows[0].content):
         return f"the rows are lists of turns: {remedy}"
     row = next((row.content for row in rows if isinstance(row.content, dict)), {})
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return f"the rows are turns: {remedy}"
     turns = [name for name, value in row.items() if _are_turns(value)]
     if len(turns) == 1:
         return f"if {turns[0]!r} holds the turns of a conversation, set {group}.fields.messages={turns[0]}"
     by_name = {folded(name): name for name in row}
     if {"input", "output"} <= by_name.keys():
         return f"if {by_name['input']!r} is the whole prompt, set {group}.fields.instruction={by_name['input']}"
+    for part, meaning, known in (("output", "response", _PROMPTS), ("instruction", "prompt", _RESPONSES)):
+        others = [name for name in row if folded(name) not in known]
+        if others and not by_name.keys().isdisjoint(known):
+            return f"name the column of the {meaning} with {group}.fields.{part}=COLUMN, one of: {listed(others)}"
     if text := by_name.get("text") or by_name.get("chosen"):
         return (
             f"the text of column {text!r} does not say where the prompt ends and the response begins: "

@@ -23,7 +23,7 @@ Texts = tuple[str, str, str]  # instruction, input, output
 Change = Callable[[Example, random.Random], Texts | None]  # returns None if it cannot change the example
 
 _TRIES = 20  # maximum number of draws for a text that differs from the original
-_NEIGHBOURS = 10  # answers of similar length are this many next shorter and this many next longer answers
+_NEIGHBOURS = 10  # number of next shorter answers, and of next longer answers, from which another answer is drawn
 _EACH_WORDS = 10  # an instruction gets one edit per this many words
 VERSION = 1  # raised whenever the same options give another result
 # Kinds that apply to fewer examples come first; for example, an answer of one word cannot be truncated.
@@ -78,7 +78,7 @@ def corrupt(
     order = list(sound)
     rng = random.Random(f"corruption {config.seed}")
     rng.shuffle(order)
-    occurrences: Counter[str] = Counter()  # content hash: first occurrence number that is free
+    occurrences: Counter[str] = Counter()  # next free occurrence number of each content hash
     for example in examples:
         number = int(example.example_id.rpartition("-")[2])
         occurrences[example.content_hash] = max(occurrences[example.content_hash], number + 1)
@@ -146,7 +146,7 @@ def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
 
     Args:
         examples: N examples before they were corrupted.
-        kind: kind of corruption of each example; entries after the first N, of copies, are ignored.
+        kind: kind of corruption of each example; entries after the first N belong to copies and are ignored.
     """
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)

@@ -7,10 +7,12 @@ that names the place. Broken rows are neither repaired nor skipped.
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -25,10 +27,9 @@ from gradsift.errors import DataError
 from gradsift.manifests import file_hash
 
 STANDARD_INPUT = "-"
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (
-    *(suffix + packed for packed in ("", *_COMPRESSED) for suffix in _TEXT_SUFFIXES),
+    *(suffix + packed for packed in ("", ".gz", ".zst") for suffix in _TEXT_SUFFIXES),
     ".parquet",
     ".arrow",
 )
@@ -39,8 +40,8 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
 
     Args:
         paths: one or several of: a file, a pattern such as `folder/*.jsonl`, `-` for standard input, or a folder. A
-            folder is one that `datasets.save_to_disk` wrote, or holds shards of one type. Shards are read in the order
-            of their names.
+            folder must be one that `datasets.save_to_disk` wrote, or contain files (shards) of one type. Shards are
+            read in the order of their names.
         downloads: the folder for a copy of standard input.
         group: group of the option that names the files, for errors.
 
@@ -130,7 +131,8 @@ def read_rows(path: Path, holder: str | None = None) -> Iterator[SourceRow]:
 
     .json     an array of objects; an object in which one value is such an array, such as {"data": [...]}; or one object
               per line, since many such files are named .json
-    .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped
+    .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped. A single line
+              may also be an object with an array of objects, as in .json
     .csv, .tsv
               the first line has the column names and determines the delimiter; every cell is text
     .parquet, .arrow
@@ -160,7 +162,7 @@ def _text_rows(path: Path, kind: str, holder: str | None) -> Iterator[SourceRow]
     with _opened(path) as opened:
         stream = _as_utf8(path, opened)
         if kind == "jsonl":
-            yield from _json_lines(path, stream)
+            yield from _unwrapped(path, _json_lines(path, stream))
             return
         text = _decoded(path, stream.read(), 1).lstrip("\ufeff")
         yield from _json_rows(path, text, holder) if kind == "json" else csv_rows(path, text, kind)
@@ -187,14 +189,16 @@ def file_kind(path: Path, group: str = "data") -> str:
     return "jsonl" if kind == "ndjson" else kind
 
 
-def _opened(path: Path) -> io.BufferedReader:
-    compression = _COMPRESSED.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    import pyarrow as pa
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":  # pyarrow refuses zeros after the last member, which tapes add
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        import pyarrow as pa
 
-    unpacked: Any = pa.input_stream(str(path), compression=compression)
-    return io.BufferedReader(unpacked)
+        unpacked: Any = pa.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(unpacked)
+    return path.open("rb")
 
 
 def hash_of(path: Path) -> str:
@@ -207,16 +211,20 @@ def hash_of(path: Path) -> str:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{path} is not gzip ({error}); remove .gz from its name if it is plain text") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is broken gzip ({error}); {AGAIN}") from error
     except OSError as error:
-        if error.errno is None:  # from the decompression
-            raise DataError(f"{path} is broken or no {path.suffix} file ({error}); {AGAIN}") from error
+        if error.errno is None and path.suffix.lower() == ".zst":  # raised by pyarrow
+            raise DataError(f"{path} is broken or not zstd ({error}); {AGAIN}") from error
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------------------------------- encodings
 
 
-def _as_utf8(path: Path, stream: io.BufferedReader) -> io.BufferedReader | io.BytesIO:
+def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
     """Return the stream, converted to UTF-8 if it begins with a byte order mark of UTF-16 or UTF-32."""
     encoding = json.detect_encoding(stream.peek(4)[:4])
     if encoding not in ("utf-16", "utf-32"):  # `detect_encoding` returns these two only for a byte order mark
@@ -273,6 +281,8 @@ def _remedy(path: Path, text: str, error: json.JSONDecodeError) -> str:
         return "JSON has no comments: delete them"
     if rest[0] in "]}" and before.endswith(","):
         return "delete the comma before it"
+    if rest[0] == "," and before.endswith("}"):
+        return "delete the commas between the objects, or put the objects in brackets and let the name end in .json"
     return "correct the JSON there"
 
 
@@ -288,36 +298,63 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[SourceRow]:
 
 
 def _json_rows(path: Path, text: str, holder: str | None) -> Iterator[SourceRow]:
+    if holder is None and _is_json_lines(text):
+        return _unwrapped(path, _json_lines(path, io.BytesIO(text.encode("utf-8"))))
     values = _values(path, text, 1)
     if all(isinstance(value, list) for value in values):  # concatenated files have several arrays
         return _numbered(chain.from_iterable(values))
-    if len(values) > 1 and isinstance(values[0], dict):  # one object per line, as in .jsonl
+    if len(values) > 1 and all(isinstance(value, dict) for value in values):
         return _numbered(values)
     value = values[0]
     if len(values) > 1 or not isinstance(value, dict):
         content = f"{len(values)} values" if len(values) > 1 else json_type(value)
         raise DataError(f"{path} holds {content}; it must hold an array of objects")
-    if holder is None:
-        return _numbered(_rows_in(path, value))
-    if not isinstance(value.get(holder), list):
-        raise DataError(f"{path}: the object has no list {holder!r}; its keys are {listed(value)}")
-    return _numbered(value[holder])
+    rows = value.get(holder) if holder else _rows_in(path, value)
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        return _numbered(rows)
+    missing = f"no list of objects {holder!r}" if holder else "no list of rows"
+    raise DataError(f"{path} holds one object with {missing}: its keys are {listed(value)}; write an array of objects")
 
 
-def _rows_in(path: Path, content: dict[str, Any]) -> list[Any]:
-    """Return the rows of a file with a single object.
+def _is_json_lines(text: str) -> bool:
+    """Return whether the first line that is not blank consists of complete JSON objects."""
+    first = text.lstrip(outside_json.BLANK).partition("\n")[0]
+    if not first.startswith("{"):
+        return False
+    try:
+        outside_json.loads_all(first)
+    except json.JSONDecodeError:
+        return False
+    except outside_json.RepeatedKeyError:
+        pass  # `_json_lines` reports the error with its line
+    return True
 
-    If the object has a column of a known format, or no list of objects, it is the only row. Otherwise its list of
-    objects holds the rows.
+
+def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+    """Return `rows`; if the only row is an object that holds a list of rows, return the rows of this list."""
+    first, second = next(rows, None), next(rows, None)
+    if first is not None and second is None and isinstance(first.content, dict):
+        inner = _rows_in(path, first.content)
+        if inner is not None:
+            return iter([first]) if inner == [first.content] else _numbered(inner)
+    return chain((row for row in (first, second) if row is not None), rows)
+
+
+def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
+    """Return the rows of a file with a single object; None if the object holds no list of rows.
+
+    If the object has a column of a known format, it is the only row. Otherwise its list of objects holds the rows.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]
+    if list(content.values()) == [[]]:
+        return []
     names = [name for name, value in content.items() if _are_rows(value)]
     if len(names) > 1:
         raise DataError(
             f"{path} holds several lists of objects ({listed(names)}); write the list of rows to a separate file"
         )
-    return content[names[0]] if names else [content]
+    return content[names[0]] if names else None
 
 
 def _are_rows(value: Any) -> bool:

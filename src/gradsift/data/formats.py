@@ -125,7 +125,7 @@ def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
     try:
         other = recognise([SourceRow(0, row)], "auto", FieldsConfig(), "", group)
     except DataError:
-        return  # the parser names the column
+        return  # the parser rejects the row and names the column
     columns = ", ".join(map(repr, other.needed))
     raise Unusable(
         f"field {missing[0]!r} is missing: the row has other columns ({columns}) than the first rows; write the rows "

@@ -20,8 +20,8 @@ def require_dataset(id: str, revision: str | None) -> None:
     """Ask the hub whether a dataset can be read, as a check before the slow imports of a run.
 
     Raises:
-        DataError: see `load_hub`. If the hub cannot be reached, which is always so with HF_HUB_OFFLINE=1, this is an
-            error only if the local cache has nothing of the dataset.
+        DataError: see `load_hub`. If the hub cannot be reached (always so with HF_HUB_OFFLINE=1), the error is raised
+            only if `_may_be_cached` is False.
     """
     from huggingface_hub import HfApi, errors
 
@@ -59,9 +59,9 @@ def load_hub(
         group: group of the options that name the dataset, for errors.
 
     Raises:
-        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached. Also if the
-            dataset has several subsets and `subset` is None (the message lists them), or if a local file or folder has
-            the name `id`.
+        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; the dataset
+            has several subsets and `subset` is None (the message lists the subsets); or a local file or folder has the
+            name `id`.
     """
     _require_no_local(id, group)
     import datasets

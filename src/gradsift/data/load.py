@@ -145,7 +145,10 @@ def require_dataset(store: Store, config: HubDataConfig) -> None:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options as settings, without newer options that are off, so that earlier results stay valid."""
+    """Return the options as settings.
+
+    Options that were added later are left out while they are off, so that results from before stay valid.
+    """
     settings = asdict(config)
     if config.dedup != "near":
         del settings["dedup_threshold"]
@@ -251,7 +254,14 @@ def _without_duplicates(
     if config.dedup == "none":
         return list(examples), []
     with runtime.display.task(f"data.dedup={config.dedup}", len(examples)) as advance:
-        return dedup.deduplicated(examples, config.dedup, config.dedup_threshold, advance)
+        kept, repeated = dedup.deduplicated(examples, config.dedup, config.dedup_threshold, advance)
+    if repeated and config.holdout >= len(kept):
+        raise ConfigError(
+            f"data.dedup={config.dedup} drops {len(repeated):,} of the {len(examples):,} rows, and "
+            f"data.holdout={config.holdout} leaves none of the other {len(kept):,} to select from; give a smaller "
+            "data.holdout, or data.dedup=none"
+        )
+    return kept, repeated
 
 
 def _with_scores(
@@ -303,7 +313,7 @@ def _corrupt(
 ) -> tuple[list[Example], Labels, dict[str, int]]:
     """Corrupt a share of the pool, and return it with its labels and the number of rows of each kind.
 
-    Only examples labelled clean are corrupted or copied. Corrupted examples of the embedded world keep to its
+    Only examples labelled clean are corrupted or copied. Changed texts of the embedded world have only words of its
     vocabulary.
     """
     is_world = isinstance(config, VerifiableDataConfig)

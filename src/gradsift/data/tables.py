@@ -22,7 +22,8 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a CSV table, whose first line holds the column names.
 
     The delimiter is comma, semicolon, tab or bar, whichever is most frequent outside quotes in the first line. A line
-    that repeats the column names, as in concatenated files, is skipped.
+    `sep=;` before the column names, which some spreadsheets write, sets the delimiter instead. A line that repeats the
+    column names, as in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.
@@ -31,7 +32,10 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     Raises:
         DataError: the quotes are broken, a row has more or fewer cells than columns, or a column name is repeated.
     """
-    delimiter = max(_DELIMITERS[kind], key=_first_line(text).count)
+    skipped = 0
+    if named := re.match(r'"?sep=(.)"?\r?\n', text):
+        text, skipped = text[named.end() :], 1
+    delimiter = named[1] if named else max(_DELIMITERS[kind], key=_first_line(text).count)
     limit = csv.field_size_limit(sys.maxsize)  # the module's default is 131,072 characters per cell
     try:
         reader = csv.reader(
@@ -43,7 +47,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
         header = next((cells for cells in reader if cells), [])
         _require_different(path, header)
         rows: list[SourceRow] = []
-        line = reader.line_num + 1  # where the next row begins; a quoted cell can contain line breaks
+        line = reader.line_num + 1 + skipped  # where the next row begins; a quoted cell can contain line breaks
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise DataError(
@@ -51,10 +55,10 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
                 )
             if cells and [cells[0].lstrip("\ufeff"), *cells[1:]] != header:
                 rows.append(SourceRow(len(rows), dict(zip(header, cells, strict=True)), line))
-            line = reader.line_num + 1
+            line = reader.line_num + 1 + skipped
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {reader.line_num}: broken CSV ({error}); correct the quotes, or {AGAIN}"
+            f"{path}, line {reader.line_num + skipped}: broken CSV ({error}); correct the quotes, or {AGAIN}"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -68,9 +72,10 @@ def _first_line(text: str) -> str:
 
 
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
-    """Return whether every delimiter of the first line is followed by a blank, and a quote follows one in any line.
+    """Return whether blanks after delimiters must be skipped.
 
-    The csv module reads a quote after a blank as part of the cell's text, unless it skips such blanks.
+    This is so if a blank follows every delimiter of the first line, and a quote follows a delimiter and a blank
+    somewhere in the text. Without skipping, the csv module would read such a quote as part of the cell's text.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text

@@ -205,7 +205,7 @@ def overlap(
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Print a warning if target rows are among the benchmark's questions `asked`, pairs of instruction and input."""
+    """Print a warning if target rows are among `asked`, the (instruction, input) pairs of the benchmark."""
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
         runtime.display.say(

@@ -148,8 +148,8 @@ def encode_prompts(
     A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
 
     Returns:
-        The ids (T,) int32 of each prompt, the number of prompts that were cut, and by position the examples that the
-        chat template cannot render, whose prompts have no ids.
+        The ids (T,) int32 of each prompt, the number of prompts that were cut, and the refused examples by position.
+        The chat template cannot render these, so their prompts have no ids.
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
@@ -191,7 +191,7 @@ def start_of(text: str, tokenizer: Any, max_length: int) -> str:
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Yield the texts in lists for one call of the tokenizer each, short enough to bound the tokenizer's memory."""
+    """Divide the texts into lists, one for each call of the tokenizer, whose sizes bound the tokenizer's memory."""
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -299,8 +299,8 @@ def _apart(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[P
 def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
     """Tokenise each example as one text; a token that spans prompt and response counts as prompt.
 
-    The offsets of a byte-level tokenizer may leave out blanks at the ends of a token. This assigns no token to another
-    segment, because no template's prompt ends with a blank.
+    The offsets of a byte-level tokenizer may leave out blanks at the ends of a token. No token gets into the wrong
+    segment for this reason, because no template's prompt ends with a blank.
     """
     texts = ["".join(segment.text for segment in segments) for segments in rendered]
     output = ids_of_texts(texts, tokenizer, split_special_tokens=True, return_offsets_mapping=True)
@@ -327,7 +327,7 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
-    """Put a part with `start` before the parts. A start token that the chat template wrote is moved to this part."""
+    """Return the parts after a new first part, `start`; a start token from the chat template is moved there."""
     if parts and start and parts[0][0][:1] == start:
         return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
     return [(start, False), *parts]

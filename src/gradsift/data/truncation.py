@@ -18,7 +18,7 @@ from typing import Any
 from gradsift.data.chat_templates import Segment
 
 Part = tuple[list[int], bool]  # token ids, is_response
-_WINDOW = 20_000, 64  # `shorten` cuts no text of up to this many characters, or this many per token of `max_length`
+_WINDOW = 20_000, 64  # `shorten` cuts no text of up to 20,000 characters, or up to 64 per token of `max_length`
 _MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text changes no token within the limit
 
 
@@ -89,9 +89,9 @@ def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[in
 def shorten(segments: list[Segment], tokenizer: Any, max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
-    Only the last `max_length` exchanges are kept. A long prompt keeps its end and the last response its start, each
-    with at least `max_length` + 64 tokens. A long earlier response, which `truncate` removes, keeps its end, and the
-    next prompt also keeps its start, because one token may hold characters of both.
+    Only the last `max_length` exchanges are kept. Long texts are cut to at least `max_length` + 64 tokens: a prompt
+    keeps its end, and the last response its start. An earlier response keeps its end and the prompt after it also its
+    start, because one token may hold characters of both.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if _characters(segments) <= window:

@@ -61,7 +61,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer for arguments."""
+    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer for them."""
 
     name: str
     draw: Callable[[random.Random], str]

@@ -11,8 +11,8 @@ A request can fail in three ways (`Failure.kind`):
               a row, after `give_up_unreadable` unreadable replies in a row, and at a spending cap.
 
 The requests run in the event loop of one background thread. Each is sent only if the spending caps allow its estimated
-largest cost. The openai package is not used: it loads in 0.5 s, against 0.03 s for httpx2, its own retries would not
-count against the caps, and its timeouts do not limit the time of a whole request.
+largest cost. The openai package is not used: it loads in 0.5 s (httpx2: 0.03 s), the caps would not count its retries,
+and its timeouts do not limit the time of a whole request.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class ChatClient:
                 None or raises `Unreadable`, the prompt is sent again.
             scope: name under which all processes add up their spending; the caps limit this sum.
             unread: the reason that is recorded if `read` returns None.
-            tries: the most times that a prompt is sent until a reply can be read.
+            tries: how often a prompt is sent at most.
 
         Raises:
             JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
@@ -175,7 +175,8 @@ class ChatClient:
         )
 
     def key_of(self, messages: Messages, attempt: int) -> str:
-        """Hash everything that a reply depends on: also the address, since endpoints may share the name of a model."""
+        """Return the hash under which a reply is stored; it covers everything that the reply depends on."""
+        # the address too: two endpoints may have different models under the same name
         address = self.known_as or self.endpoint.address
         return content_hash("chat", address, self.identity, [dict(message) for message in messages], attempt)
 
@@ -209,7 +210,7 @@ class _StoppedError(Exception):
 
 @dataclass(eq=False)
 class _Asking(Generic[Value]):
-    """One call of `ChatClient.ask`: its replies and failures so far. Once `send` has begun, its thread sets them."""
+    """One call of `ChatClient.ask`: its replies and failures so far, which the background thread of `send` updates."""
 
     chat: ChatClient
     read: Callable[[int, Completion], Value | None]

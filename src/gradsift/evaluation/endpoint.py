@@ -186,8 +186,8 @@ class Endpoint:
         return Completion(self._scrub(text), finish if isinstance(finish, str) else None, kept or None)
 
     def _unreadable(self, response: Response, error: Exception) -> Failure:
-        """Return the failure for a response that is no chat completion. It is final if every prompt would get it."""
-        content, kind = response.content, response.headers.get("content-type", "no content type")
+        """Return the failure for a response that is no chat completion; final if every prompt would get such a one."""
+        content, kind = response.content, self._scrub(response.headers.get("content-type", "no content type"))
         is_page = content.lstrip().startswith(b"<") or "json" not in kind.lower()
         # secrets are removed before texts are cut or quoted, which would change them
         shown, reason = self._scrub(content.decode("utf-8", "replace"))[:200], self._scrub(str(error))[:200]
@@ -255,7 +255,7 @@ def token_prompt(ids: Sequence[int]) -> Messages:
 
 
 def without_system(messages: Messages) -> Messages:
-    """Return the messages without system messages, whose text goes in front of the first other message."""
+    """Return the messages with the text of system messages moved to the beginning of the first other message."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     others = [dict(message) for message in messages if message["role"] != "system"]
     if system and others:

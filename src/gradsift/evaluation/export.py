@@ -31,7 +31,7 @@ _PREFERENCES = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
 
 
 def export(files: PairFiles, folder: Path) -> list[Path]:
-    """Write the answers of two models, and the judgments if there are any; return the paths of the written files.
+    """Write the answers of two models, and the judgments if there are any; return the paths of the files.
 
     Raises:
         DataError: the files do not belong together, or a file to be written exists with different content.

@@ -9,9 +9,9 @@ the interval of a percentile bootstrap, it has a width above 0 even if every ite
 Runs with different seeds answer the same items, so their outcomes are not independent. A random effects model with the
 factors seed and item gives the variance of the mean. The interval is then computed for an effective number of items:
 the number of independent items whose mean would have this variance. In the embedded world (`data=verifiable`), each
-data seed has its own questions under the same item ids, so the model treats unrelated questions as one item. The
-estimate of the variance of the mean is still unbiased, except that the lower bound in `variance_of_mean` raises it.
-`benchmarks/interval_coverage.py` measures the coverage.
+data seed has its own questions under the same item ids, so the random effects model treats unrelated questions as one
+item. Its estimate of the variance of the mean is still unbiased, apart from the lower bound in `variance_of_mean`,
+which can only increase it. `benchmarks/interval_coverage.py` measures the coverage.
 
 Outcomes are arrays (S, N) of -1, 0 and 1, with S seeds and N items; `confidence` is the coverage, between 0 and 1.
 """

@@ -117,7 +117,7 @@ def _queries(path: Path) -> Records:
     benchmark = path.parent.parent.name or path.stem  # BENCHMARK/MODEL/rd_0_vs_chat.jsonl
     records = Records([])
     models: list[Any] = []
-    for number, line in _lines(path):
+    for position, (number, line) in enumerate(_lines(path), start=1):
         place = f"{path}, line {number}"
         try:
             row = outside_json.loads(line)
@@ -133,7 +133,7 @@ def _queries(path: Path) -> Records:
                 "the second; correct the line"
             )
         records.model = str(models[0])
-        item = str(row.get("question_id", number))
+        item = str(row.get("question_id", position))  # not the line: blank lines must not shift items
         for query, order in enumerate(ORDERS):
             scores = _pair(row[f"eval_QUERY{query}"], place)
             records.add(benchmark, item, order, str(row.get(f"response_QUERY{query}", "")), scores)

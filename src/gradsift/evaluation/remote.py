@@ -49,7 +49,7 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings that answers depend on besides the target, such as the server, whose rounding is its own."""
+    """Return the settings that answers depend on besides the target; servers count, since they round differently."""
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -155,8 +155,8 @@ def vllm_arguments(
 
     Args:
         model: hub id, or a folder.
-        name: name in requests for the model without an adapter.
-        adapters: folders in peft's format, by their names in requests.
+        name: the name that requests use for the model without an adapter.
+        adapters: folders in peft's format, by the names that requests use.
         rank: LoRA rank of the adapters.
     """
     # with --generation-config vllm, vLLM ignores the model's own generation config, such as a repetition penalty

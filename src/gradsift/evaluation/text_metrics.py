@@ -5,8 +5,8 @@ rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin
           case, only ASCII letters and digits, no stemming
 bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
 meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its defaults, words split as for BLEU.
-          It needs WordNet's files. nltk looks up only the stem of a word there, so a word that differs from its
-          stem has no synonyms
+          It needs WordNet's files. nltk looks up only the stem of a word there, so a word has no synonyms if its
+          stem is not a word (happy: happi)
 
 A metric that cannot be computed is None, with a reason, and never 0.
 """

@@ -101,7 +101,7 @@ def gradient_features(
 
 
 def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInputs) -> int:
-    """Return P.
+    """Return P, the number of parameters with respect to which gradients are taken.
 
     Raises:
         ConfigError: features.gradient_params=full, and the adapter cannot be merged into the model.
@@ -115,7 +115,7 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
 
 
 def require_room(runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int) -> None:
-    """Check that features at this number of checkpoints can be computed and stored.
+    """Check that the features can be computed, and that the disk has room for them at this number of checkpoints.
 
     Raises:
         ConfigError: see `parameter_count`.

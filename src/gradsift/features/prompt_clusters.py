@@ -2,8 +2,8 @@
 
 The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
 length one, and clustered with k-means with a fixed seed. No model is used, so the clusters do not favour scorers that
-use a model's features. But the scorer `contrast` finds similar prompts with the same vectors. The clusters reflect
-topics and wording rather than skills, so compare methods by clusters within one dataset only.
+use a model's features. But the scorer `contrast` uses the same vectors to find similar prompts. The clusters
+reflect topics and wording rather than skills, so compare methods by clusters within one dataset only.
 """
 
 from __future__ import annotations
@@ -95,6 +95,6 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
 
 
 def _words_and_pairs(text: str) -> list[str]:
-    """Return the words, of any length (numbers too; text without spaces is one word), and pairs of adjacent words."""
+    """Return the words (runs of letters, digits and underscores, of any length) and the pairs of adjacent words."""
     words = re.findall(r"\w+", text.lower())
     return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]

@@ -86,12 +86,19 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
     with path.open("r+b" if path.exists() else "w+b") as stream:
+        before = os.fstat(stream.fileno()).st_size
         np.lib.format.write_array_header_1_0(stream, layout | {"shape": (rows, dimensions)})
         start = stream.tell()
         stream.flush()
         if hasattr(os, "posix_fallocate"):
             # reserve the disk space, because writing to a mapped page of a full disk would kill the process
-            os.posix_fallocate(stream.fileno(), 0, start + 4 * rows * dimensions)
+            size = start + 4 * rows * dimensions
+            try:
+                os.posix_fallocate(stream.fileno(), 0, size)
+            except OSError as error:
+                stream.truncate(before)  # ext4 keeps the part that it could reserve, and the disk would stay full
+                reason = f"{os.strerror(error.errno or 0)} for {size / 1e9:.1f} GB of vectors"
+                raise OSError(error.errno, reason, str(path)) from error
     return np.memmap(path, dtype=np.float32, mode="r+", offset=start, shape=(rows, dimensions))
 
 
@@ -118,7 +125,7 @@ def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make
 def finish_features(
     folder: Path, vectors: np.memmap, ids: Sequence[str], tasks: Sequence[str] = (), silent: Sequence[int] = ()
 ) -> None:
-    """Move the filled array to the artifact's folder; write its rows' example_id, `tasks` and `silent` beside it."""
+    """Move the filled array to the artifact's folder, and write `ids`, `tasks` and `silent` to a file beside it."""
     vectors.flush()
     (folder / UNFINISHED / FEATURES_FILE).replace(folder / FEATURES_FILE)
     names = {"ids": list(ids), "tasks": list(tasks), "silent": list(silent)}
@@ -160,7 +167,7 @@ def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> Iterator[slice]:
-    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes` or one row."""
+    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes`, or of one row."""
     size = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

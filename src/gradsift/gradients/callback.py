@@ -114,7 +114,8 @@ class NormRecords:
         """Return norm_A, norm_B and loss, float32, in the order of `encoded`; the ids must be the examples' `row`.
 
         Raises:
-            GradsiftError: a value is not finite (the message names the rows), or an example has not exactly one entry.
+            GradsiftError: a value is not finite (the message names the rows), or an example does not have exactly one
+                entry.
         """
         rows, _, *values = self._values[:, : self._count].cpu()
         places = {example.row: place for place, example in enumerate(encoded)}

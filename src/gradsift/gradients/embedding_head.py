@@ -12,7 +12,7 @@ matrix (zeros included) are exact, but no whole matrix is held in memory:
 
 The mean for the head is 0, because the probabilities and the one-hot target of a place both sum to one. The mean for
 the embedding is 0 up to rounding if every layer that reads the residual stream first subtracts the stream's mean over
-the hidden dimensions. GPT-2's LayerNorm does, Llama's RMSNorm does not. If one tensor is both embedding and head
+the hidden dimensions. GPT-2's LayerNorm does so; Llama's RMSNorm does not. If one tensor is both embedding and head
 (GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for each matrix separately.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
@@ -58,7 +58,7 @@ class EmbeddingGradients:
     embedding_std: np.ndarray  # population std: std^2 + mean^2 = |gradient|^2 / (V x D)
     head_max: np.ndarray
     head_min: np.ndarray
-    head_mean: np.ndarray  # 0
+    head_mean: np.ndarray  # always 0
     head_std: np.ndarray
     entries: int  # V x D
 
@@ -233,7 +233,10 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
 def _of_moments(
     largest: torch.Tensor, smallest: torch.Tensor, total: torch.Tensor, squares: torch.Tensor, entries: int
 ) -> torch.Tensor:
-    """Stack maximum, minimum, mean and deviation on a new last axis, from the sums of `entries` numbers and squares."""
+    """Return maximum, minimum, mean and standard deviation of `entries` numbers, stacked on a new last axis.
+
+    `total` is the sum of the numbers, and `squares` the sum of their squares.
+    """
     mean = total / entries
     # the difference of equal numbers may round to just below zero
     deviation = (squares / entries - mean.square()).clamp_min(0).sqrt()

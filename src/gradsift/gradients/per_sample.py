@@ -77,8 +77,8 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         (N,) float32, the L2 norm over A and B of all adapted layers.
 
     Raises:
-        DataError: a row has no `input_ids` or `labels`, sequences of unequal lengths, a label that is not the token at
-            its position, or no token with a loss; the message names the row.
+        DataError: a row lacks `input_ids` or `labels`, its sequences differ in length, a label is not the token at its
+            position, or no token has a loss; the message names the row.
         GradsiftError: a layer does not support per-sample gradients; the message names the layer.
     """
     encoded = encoded_rows(rows)
@@ -140,7 +140,7 @@ def _pad_id(model: Any) -> int:
 
 @dataclass(frozen=True)
 class GradientPass:
-    """Computes each example's gradient of its mean response loss, at fixed weights with dropout off, as a float32 row.
+    """Computes the gradient of each example's mean response loss at fixed weights, with dropout off, as a float32 row.
 
     The columns are the parameters, each flattened row by row. With `lora` (see `gradient_pass`), these are A and B of
     each adapted layer; with `full`, the parameters of the model with the adapter merged into it, in the order of

@@ -133,8 +133,8 @@ class NormProbe(Probe):
         """Return norm_A and norm_B of the backward pass since the last call, as `backward` does, and forget them.
 
         Args:
-            scale: the number that one example's loss was divided by in the loss of the backward pass: 1 for a sum of
-                losses, the batch size for their mean; or one number per example, (B,).
+            scale: the divisor of each example's loss in the loss of the backward pass: 1 if that loss is a sum, the
+                batch size if it is a mean; or one divisor per example, (B,).
         """
         squares = None if self._probe is None else self._probe.grad
         self.forget()

@@ -1,7 +1,7 @@
 """Gradient norms |g_i^(m,e)| of the ensemble. The unit of work is a pass over one shard at one member's weights.
 
-Dropout is off, except with `proxy.ensemble=mc_dropout`. There all members have the weights of one adapter, and each
-member's pass uses its own dropout masks.
+Dropout is off, except with `proxy.ensemble=mc_dropout`. In that case all members have the weights of one adapter, and
+each member's pass uses its own dropout masks.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ Unit = tuple[Mapping[str, Any], Artifact | None, Path]  # a member's settings, i
 def train_adapters(ensemble: Ensemble) -> list[list[Artifact]]:
     """Return the adapters of the ensemble, as [adapter][epoch - 1]: one per member, or a single one for mc_dropout.
 
-    Jobs that collect different shards start with different members, so that they train them in parallel.
+    Jobs that collect different shards start with different members, so that the members are trained in parallel.
     """
     config = ensemble.config
     count = 1 if config.ensemble == "mc_dropout" else config.members
@@ -69,7 +69,7 @@ def train_members(ensemble: Ensemble, members: Sequence[int], epochs: int) -> di
 
 
 def _obtain_epoch(ensemble: Ensemble, parents: Mapping[int, Sequence[Artifact]], epoch: int) -> dict[int, Artifact]:
-    """Return the artifact of each member's epoch. All missing ones are made in one training.
+    """Return the artifact of each member's epoch. All missing artifacts are made in one training.
 
     The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. Two jobs that
     make the same units therefore cannot deadlock: one waits for the other.
@@ -121,7 +121,7 @@ def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: i
         **encoding_settings(config.template, config.max_length),
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
-        # a decaying rate in any epoch depends on the number of epochs
+        # if the rate decays, it depends on the number of epochs in every epoch
         "scheduled_epochs": None if config.schedule == "constant" else config.total_epochs,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,

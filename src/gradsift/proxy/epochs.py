@@ -35,7 +35,7 @@ class ProxyInputs(NamedTuple):
 
 
 class Ensemble(NamedTuple):
-    """All that the ensemble is made from."""
+    """Runtime, settings and inputs of a proxy ensemble."""
 
     runtime: Runtime
     config: ProxyConfig
@@ -96,7 +96,7 @@ def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeC
 
 
 def train_epoch(inputs: ProxyInputs, epoch: Epoch, config: LoraConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """Train an adapter for one epoch, and write and return what `Epoch.write` does."""
+    """Train an adapter for one epoch, write its files with `Epoch.write`, and return the result."""
     from gradsift.training.finetuning import fit
 
     with adapter(inputs.backbone, config, epoch.lora_seed, compute) as adapted:

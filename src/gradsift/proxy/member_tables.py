@@ -180,7 +180,10 @@ def _prompt(example: Encoded) -> np.ndarray:
 
 
 def _after_prompt(example: Encoded, prompt: np.ndarray, kept: int, limit: int) -> Encoded:
-    """Return the example with `prompt` as its prompt, cut to `limit` tokens after the prompt's first `kept` tokens."""
+    """Return the example with `prompt` as its prompt.
+
+    If it would have more than `limit` tokens, tokens after the prompt's first `kept` tokens are left out.
+    """
     response = len(example.input_ids) - len(_prompt(example))
     cut = max(0, min(len(prompt) + response - limit, len(prompt) - kept))
     prompt = np.concatenate([prompt[:kept], prompt[kept + cut :]])

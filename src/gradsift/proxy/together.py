@@ -29,7 +29,7 @@ from gradsift.training.modules import AdapterModule, ProxyMember, Step
 def train_together(
     inputs: ProxyInputs, epochs: Sequence[Epoch], config: LoraConfig, compute: ComputeConfig
 ) -> list[dict[str, Any]]:
-    """Train each member for one epoch, and write it; return the results of `Epoch.write`, with `forward_tokens`."""
+    """Train all members for one epoch, and return what `Epoch.write` returns for each, with its `forward_tokens`."""
     with closing(Lanes(inputs.backbone.model, config, [epoch.lora_seed for epoch in epochs])) as adapters:
         members, callbacks, left = [], [], []
         for lane, epoch in enumerate(epochs):

@@ -1,8 +1,8 @@
 """The noise audit of a sweep: tables that compare all methods, and the files audit.json, audit.csv and audit.md.
 
 If datasets differ by seeds alone, the tables show the means over the datasets, and the CSV has rows for each dataset.
-If the sweep varies an option of the data, each value of the option gets tables of its own. The tables show no values of
-a method that did not finish on all datasets.
+If the sweep varies an option of the data, each value of the option gets tables of its own. A method that did not finish
+on all datasets has a row without values.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
     """Return a verdict for each alpha: CLEANER or DIRTIER than chance, TOO_FEW rows to tell, or "" within chance.
 
     Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
-    few rows if even a selection without a spoilt row would be within chance. `datasets` is the number of datasets with
-    different corrupted rows over which the figures are means; the mean of that many draws varies less than one draw.
+    few rows if even a selection without a spoilt row would be within chance. The figures are means over `datasets`
+    datasets with different corrupted rows, and such a mean varies less than the figure of one draw.
     """
     verdict = {}
     for cell in figures["selections"]:

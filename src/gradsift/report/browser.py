@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from gradsift.scoring.scores import EXCLUDED, SCORED, UNDEFINED
 from gradsift.selection.choice import best_first
 
 CUT = 400  # characters of a text on the page; the rest is cut off
-MOST = 100_000  # examples on a page, divided equally among its pools
+MOST = 100_000  # examples on a page
 STATUSES = (SCORED, UNDEFINED, EXCLUDED)
 _END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 
@@ -73,8 +74,9 @@ def _pool(material: Material, runs: Sequence[Run]) -> Pool:
     pool = Pool(name, material.examples(runs[0]), quality, family)
     by_scores = grouped(runs, lambda run: run.one("score").fingerprint)  # several runs may share their scores
     for run, *_ in by_scores.values():
-        is_taken = run.method in [method["name"] for method in pool.methods]
-        pool.methods.append(_method(material, run, f"{run.method} ({run.name})" if is_taken else run.method))
+        taken = [method["name"] for method in pool.methods]
+        names = (run.method, f"{run.method}, seed {run.record.get('seed')}", f"{run.method} ({run.name})")
+        pool.methods.append(_method(material, run, next(name for name in names if name not in taken)))
     for run, *_ in grouped(runs, lambda run: run.one("select").fingerprint).values():
         method = list(by_scores).index(run.one("score").fingerprint)
         pool.selections.append(_selection(material, run, pool, method))
@@ -124,6 +126,12 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
     }
 
 
+def packed_pools(all_pools: Sequence[Pool], most: int = MOST) -> list[Packed]:
+    """Pack all examples of the pools; if they are more than `most`, of each pool a share in proportion to its size."""
+    total = max(most, sum(len(pool.examples) for pool in all_pools))
+    return [pack(pool, math.ceil(most * len(pool.examples) / total)) for pool in all_pools]
+
+
 def pack(pool: Pool, most: int = MOST) -> Packed:
     """Pack at most `most` examples of a pool: the columns, with scores as 32-bit floats, and then the texts."""
     rows = held(pool, most)
@@ -131,7 +139,7 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
     offsets: dict[tuple[str, bytes], int] = {}  # by type and content, so that equal columns are stored once
 
     def described(value: Any) -> Any:
-        """Append the n entries on the page of every array (N,) in the nested `value` to `packed`.
+        """Append every array (N,) in the nested `value` to `packed`, reduced to the n examples on the page.
 
         Returns a copy of `value` with `[type, offset]` in place of each array. A type is f4, u4, u2 or u1,
         little-endian; an offset is a multiple of four bytes.

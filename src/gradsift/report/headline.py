@@ -81,7 +81,7 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
         share = f"{invalid:,} ({invalid / items:.1%})"
         verdicts.append(f"Of the {items:,} items in all cells {share} have no valid judgment.")
     tiles = [Tile("highest PWS", f"{best['pws']:.3f}", f"{method} at {percent(alpha)}")]
-    tiles += _baselines_tile(material, best)
+    tiles += [*_length_tile(best), *_baselines_tile(material, best)]
     try:
         won = count(cells)
     except Missing as reason:
@@ -96,6 +96,11 @@ def _invalid(row: Row) -> str:
         return ""
     items = sum(row[name] for name in COUNTS)
     return f"; {row['invalid'] / items:.0%} of its {items} items have no valid judgment"
+
+
+def _length_tile(row: Row) -> list[Tile]:
+    value = row["pws_length_controlled"]
+    return [] if value is None else [Tile("length-controlled PWS", f"{value:.3f}", "at answers of equal length")]
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
@@ -140,6 +145,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
         verdict = "" if distinct else "; not distinguishable from 1"
         verdicts.append(f"PWS {pws_text(row)} against the model tuned on all rows: {outcomes}{verdict}{ONE_SEED}.")
         tiles.append(Tile("PWS", f"{row['pws']:.3f}", f"{row['win']} / {row['tie']} / {row['lose']}"))
+        tiles += _length_tile(row)
     selection = record.get("selection") or {}
     if "rows" in selection:
         rows = (record.get("data") or {}).get("rows")

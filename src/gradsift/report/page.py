@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 from gradsift.names import require_no_link
 from gradsift.pages import portable, presentable, templates
 from gradsift.report.audit_tables import audit_tables, sweep_audit
-from gradsift.report.browser import CUT, MOST, pack, pools
+from gradsift.report.browser import CUT, packed_pools, pools
 from gradsift.report.figures import FIGURES, write_figures, write_tables
 from gradsift.report.figures.style import Entry
 from gradsift.report.headline import headline
@@ -75,13 +75,12 @@ def write_report(
     wanted = list(dict.fromkeys([*formats, "svg"]))
     no_figure = write_figures(material, to / FIGURES_FOLDER, wanted)
     tables, no_table = write_tables(material, to / TABLES_FOLDER)
-    all_pools = pools(material)
     judged, no_pairs = judged_pairs(material)
     values = {
         "figures": [_shown(entry, to, no_figure.get(entry.name), wanted) for entry in FIGURES],
         "tables": [(name, tables.get(name), no_table.get(name)) for name in TABLES],
         "work_file": WORK_FILE if (to / WORK_FILE).is_file() else None,
-        "pools": [pack(pool, MOST // len(all_pools)) for pool in all_pools],
+        "pools": packed_pools(pools(material)),
         "judged": judged,
         "no_pairs": no_pairs,
     }
@@ -109,7 +108,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[str]) -
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML. `values` has the template's values that are not derived from the material here."""
+    """Return the page as HTML. `values` are the variables of the template that are not read from `material` here."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
@@ -166,9 +165,9 @@ def _commands(material: Material) -> list[str]:
         return [shlex.join(words) for words in ([replay] if is_replay else [commands[0], replay])]
     try:
         task = read_yaml(material.folder / "multirun.yaml")["hydra"]["overrides"]["task"]
-    except (KeyError, TypeError):  # Hydra did not write the file
+        return [shlex.join(["python", "run.py", "-m", *task])]
+    except (KeyError, TypeError):  # Hydra did not write the file, or it was changed
         return [shlex.join(words) for words in commands]
-    return [shlex.join(["python", "run.py", "-m", *task])]
 
 
 def _config(material: Material) -> str:

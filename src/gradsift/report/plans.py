@@ -34,7 +34,7 @@ def write_plan(
 
     Args:
         ends: why the plan stops before the end of the pipeline; None if it reaches the end.
-        finetunes: the value of `gradsift.forecast.forecast`.
+        finetunes: the forecast of the finetunes, as `gradsift.forecast.forecast` returns it.
     """
     store = planner.store.absolute()
     existing = next(folder for folder in (store, *store.parents) if folder.is_dir())
@@ -83,7 +83,8 @@ def jobs_table(runs: Sequence[Run]) -> Table:
 def stages_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each stage of these runs and a row for all stages.
 
-    A unit that is done counts once. Another unit counts once in `to do`, and once in `shared` for each later run.
+    A unit that is done counts once. A unit that is not done counts once in `to do`, and in `shared` once for each later
+    run that needs it.
     """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]

@@ -71,7 +71,7 @@ def _jobs(runs: Sequence[Run]) -> list[str]:
 
 
 def _settings(files: Sequence[Path]) -> str:
-    """Return a hash of the options of all jobs on which results depend; a text that is no hash if a config is lost."""
+    """Return a hash of the options that affect the jobs' results; if a config is lost, a text that equals no hash."""
     hashes = []
     for file in files:
         if not (values := config_values(file.parent)):
@@ -91,9 +91,10 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
-    """Compare the values of a cell with the recorded values by a t test; return the difference as text, None if none.
+    """Compare the values of a cell with the recorded values by a t test.
 
-    Missing values count as a difference. `cells` is the number of tested cells, for Bonferroni's correction.
+    Returns the difference as text, or None if the test finds no difference. Missing values count as a difference.
+    `cells` is the number of tested cells, for Bonferroni's correction.
     """
     from scipy import stats
 

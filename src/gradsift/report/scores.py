@@ -35,8 +35,8 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
         The number of rows.
 
     Raises:
-        GradsiftError: the suffix or the folder of `out` is wrong, `run` is a sweep, its data or scores are not in the
-            store, or a part of the score has the name of another column.
+        GradsiftError: the suffix of `out` is unknown, its folder does not exist, `run` is a sweep, its data or scores
+            are not in the store, or a part of the score has the name of another column.
     """
     if out.suffix not in TYPES:
         raise ConfigError(f"--out {out} is of no known type; let its name end in one of: {', '.join(TYPES)}")

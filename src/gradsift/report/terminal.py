@@ -106,7 +106,7 @@ class RunView:
 
 
 def summary(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield labels and lines on the selection, the results, the cost and the warnings that the run has."""
+    """Yield pairs of label and text on selection, results, cost and warnings, and leave out what the run lacks."""
     if text := _kept(run):
         selection = run["selection"]
         for key, form, words in (("spoilt_share", ".0%", "of them spoilt"), ("families", ".1f", "families")):

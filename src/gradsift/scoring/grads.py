@@ -99,7 +99,7 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the density (N,) of the signal at each example of `rows` (N,) bool, else NaN; and a diagnostic."""
+    """Return the density (N,) of the signal at each example, NaN outside `rows` (N,) bool, and a diagnostic."""
     signal = signal_of(gradients, combine, rows)
     columns = signal.shape[1]
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
@@ -118,14 +118,15 @@ def density_of(
 
 
 def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> np.ndarray:
-    """Return the signal (rows.sum(), F) float64 of the examples in `rows` (N,) bool, in columns of mean 0, variance 1.
+    """Return the signal (rows.sum(), F) float64 of the examples in `rows` (N,) bool.
 
     combine=statistics  maximum, minimum, mean and standard deviation of both gradients
     combine=norms       the norm of each gradient
     combine=norm        the norm of both gradients together
 
-    Columns that do not vary are left out. So are means whose true value is 0, because their computed values are only
-    rounding errors: always the head's mean, and the embedding's mean if a LayerNorm follows the embedding.
+    Each column has mean 0 and variance 1. Columns that do not vary are left out. So are means whose true value is 0,
+    because their computed values are only rounding errors: always the head's mean, and the embedding's mean if a
+    LayerNorm follows the embedding.
     """
     table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
     sizes = {use: np.hypot(table[f"{use}_mean"], table[f"{use}_std"]) for use in ("embedding", "head")}

@@ -32,7 +32,10 @@ def gsnr(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t. `eps` has no effect here; with it, one sweep can set `eps` for all four scorers."""
+    """Return ablation 1: G_s - G_t.
+
+    `eps` has no effect; it is a parameter so that one sweep can set `scorer.eps` for all four scorers of this module.
+    """
     return _scores(statistics, statistics.G_s - statistics.G_t, eps, ())
 
 
@@ -47,7 +50,11 @@ def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def _scores(statistics: Statistics, score: np.ndarray, eps: float, denominators: Sequence[str]) -> Scores:
-    """Return `Scores` with parts and the diagnostic `eps_share` of the parts that eps was added to (`denominators`)."""
+    """Return `Scores` with G_s, G_t, V_t and the drop as parts.
+
+    Args:
+        denominators: names of the parts to which eps was added; the diagnostic `eps_share` compares eps with them.
+    """
     parts = {"G_s": statistics.G_s, "G_t": statistics.G_t, "V_t": statistics.V_t}
     parts["drop"] = statistics.G_s - statistics.G_t
     diagnostics = [eps_share(eps, {name: parts[name] for name in denominators})] if denominators else []

@@ -10,8 +10,6 @@ largest values would come from tiny variances.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from gradsift.gradients.statistics import Statistics
@@ -28,8 +26,12 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
         weigh: `none` or `gsnr`.
         eps: the eps in the denominators of the G-SNR.
     """
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of examples with NaN for every member
-        cosine, deviation = np.nanmean(directions, axis=0), np.nanstd(directions, axis=0)
+    known = ~np.isnan(directions)
+    count = known.sum(0)  # (N,) members with a gradient of the example
+    undefined = np.full(len(count), np.nan)
+    cosine = np.divide(np.where(known, directions, 0.0).sum(0), count, out=undefined.copy(), where=count > 0)
+    squares = np.where(known, directions - cosine, 0.0) ** 2
+    deviation = np.sqrt(np.divide(squares.sum(0), count, out=undefined, where=count > 0))
     ratio = gsnr(statistics, eps=eps)
     rank = shares_not_above(ratio.score)
     parts = {"cosine": cosine, "cosine_deviation": deviation, "gsnr": ratio.score, "gsnr_rank": rank}
@@ -37,7 +39,7 @@ def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str
     if weigh == "gsnr":
         scores.diagnostics += ratio.diagnostics
     scores.mark(np.isnan(statistics.G_t), UNDEFINED, NO_RESPONSE)
-    scores.mark(np.isnan(cosine), UNDEFINED, NO_GRADIENT)
+    scores.mark(count == 0, UNDEFINED, NO_GRADIENT)
     return scores
 
 

@@ -4,7 +4,8 @@
 
 c runs over the checkpoints of the warm-up. The sum over c is the inner product of the feature rows of z and z'
 (`gradsift.features.gradients` explains these rows and the symbols). The mean over z' is computed as the inner product
-with the mean of the task's feature rows. Target rows whose gradient is zero have no cosine and are left out of it.
+with the mean of the task's feature rows. Target rows whose gradient is zero have no cosine and do not count in the
+mean.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def join_scores(
 
     Returns:
         The examples of the pool that have a score, the other examples as rejected rows, the scores, and the number of
-        scores in the file that belong to no `accepted` example, held-out examples included.
+        scores in the file that belong to no `accepted` example. The accepted examples include the held-out ones.
 
     Raises:
         DataError: no example has a score, or a row of the file cannot be used.

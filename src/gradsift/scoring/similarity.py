@@ -1,4 +1,4 @@
-"""Similarity to a target set (RDS+, Sentence-BERT), and functions that all scorers that compare vectors share.
+"""Similarity to a target set (RDS+, Sentence-BERT), and the functions shared by all scorers that compare vectors.
 
 Shape letters: N examples, K directions, D features.
 """

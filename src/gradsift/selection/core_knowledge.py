@@ -34,9 +34,10 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the fewest leading principal components that explain at least the share `explained` of the variance.
 
     The G2IS paper does not mention the following choices. Gradients of zero are left out. PCA leaves the sign of a
-    component open: its inner product with the mean target gradient is made positive or, if it is 0, the component's
-    entry with the largest absolute value. A single gradient, or several without variance, give one component, their
-    mean direction. Tasks of the target set are not distinguished.
+    component open. We choose the sign that makes the component's inner product with the mean target gradient positive;
+    if this product is 0, the sign that makes the component's entry with the largest absolute value positive. A single
+    gradient, or several without variance, give one component, their mean direction. Tasks of the target set are not
+    distinguished.
 
     Raises:
         GradsiftError: every target gradient is zero.

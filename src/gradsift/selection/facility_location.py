@@ -21,6 +21,7 @@ from fractions import Fraction
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
+from gradsift.errors import ConfigError
 from gradsift.features.vectors import DECIMALS, Features, blocks, squared_lengths
 from gradsift.runtime import Task, unseen
 from gradsift.scoring.scores import Scores
@@ -38,11 +39,18 @@ def facility_location(
 
     Args:
         similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool's examples that are candidates: those with the highest scores. The config checks
-            that it is at least alpha.
+        candidates: share of the pool's examples that are candidates: those with the highest scores.
+
+    Raises:
+        ConfigError: there are fewer candidates than the budget.
     """
     # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
+    if count < size:
+        raise ConfigError(
+            f"selector.candidates={candidates} gives {count:,} candidates among {len(scores.score):,} examples, but "
+            f"the budget is {size:,}; raise selector.candidates, or lower alpha below it"
+        )
     ground = np.concatenate(best_by_direction(scores, embeddings))[:count]
     cover = _Cover(embeddings, ground, similarity)
     picked: list[int] = []

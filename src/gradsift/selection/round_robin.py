@@ -91,7 +91,7 @@ def _take_turns(rankings: Sequence[np.ndarray], size: int, count: int, *, loses_
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
     # no ranking is used beyond its first `size` positions: when all of them are taken, `size` positions are chosen
-    turns = cycle([iter(ranking.tolist()) for ranking in rankings])
+    turns = cycle([map(int, ranking) for ranking in rankings])  # lists of all integers would take five times the memory
     while len(chosen) < size:
         ranking = next(turns)
         position = next(ranking) if loses_turns else next(each for each in ranking if not taken[each])

@@ -208,6 +208,8 @@ def _llama_factory(folder: Path, target: TargetConfig, model: str, examples: Seq
     info: dict[str, Any] = {"gradsift": entry}
     layers = target.lora.targets
     config = _renamed(_common(target, model), target, {"lora_r": "lora_rank", "max_length": "cutoff_len"})
+    if "num_train_epochs" in config:
+        config["num_train_epochs"] = float(config["num_train_epochs"])  # the type in LLaMA-Factory's own examples
     config |= {
         "do_train": True,
         "finetuning_type": "lora",

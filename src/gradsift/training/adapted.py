@@ -46,8 +46,8 @@ _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 class FrozenProducts:
     """The two matrix products of a frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`), computed by torch.
 
-    A layer with the attribute `frozen_products`, an instance of a subclass, computes them in another way. A subclass
-    may hold copies of the weight, so the attribute must be deleted before the weight changes.
+    Subclasses compute them in other ways, and a layer uses the instance in its attribute `frozen_products`, if it has
+    one. This instance may hold copies of the weight, so the attribute must be deleted before the weight changes.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -68,7 +68,7 @@ class FrozenProducts:
         return backprops @ self._weight(backprops.dtype).t()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (..., O) for x (..., I), with a backward pass."""
+        """Return the outputs (..., O) for x (..., I); autograd can differentiate them with respect to x."""
         y: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -136,8 +136,8 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 def fuse(adapted: nn.Module) -> list[Any]:
     """Turn the plain adapted layers of a model into `AdaptedLinear`, in place, and return the changed layers.
 
-    A layer is plain if its base layer is (`is_plain`) and does not train, and if its only active adapter has peft's
-    default name and adds s B A x, without a variant such as DoRA and without a bias.
+    An adapted layer is plain if its base layer is plain (`is_plain`) and frozen, and if its only active adapter has
+    peft's default name and adds s B A x, without a variant such as DoRA and without a bias.
     """
     changed: list[Any] = []
     module: Any

@@ -182,7 +182,7 @@ def config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return what `from_pretrained` is given: the folder or hub id, and the options."""
+    """Return the folder or hub id of a model, and the other options of its `from_pretrained`."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options

@@ -34,8 +34,8 @@ from gradsift.runtime import Advance, weighed
 
 T = TypeVar("T")
 _GPU_TOKENS = 16384  # largest budget on a GPU: more tokens at once are no faster
-# Parts of the messages of torch's other exceptions when memory runs out: on a CPU under Linux, on a CPU under other
-# systems, and in cuBLAS.
+# When memory runs out, torch does not always raise an `OutOfMemoryError`. These are parts of the messages of its other
+# exceptions: on a CPU under Linux, on a CPU under other systems, and in cuBLAS.
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 _halved: dict[Any, int] = {}  # halved budgets by `kind`; later stages and jobs of this process start with them
 _CPU_ACTIVATION = 393_216  # numbers in a (tokens, hidden size) activation that still fit a CPU core's cache
@@ -204,7 +204,7 @@ def device_of(compute: ComputeConfig) -> torch.device:
     if compute.devices > torch.cuda.device_count():
         raise GradsiftError(
             f"compute.devices={compute.devices}, but torch finds {torch.cuda.device_count()} CUDA devices here; give "
-            "this number, or compute.device=cpu"
+            "at most as many, or compute.device=cpu"
         )
     return torch.device("cuda")
 
@@ -260,7 +260,10 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 
 
 def needs_checkpointing(model: Any, device: torch.device) -> bool:
-    """Return whether, by `fitting_tokens`, fewer than 4,096 tokens fit into a GPU without activation checkpointing."""
+    """Return whether fewer than 4,096 tokens fit on a GPU without activation checkpointing (see `fitting_tokens`).
+
+    On a CPU, and for a model type not known here, this is False.
+    """
     if device.type != "cuda":
         return False
     tokens = fitting_tokens(model, torch.cuda.get_device_properties(device).total_memory, checkpointed=False)

@@ -116,7 +116,7 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the number of all optimiser steps, and of those that interrupted runs took, not this one (`taken`)."""
+    """Return the number of all optimiser steps, and of the steps of interrupted runs; this process took `taken`."""
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 

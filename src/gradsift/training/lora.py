@@ -238,8 +238,8 @@ class Lanes(nn.Module):
     """M adapters (lanes) that train side by side on one frozen model, one for each seed.
 
     A batch holds rows of all adapters, which pass through the frozen weights together (`gradsift.training.adapted`).
-    The peft model `adapted` holds the adapter of one lane at a time, at first of lane 0. `activate` puts the adapter of
-    another lane there. Functions that save, load or measure an adapter work on this one.
+    The peft model `adapted` holds the adapter of one lane at a time, at first that of lane 0; `activate` replaces it by
+    the adapter of another lane. Functions that save, load or measure an adapter work on the one that `adapted` holds.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
@@ -265,7 +265,7 @@ class Lanes(nn.Module):
         return len(self._factors)
 
     def activate(self, lane: int) -> None:
-        """Put the adapter of a lane into peft's model."""
+        """Make the adapter of a lane the one that the peft model `adapted` holds."""
         for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 

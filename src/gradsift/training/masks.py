@@ -2,8 +2,8 @@
 
 A generator with a state gives numbers that depend on how a batch is divided and on the order in which a device draws.
 Here each number is a hash, computed in integer arithmetic, which wraps around and never rounds. A dropout mask is a
-function of the example's key, the layer, the token's place and the input's number. So it does not depend on the batch,
-the padding, the rank or the device, and a checkpointed block has the same mask when it is recomputed.
+function of the example's key, the layer, the position of the token and the index of the input. So it does not depend on
+the batch, the padding, the rank or the device, and a checkpointed block has the same mask when it is recomputed.
 
 Shape letters: B rows of a batch, T tokens, I inputs of a layer, N columns.
 """
@@ -62,7 +62,7 @@ class PassedRows:
 
 
 class RowDropout(nn.Dropout):
-    """Dropout with a separate mask for each row. Without a key for each row of (B, T, I), torch's dropout is used."""
+    """Dropout with a mask for each row of the inputs (B, T, I). If the rows have no keys, torch's dropout is used."""
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
         super().__init__(probability)

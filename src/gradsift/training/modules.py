@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The examples of one optimiser step. Lightning hands a `Step` to the module as it is, but would copy a list."""
+    """The examples of one optimiser step. Lightning hands a `Step` to the module unchanged; a list would be copied."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.examples = examples
@@ -168,7 +168,7 @@ class AdapterModule(L.LightningModule):
                 total = (terms / divisor).sum() * weight
             else:
                 total = terms.sum() * weight / divisor
-            # DDP shall average the ranks' gradients in the last backward pass only
+            # DDP must average the ranks' gradients only in the last backward pass
             blocks = number < passes - 1 and isinstance(strategy, ParallelStrategy)
             with strategy.block_backward_sync() if blocks else nullcontext():
                 self.manual_backward(total)

@@ -1,4 +1,4 @@
-"""The numerics of models: the settings that change the rounding of results. Also torch's number of CPU threads.
+"""The numerics of models (the settings that change the rounding of results), and the number of torch's CPU threads.
 
     precision     dtype of weights and products: float32 or bfloat16
     quantization  format of frozen linear layers, if they are quantised: nf4 or int8
@@ -31,7 +31,7 @@ _TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before a run set
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto, `compute.precision`.
+    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto or not given, `compute.precision`.
 
     `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
     """
@@ -43,7 +43,7 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
 
 
 def rounds_to_tf32(compute: ComputeConfig) -> bool:
-    """Return whether float32 products may be rounded to TF32: with compute.precision=auto on a GPU."""
+    """Return whether float32 products may be rounded to TF32, as with compute.precision=auto on a GPU."""
     return compute.precision == "auto" and device_of(compute).type == "cuda"
 
 

@@ -296,10 +296,10 @@ def is_divided(model: Any) -> bool:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return the layers of a causal language model of transformers, which names their classes.
+    """Return the layers of a causal language model: the modules of the classes that `_no_split_modules` names.
 
     Raises:
-        ConfigError: the model does not name these classes.
+        ConfigError: the model has no module of such a class.
     """
     names = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]

@@ -137,7 +137,11 @@ def train_target(
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
-    """Print how many rows (called `what`) were cut, or cannot be used, for the proxy or target (`group`), if any."""
+    """Print how many rows, if any, were cut or left out with the tokenizer of `group` (proxy or target).
+
+    Args:
+        what: the message's word for the rows.
+    """
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
             f"  of {rows:,} {what} {report.truncated_prompts:,} prompts and {report.truncated_responses:,} responses "

@@ -86,7 +86,10 @@ def _serve(options: argparse.Namespace, files: PairFiles, path: Path) -> None:
 
 def _results(options: argparse.Namespace, files: PairFiles, path: Path) -> dict[str, Any]:
     votes = Votes(path)
-    votes.require(read_pairs(files))
+    if files.model.is_file() and files.reference.is_file():  # the store may be deleted before the votes are counted
+        votes.require(read_pairs(files))
+    else:
+        print("note: the answers no longer exist, so they were not compared with those of the votes", file=sys.stderr)
     names = _names(options.raters)
     known = [rater.name for rater in votes.raters()]
     if unknown := [name for name in names if name not in known]:

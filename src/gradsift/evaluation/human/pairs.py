@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairFiles:
-    """The files of both models' answers and, if an LLM judge has judged these answers, of its judgments."""
+    """The files with both models' answers and, if an LLM judge has judged the answers, the file with the judgments."""
 
     model: Path
     reference: Path
@@ -45,12 +46,21 @@ class PairFiles:
 
 
 def read_pairs(files: PairFiles) -> Pairs:
-    """Read both models' answers; raise DataError if they do not answer the same items."""
+    """Read both models' answers.
+
+    Raises:
+        DataError: the models did not answer the same items, or a name or an id contains a lone surrogate.
+    """
     rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}
     items = {
         item_key(row): Pair(row["instruction"], row["input"], row["output"], outputs[item_key(row)]) for row in rows
     }
+    for name in (rows[0]["generator"], reference_rows[0]["generator"], *chain.from_iterable(items)):
+        if any("\ud800" <= character <= "\udfff" for character in name):  # SQLite cannot store it
+            raise DataError(
+                f"{files.model}, {files.reference}: {name!a} contains a lone surrogate; give another name or id"
+            )
     content = content_hash({"pairs": sorted([*key, *vars(pair).values()] for key, pair in items.items())})
     return Pairs(rows[0]["generator"], reference_rows[0]["generator"], items, content)
 

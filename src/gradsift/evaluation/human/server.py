@@ -38,7 +38,7 @@ from gradsift.evaluation.pws import summarise
 from gradsift.pages import presentable, templates
 
 LOOPBACK = "127.0.0.1"
-_PAGES = Path(__file__).with_name("pages")
+_STATIC = Path(__file__).with_name("static")
 _MAX_FORM = 16_384  # bytes; one character of a comment takes up to 12
 _MAX_MARKDOWN = 100_000  # characters; longer texts are shown without rendering
 _CHOICES: dict[str, Choice] = {"first": "first", "tie": "tie", "bad": "tie", "second": "second"}
@@ -78,7 +78,7 @@ class Pages:
             Route("/r/{rater:int}/{item:int}", self.vote, methods=["POST"]),
             Route("/r/{rater:int}/done", self.done),
             Route("/r/{rater:int}/done", self.finish, methods=["POST"]),
-            Mount("/pages", StaticFiles(directory=_PAGES)),
+            Mount("/static", StaticFiles(directory=_STATIC)),
         ]
         return Starlette(
             routes=[Mount(self.root, routes=routes)],
@@ -210,7 +210,7 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Respon
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on loopback, for port 0 on a free port; raise ConfigError if the port is in use."""
+    """Return a socket that listens on loopback; port 0 takes a free one. Raise ConfigError if the port is unusable."""
     try:
         return socket.create_server((LOOPBACK, port))
     except (OSError, OverflowError) as error:

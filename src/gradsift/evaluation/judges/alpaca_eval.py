@@ -70,7 +70,7 @@ class AlpacaEvalJudge(Judge):
             completion = replace(completion, text=after_thinking(completion.text))
             if name == "lmsys_parser":  # alpaca_eval's own reads neither "8, 7" nor "8/10 7/10"
                 return _votes(parse_scores(completion.text, cut=completion.finish == CUT))
-            if name == "json_parser":  # it would take the last of two equal keys
+            if name == "json_parser":  # json_parser would take the last of two equal keys
                 list(json_objects(completion.text))
             p = preference(parser, completion, reads_choice=self.annotator.reads_choice)
             return None if p is None else (2 - p, p - 1)
@@ -126,7 +126,7 @@ def parser_of(annotator: Annotator) -> Parser:
 
 
 def _votes(scores: Pair | None) -> Pair | None:
-    """Return two scores as a preference's: 1 and 0, or 0.5 for both in a draw."""
+    """Return 1 for the answer with the higher score and 0 for the other answer; in a draw, 0.5 for both."""
     if scores is None:
         return None
     first, second = scores

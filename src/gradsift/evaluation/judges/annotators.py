@@ -61,7 +61,7 @@ class Annotator:
 
     @property
     def content(self) -> str:
-        """The hash of everything that the requests, and the preferences read from the replies, depend on."""
+        """A hash of everything that the requests and the reading of the replies depend on."""
         return content_hash({key: value for key, value in asdict(self).items() if key != "price"})
 
 
@@ -155,6 +155,8 @@ def _require_one_pair_per_chat_request(entry: Mapping[str, Any], options: Mappin
         raise ConfigError(
             f"it puts {pairs} pairs into one prompt, where they influence each other; choose one with batch_size: 1"
         )
+    if (read := entry.get("completion_key", "completions")) not in ("completions", "completions_all"):
+        raise ConfigError(f"its completion_key={read!r} is unknown; choose completions or completions_all")
     for name in ("tokens_to_favor", "tokens_to_avoid"):
         if options.get(name):
             raise ConfigError(f"{name} needs the model's own tokenizer; give the request's logit_bias instead")

@@ -66,8 +66,8 @@ class LocalJudge(Judge, Rater):
 
     Small models prefer one letter for all pairs, by about the same amount, so the orders are combined by "sum". The
     parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's turn. If the
-    answers do not fit into `max_length`, both are cut to the same limit. Two answers with equal tokens, after this cut,
-    get equal scores without a forward pass, in which rounding errors would decide.
+    answers do not fit into `max_length`, both are cut to the same limit. Answers whose tokens are equal after this cut
+    get equal scores without a forward pass, because rounding errors would decide between them.
     """
 
     combine: Combine = "sum"

@@ -192,8 +192,8 @@ def _number(value: Any) -> float:
 def _parse_legacy(text: str) -> Pair | None:
     """Apply the published rule: in the first line, replace commas by spaces, split at single spaces, read two floats.
 
-    Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. The published scripts
-    give a reply that they cannot read the scores (-1, -1), which is a tie; this function returns None.
+    Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. For a reply that
+    they cannot read, the published scripts record the scores (-1, -1), which is a tie; this function returns None.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
     with suppress(ValueError):

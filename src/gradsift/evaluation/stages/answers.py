@@ -71,7 +71,7 @@ def generate(
     """Generate greedy answers to all items with the finetuned target, or with the untuned target if `tuned` is None.
 
     Args:
-        generator_config: whether this process computes the answers, or which endpoint does.
+        generator_config: says whether this process or an endpoint computes the answers, and names the endpoint.
     """
     settings = {
         "items": items_hash(items),

@@ -85,7 +85,7 @@ def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
 
 
 class General(NamedTuple):
-    """The results of a model on general benchmarks and on tasks of lm-eval; None for those not asked for."""
+    """The results of a model on general benchmarks and on tasks of lm-eval; None for each that was not computed."""
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -120,7 +120,7 @@ def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
     """Return `{name: {"before", "after", "change"}}` for each benchmark and, as `lm_eval/<task>`, for each task.
 
     For a benchmark, each of the three has the metrics and `loss`: the mean over items of the mean NLL per token of the
-    reference answer, in nats.
+    reference answer, in nats. `change` omits values that are None before or after.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -265,7 +265,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Return the names of tasks and groups, without tags, for which lm-eval reports no figures."""
+    """Return the names of tasks and groups. Tags are omitted, because lm-eval reports no figures for them."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 

@@ -161,7 +161,7 @@ def length_bias(material: Material) -> Figure:
 
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
-    """Return a figure and its panel with a row for each name; the numbers `items`, if given, are written beside."""
+    """Return a figure and its panel with a row for each name; `items`, if given, are written beside the rows."""
     figure, (axes,) = style.panels(width=5.6, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)

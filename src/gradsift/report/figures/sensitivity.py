@@ -147,7 +147,7 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Compare each of `scores` with `base`: Spearman (None if undefined), and Jaccard of the best share `run.alpha`.
+    """Compare each of `scores` with `base`: Spearman (None if undefined), and Jaccard of the best `run.alpha` of rows.
 
     `name` is the setting that varies; the keys of `scores` are its values.
     """

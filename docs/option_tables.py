@@ -28,7 +28,7 @@ def options_page() -> str:
         lines += [f"## {group}", ""]
         for name, schema in SCHEMAS[group].items():
             if choices := _choices(group, name):
-                about = (schema.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+                about = inspect.getdoc(schema) or ""
                 lines += [f"### {', '.join(f'{group}={choice}' for choice in choices)}", "", about, ""]
                 lines += _table(f"{group}.", schema)
     return "\n".join(lines) + "\n"

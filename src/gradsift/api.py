@@ -42,13 +42,16 @@ class Selection:
 
     Attributes:
         kept: The K selected rows with their original columns, best first.
-        indices: (K,) int64, the positions of `kept` in the rows that were given.
-        scores: One row for each input row not rejected: `row_index`, `example_id`, `score` (higher is better), a
-            column for each part of the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and `selected`.
-        rejected: The rows that cannot be used: `row_index`, `reason`, and the row as JSON in `content`.
+        indices: (K,) int64, the positions of the kept rows among the rows given to `select`, best first.
+        scores: One row for each input row that could be selected: one that was neither rejected nor left out by options
+            such as `data__limit`. Columns: `row_index`, `example_id`, `score` (higher is better), a column for each
+            part of the score, `status` (`scored`, `undefined` or `excluded`), `reason`, and `selected`.
+        rejected: One row for each input row that was rejected, with the columns `row_index`, `reason`, and `content`,
+            the input row as JSON text.
         diagnostics: The run's diagnostics by name, each with `verdict` (`ok`, `warning`, `unknown`), `values` and
             `message`.
-        stages: One entry for each unit of work, as in `run.json`: `name`, `artifact`, `reused`, `seconds`, ...
+        stages: One entry for each unit of work that the call did or reused, as in `run.json`: `name`, `artifact`,
+            `reused`, `seconds`, ...
     """
 
     kept: Dataset
@@ -82,24 +85,26 @@ def select(
 ) -> Selection:
     """Select the rows of an instruction dataset that are worth training on.
 
-    The call computes what the command line computes with the same options, and uses the same store: finished work is
-    reused, and an interrupted call continues when it is repeated. Afterwards, the number of torch threads and Hydra's
-    state are as before the call, but transformers' progress bars stay switched off.
+    The result is the same as that of the command line with the same options. Both use the same store, so finished work
+    is reused, and a repeated call continues the work of an interrupted one. Afterwards, the number of torch threads and
+    Hydra's state are as before the call, but transformers' progress bars stay switched off.
 
     Args:
         rows: Dicts, a `datasets.Dataset`, or the path of a file (.json, .jsonl, .csv, .tsv, .parquet).
-        method: A recipe (`gradfiltering`, `superfiltering`, ...), a scorer (`late_loss`, ...), or a function of your
-            own, whose positional parameters name its inputs (see `gradsift.scoring`).
-        alpha: Share of the rows that is kept, above 0 and up to 1.
+        method: The name of a recipe (a file in `conf/method/`, such as `gradfiltering`), the name of a scorer (such as
+            `late_loss`), or a scoring function of your own, whose positional parameters name its inputs (see
+            `gradsift.scoring`).
+        alpha: Share of the rows to keep, above 0 and at most 1.
         proxy: The small model that scores the rows: `gpt2`, `smollm2`, `hf` with `proxy__model="ID_OR_FOLDER"`, or
             `tiny_bytes` (random weights).
-        artifacts: The store, a folder of finished work; by default `$GRADSIFT_ARTIFACTS` or `./artifacts`.
+        artifacts: Folder of the store, which keeps finished work. The default is the folder that the environment
+            variable `GRADSIFT_ARTIFACTS` names or, if it is unset, `./artifacts`.
         progress: Whether to show progress on stderr.
         **options: Any other option of the command line, with `__` in place of a dot: `proxy__members=3`,
             `proxy__snapshots=[1, 2]`, `scorer__eps=1e-6`, `data__limit=1000`, `selector="repr_filter"`, `seed=1`.
 
     Returns:
-        The kept rows, the scores of all rows that were not rejected, the rejected rows and the diagnostics.
+        The kept rows, the scores of all rows that could be selected, the rejected rows and the diagnostics.
 
     Raises:
         ConfigError: an option or its value cannot be used.
@@ -175,7 +180,7 @@ def _selected(config: Config, progress: bool, rows: Any, function: Any, constant
 
 
 def _read(rows: Any, line: Line, scored: Artifact, selected: Artifact) -> Selection:
-    """Return a `Selection` that is read from the artifacts of the scores and of the selection."""
+    """Return the `Selection` of the artifacts `scored` (the scores) and `selected` (the selected positions)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
@@ -252,7 +257,10 @@ def _written(rows: Any, path: Path) -> Path:
 
 
 def _chosen(method: str) -> str:
-    """Return the override that chooses the recipe `method`, or the scorer of that name if there is no such recipe."""
+    """Return the override `method=NAME` if there is a recipe of this name, otherwise `scorer=NAME`.
+
+    Raises ConfigError if there is no such recipe or scorer.
+    """
     folders = (conf_folder(), Path("conf"))
     recipes, scorers = (
         sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
@@ -270,12 +278,18 @@ def _chosen(method: str) -> str:
 
 
 def _key(name: str, key: Any) -> str:
-    """Return a key of a dict in the syntax of the command line, in which keys cannot be quoted."""
+    """Return a key of a dict in Hydra's override syntax.
+
+    Special characters are escaped, because Hydra reads no quotes around keys.
+    """
     return re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", key) if isinstance(key, str) else _spelt(name, key)
 
 
 def _spelt(name: str, value: Any) -> str:
-    """Return a Python value in the syntax of the command line; an error message names the option `name`."""
+    """Return a Python value in Hydra's override syntax.
+
+    If the value has a type that an override cannot hold, the ConfigError names the option `name`.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):
@@ -296,16 +310,16 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
 
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-    G^s and G^t are the means over the members of the early norms and of the late norms. V^t is the population variance
-    of the late norms over the members.
+    For example i, G_i^s is the mean of its early norms over the members, and G_i^t the mean of its late norms. V_i^t is
+    the population variance of its late norms over the members.
 
     Args:
-        early: (M, N) per-sample gradient norms of M >= 2 members at the early snapshot, not negative.
+        early: (M, N) per-sample gradient norms, not negative, of M >= 2 ensemble members at the early snapshot.
         late: (M, N) the norms of the same members and examples at the late snapshot.
-        eps: Above 0; added to both denominators. The paper gives no value.
+        eps: Number above 0 that is added to both denominators, so that neither is 0. The paper gives no value.
 
     Returns:
-        (N,) float64, higher is better.
+        The ratio of each example, (N,) float64; higher is better.
 
     Raises:
         ConfigError: the shapes differ or are not (M, N), or `eps` is not above 0.

@@ -1,14 +1,17 @@
 """The store of finished work: an artifact is found by a fingerprint of everything that determines its content.
 
-An artifact is a folder `<store>/<stage>/<slug>-<fingerprint>/`. The fingerprint hashes the stage's name and version,
-the config that the stage reads, and the identities of the parents (the artifacts that the stage reads); nothing else.
-A stage works in a folder whose name ends in `.part`. `manifest.json`, with the size and hash of every file, is written
-last, and then the folder is renamed. So an artifact is either complete or absent.
+An artifact is a folder `<store>/<stage>/<slug>-<fingerprint>/`. The fingerprint is a hash of the stage's name and
+version, the config that the stage reads, and the identities of the parents (the artifacts that the stage reads);
+nothing else changes the fingerprint. A stage writes its files to a folder with the artifact's name plus `.part`. The
+last file is `manifest.json`, with the size and hash of every other file. Then the folder is renamed to the artifact's
+name, so an artifact is either complete or absent.
 
-While a stage works, `unfinished/` in that folder holds the state from which an interrupted run continues: the save
-point of a training (`gradsift.training.finetuning`) or the results of a pass (`gradsift.journal`).
+While a stage works, `unfinished/` in its `.part` folder holds the state from which an interrupted run continues: the
+save point of a training (`gradsift.training.finetuning`), or the results that a pass over the examples has computed so
+far (`gradsift.journal`).
 
-Several processes, on one machine or several, may use one store: each locks the unit that it makes (`gradsift.disk`).
+Several processes, on one machine or several, may use one store. A process locks an artifact while it makes the artifact
+(`gradsift.disk`).
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class NotMade(GradsiftError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A unit of work that is finished or, in a plan, still to be made."""
+    """The result of one unit of work: finished or, in a plan (`plan=true`), still to be made."""
 
     stage: str
     path: Path
@@ -60,14 +63,21 @@ class Artifact:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """The counts and other values that the stage returned, such as rows; raises NotMade if it is only planned."""
+        """The counts and other values that the stage returned, such as `rows`.
+
+        Raises NotMade if the artifact is only planned.
+        """
         if self.planned:
             raise NotMade(f"{self.stage}/{self.path.name} is not made yet")
         return dict(self.manifest["info"])
 
     @property
     def identity(self) -> str:
-        """The part of later fingerprints that stands for this artifact: fingerprint, outside content, numerics."""
+        """The text that stands for this artifact in the fingerprints of later stages.
+
+        It joins the artifact's own fingerprint, the hash of its content if that comes from outside (a dataset, say),
+        and, for a model, how this process computes with the model (its numerics).
+        """
         content = "" if self.planned else self.info.get("content", "")
         numerics = "".join(f":{name}={value}" for name, value in sorted(self.numerics.items()))
         return f"{self.fingerprint}:{content}{numerics}"
@@ -85,13 +95,16 @@ class Artifact:
 
     @property
     def computed_by(self) -> Mapping[str, Mapping[str, str]]:
-        """Numerics of the models with which the values were computed, by the name of the model's folder."""
+        """The numerics of the models that computed this artifact's values, by the name of the model's folder.
+
+        Numerics describe how a model computes, such as its precision (see gradsift.training.numerics).
+        """
         return {self.path.name: self.numerics} if self.numerics else dict(self.manifest.get("numerics", {}))
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One unit of work in one run: made or reused (an entry of `stages` in `run.json`)."""
+    """What one run did for one unit of work, which it made or reused; an entry of `stages` in `run.json`."""
 
     name: str
     artifact: str
@@ -134,17 +147,19 @@ class Store:
         """Return the artifact that `config` and `parents` determine; call `make` only if it does not exist.
 
         Args:
-            config: everything that changes the result besides the parents; JSON values.
+            config: everything besides the parents that changes the result, as JSON values.
             make: writes the files into the folder that it is called with, and returns the artifact's `info`. The info
-                of a training has `optimizer_steps`, and `resumed_steps`: how many of them interrupted runs had taken.
-                `make` may continue from the folder's `unfinished/`, which is deleted afterwards. If it makes several
-                units at once, it also returns this unit's `seconds` and `forward_tokens`.
+                of a training has `optimizer_steps`, and `resumed_steps`, the number of these steps that interrupted
+                runs had already taken. `make` may continue from the folder's `unfinished/`, which is deleted
+                afterwards. If `make` makes several units at once, its info also has `seconds` and `forward_tokens`, the
+                time and the tokens of this unit alone.
             version: version of the stage's code, increased whenever the stage's result changes.
-            size: number of examples that the stage processes, if it differs from the parents'.
-            light: True if the work takes seconds and needs no model. A plan makes a missing light artifact, in a
-                temporary folder, and only looks up all others.
+            size: number of examples that the stage processes; None: as many as the largest parent has.
+            light: True if the work takes seconds and needs no model. If such an artifact is missing, a plan makes it in
+                a temporary folder; a plan only looks up all other artifacts.
             exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
-            divided: True if `make` divides its work over the ranks of a run (see gradsift.training.parallel).
+            divided: True if `make` divides its work over the ranks (processes) of a run (see
+                gradsift.training.parallel).
 
         Raises:
             GradsiftError: the store cannot be read or written; the message names the unit, the folder and the remedy.
@@ -180,7 +195,7 @@ class Store:
         return fingerprint, self.root / stage / f"{safe_slug(slug)}-{fingerprint}"
 
     def _require_same_folder(self) -> None:
-        """Raise GradsiftError if `root` is another folder than when the run began (after an unmount, for example)."""
+        """Raise GradsiftError if `root` is not the folder that it was when the run began, as after an unmount."""
         if self._inode is None:
             self.root.mkdir(parents=True, exist_ok=True)
         inode = self.root.stat().st_ino  # not the device's number: automounters change it
@@ -192,7 +207,10 @@ class Store:
         self._inode = inode
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Find or make an artifact. Only subclasses use `light`, `exact` and `divided` (see `obtain`)."""
+        """Return the artifact `wanted`, and make it if it is missing or damaged.
+
+        Only subclasses use `light`, `exact` and `divided` (see `obtain`).
+        """
         started = time.perf_counter()
         with guarded(self.root, f"stage {wanted.stage} ({wanted.path.name})"):
             self._require_same_folder()
@@ -277,7 +295,10 @@ class Store:
         return part
 
     def _whole(self, wanted: Artifact, *, is_locked: bool) -> Artifact | None:
-        """Return the artifact if every file is as the manifest says; None if it is missing or damaged."""
+        """Return the artifact if every file is as the manifest says; None if the artifact is missing or damaged.
+
+        If `is_locked`, a damaged artifact is renamed, so that it can be made again.
+        """
         stage, path = wanted.stage, wanted.path
         if not os.path.lexists(path):
             return None
@@ -308,7 +329,9 @@ class Store:
 
 
 def _difference(others: Mapping[str, Mapping[str, str]], own: Mapping[str, Mapping[str, str]]) -> str:
-    """Return how an artifact's numerics differ from this run's, as in 'kernels=off (here kernels=3fa9)'."""
+    """Return how the numerics of an artifact (`others`) differ from this run's, as in 'kernels=off (here
+    kernels=3fa9)'.
+    """
     parts = []
     for model, values in own.items():
         for name, value in values.items():
@@ -318,7 +341,7 @@ def _difference(others: Mapping[str, Mapping[str, str]], own: Mapping[str, Mappi
 
 
 def fingerprint_of(stage: str, version: int, config: Mapping[str, Any], parents: Sequence[Artifact]) -> str:
-    """Return the fingerprint: 12 hex digits of the hash of everything that changes the result."""
+    """Return the fingerprint: the first 12 hex digits of a hash of the arguments, which determine a stage's result."""
     identity = {"stage": stage, "version": version, "config": config, "parents": [p.identity for p in parents]}
     return content_hash(identity)[:12]
 

@@ -1,7 +1,7 @@
-"""The command line: `python run.py`, or `gradsift` if it is installed.
+"""The command line: `python run.py` or, after installation, `gradsift`.
 
-Hydra composes the config, `load_config` checks it, and only then is anything heavy imported. An error that the user
-can correct is printed as one line, and the exit code is 2. In a sweep, the other jobs still run.
+Hydra composes the config and `load_config` checks it before slow imports such as torch. An error that the user can
+correct is printed as one line, and the exit code is 2. If a job of a sweep fails, the other jobs still run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _is_first = True  # whether this process is rank 0 or started rank 0; only then 
 
 
 def main() -> None:
-    """Run the command line; the entry point of `run.py` and of the console script."""
+    """Run the command line. This function is the entry point of `run.py` and of the console script `gradsift`."""
     global _failed, _sweep
     _sweep = None
     os.environ.setdefault("HYDRA_MAIN_MODULE", "gradsift.cli")
@@ -107,7 +107,7 @@ def _described(error: Exception) -> str:
 
 
 def _job(composed: DictConfig) -> float | None:
-    """Run the job whose config Hydra has composed, and return the value of `_attempt`."""
+    """Run the job whose config Hydra has composed, and return what `_attempt` returns."""
     if home := os.environ.get(HOME):  # a launcher's worker may have started in another folder
         os.chdir(home)
     settings = HydraConfig.get()
@@ -121,12 +121,15 @@ def _job(composed: DictConfig) -> float | None:
 
 
 def _relative(folder: Path) -> Path:
-    """Return the path relative to the working directory if it is inside, for messages that are short and portable."""
+    """Return `folder` relative to the working directory if it lies inside, otherwise unchanged.
+
+    Relative paths keep messages short and portable.
+    """
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _replay(arguments: list[str]) -> None:
-    """Repeat a run with the config in its folder (`--replay RUN`); the repetition has a folder of its own."""
+    """Run again with the config in the folder of a run (`--replay RUN`). The repetition writes to a new folder."""
     if len(arguments) != 1:
         raise ConfigError("--replay takes one run folder, as in: python run.py --replay outputs/DATE/TIME")
     source = Path(arguments[0]) / CONFIG_FILE
@@ -141,10 +144,11 @@ def _replay(arguments: list[str]) -> None:
 
 
 def _attempt(load: Callable[[], Config], job: Job) -> float | None:
-    """Run one job. Print an error as one line, write it to `run.json`, and remember it for the exit code.
+    """Run one job. If it fails, print the error as one line, write it to `run.json`, and remember it for the exit code.
 
     Returns:
-        The value of `objective`, for a search, or None if the job failed or its run has no such value.
+        The result that the option `objective` names, which a search optimises, or None if the job failed or the run
+        does not compute this result.
     """
     global _is_first
     try:
@@ -189,7 +193,10 @@ def _fail(message: str) -> None:
 
 
 class SweepCheck(Callback):
-    """Exits before a sweep writes anything if one of its jobs cannot run; registered in conf/config.yaml."""
+    """A Hydra callback that checks the jobs of a sweep before the sweep writes anything.
+
+    If one of the jobs cannot run, the process exits. conf/config.yaml registers this class.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _sweep

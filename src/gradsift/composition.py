@@ -1,4 +1,4 @@
-"""The interface to Hydra: schemas and config folders, configs from overrides, and one-line messages for its errors."""
+"""The interface to Hydra: schemas, config folders, configs from overrides, and one-line messages for Hydra's errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def conf_folder() -> Path:
 class UserConf(SearchPathPlugin):
     """Makes Hydra search `conf/` in the working directory, after gradsift's own `conf/`.
 
-    The path is made absolute here, so the workers of a launcher search the folder in which the sweep was begun.
+    The path is made absolute here, because a launcher's workers may start in another folder than the sweep.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -58,7 +58,8 @@ class UserConf(SearchPathPlugin):
 def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
     """Register the dataclasses with Hydra as `schema/<group>/<name>`, and the known models as proxies and targets.
 
-    The groups `COMPARED` are enough for a `CompareConfig`. After this call Hydra also searches the user's `./conf`.
+    A `CompareConfig` needs only the groups `COMPARED`; registering all takes longer. After this call Hydra also
+    searches the user's `./conf`.
     """
     store = ConfigStore.instance()
     Plugins.instance().register(UserConf)  # the first call of instance() loads the plugins and their settings
@@ -80,7 +81,9 @@ def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """Return the config of a run with these overrides. The state of an outer Hydra application is restored.
+    """Return the checked config of a run with these overrides.
+
+    If the caller is itself a Hydra application, its Hydra state is restored afterwards.
 
     Raises:
         ConfigError: a group, an option or a value cannot be used; the command line would print the same message.
@@ -89,7 +92,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
-    """Return the config that `conf/<file>.yaml` describes, with these overrides (see `compose_config`)."""
+    """Return the config of class `kind` that `conf/<file>.yaml` and the overrides describe (see `compose_config`)."""
     overrides = in_full(overrides)
     require_readable(overrides)
     Plugins.instance()  # the first call adds the plugins' settings to the store; they must be part of the copy below
@@ -108,12 +111,13 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of the command line with short options such as `proxy.model=ID` spelt in full.
+    """Return the arguments of the command line with short options spelt in full (`proxy.model=ID`:
+    `proxy.model.path=ID`).
 
     `template=NAME` and `template.file=FILE.jinja` set the template of both the proxy and the target.
 
     Raises:
-        ConfigError: the arguments give a template for both, and another one for the proxy or the target.
+        ConfigError: the arguments set the template of both, and set the template of one or of both a second time.
     """
     short = re.compile(rf"^(\+{{0,2}}(?:proxy|target)\.)({'|'.join(_SHORT)})=(?!\{{)")
     spelt: list[str] = []
@@ -133,7 +137,7 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 def require_readable(arguments: Sequence[str]) -> None:
     """Raise ConfigError for a group that is null, a number of more than 1,000 digits, or a secret that is typed out.
 
-    The first two would make Hydra raise errors that do not name the option.
+    For a null group and for such a number, Hydra's own errors would not name the option.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -151,7 +155,10 @@ def require_readable(arguments: Sequence[str]) -> None:
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes for Hydra, with doubled backslashes before a quote and at the end."""
+    """Return a text in single quotes, as a value of a Hydra override.
+
+    Quotes in the text are escaped, and backslashes before a quote or at the end are doubled.
+    """
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), text) + "'"
 
 
@@ -176,7 +183,11 @@ def in_one_line(error: Exception) -> str:
 
 
 def _unknown_option(option: str, key: str, schema: str) -> str:
-    """Return a message with a similar option, or else the group's choices that have the option, or else all options."""
+    """Return the message for an unknown option.
+
+    The message names a similar option. If there is none, it names the choices of the group that have the option; if
+    there are none either, it names all options.
+    """
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])
     text = f"{'.'.join(parts)} is no option" + (f" of the {place} that is chosen" if place else "")

@@ -1,9 +1,10 @@
 """The cost of work: tokens that pass through models, memory and time.
 
-Forward tokens are the real tokens (no padding) that pass forward through a model on this machine, each once per pass,
-whether a backward pass follows or not. Generation counts the tokens of the prompt and the generated tokens that are fed
-back into the model. A batch that is repeated because memory ran out counts once. The tokens of a judge behind an
-endpoint are not counted. Of an interrupted unit of work, only the tokens of the process that finished it are counted.
+Forward tokens are the real tokens (no padding) that pass through a model on this machine. A token counts once per
+forward pass, whether a backward pass follows or not. In generation, the tokens of the prompt count, and the generated
+tokens that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a
+judge behind an endpoint are not counted. If a unit of work was interrupted and continued, only the tokens of the
+process that finished the unit are counted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ _open: list[list[int]] = []  # the count of each unit of work in progress in thi
 
 
 def passed(tokens: int) -> None:
-    """Count tokens that have just passed through a model, for the innermost unit of work in progress."""
+    """Add tokens that have just passed through a model to the count of the innermost `counting` block, if any."""
     if _open:
         _open[-1][0] += tokens
 
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
-    """Count the forward tokens of one unit of work; yield a function that returns the count, also after the block."""
+    """Count the forward tokens of the block, which is one unit of work.
+
+    Yields a function that returns the count so far; it can be called after the block too.
+    """
     count = [0]
     _open.append(count)
     try:
@@ -35,14 +39,14 @@ def counting() -> Iterator[Callable[[], int]]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text, such as `12 min`."""
+    """Return a time in seconds as text with a fitting unit, such as `12 min`."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_resident_gb() -> float | None:
-    """Return the peak resident memory of this process so far in GB (10^9 bytes), or None if it is not known.
+    """Return the peak resident memory of this process so far in GB (10^9 bytes), or None on Windows.
 
     On Linux the peak includes the memory that the parent process (a notebook, say) held when it started this process.
     """
@@ -55,10 +59,10 @@ def peak_resident_gb() -> float | None:
 
 
 def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the sums, by `WORK_COLUMNS`, over units of work given as entries of `stages` in one or several `run.json`.
+    """Return the sum of each of `WORK_COLUMNS` over units of work: entries of `stages` in the `run.json` of some runs.
 
-    A unit that several runs reused counts once for each run. The steps and tokens that were
-    spent to make it count as saved once for each of these runs.
+    If several runs reused a unit, it counts once for each of these runs. The optimiser steps and tokens that were spent
+    to make the unit are then added to `saved_steps` and `saved_tokens` once for each of these runs.
     """
     total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
     for stage in stages:

@@ -28,12 +28,15 @@ class Diagnostic:
 
     @classmethod
     def judged(cls, name: str, bad: bool, values: Mapping[str, float | None], observed: str, check: str) -> Diagnostic:
-        """Return a `warning` whose message also says what to `check` if `bad`, otherwise an `ok`."""
+        """Return a diagnostic with the verdict `warning` if `bad`, otherwise `ok`.
+
+        The message says what was `observed` and, if `bad`, what to `check`.
+        """
         return cls(name, "warning", values, f"{observed}; check {check}") if bad else cls(name, "ok", values, observed)
 
     @classmethod
     def unknown(cls, name: str, value: str, reason: str) -> Diagnostic:
-        """Return a diagnostic with the verdict `unknown`, because `value` is not defined for this run."""
+        """Return a diagnostic with the verdict `unknown`; `value` names what is not defined, and `reason` says why."""
         return cls(name, "unknown", {value: None}, reason)
 
 

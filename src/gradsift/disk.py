@@ -1,8 +1,9 @@
-"""Locks for units of work, and messages with a remedy for errors of the disk that holds the store.
+"""Locks for artifacts that are being made, and messages with a remedy for errors of the store's disk.
 
 A lock ensures that only one process at a time makes an artifact. The locks are those of the file system, which the
-kernel frees when the holder dies. A file system without such locks is refused: a plain lock file would remain after its
-holder died on another machine, and nothing but the file's age would suggest that the holder is dead.
+kernel releases when the process that holds them dies. A file system without such locks is refused. Without them, the
+mere existence of a file would be the lock; it would remain if the process that made it died on another machine, and
+nothing but the file's age would suggest this.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ _NOT_WRITABLE = (
 def locked(
     path: Path, say: Callable[[str], None], at_work: Callable[[str], AbstractContextManager[Any]]
 ) -> Iterator[Callable[[], None]]:
-    """Hold the lock of the artifact at `path`. While another process holds it, say so and wait inside `at_work`.
+    """Hold the lock of the artifact at `path`.
+
+    While another process holds the lock, report this with `say`, and wait in the context of `at_work`.
 
     Yields:
-        A function that raises GradsiftError if another process has started the same unit, which can happen if the locks
-        of the file system do not work. It checks that the lock file still has the name that this process wrote into it.
+        A function that raises GradsiftError if another process has started to make the same artifact, which can happen
+        if the locks of the file system do not work. The function checks that the lock file still contains the name that
+        this process wrote into it.
     """
     file = require_no_link(path.parent / f".{path.name}.lock")
     lock = FileLock(file, fallback_to_soft=False)
@@ -69,7 +73,7 @@ def locked(
 
 
 def _holder(file: Path) -> str:
-    """Return the process that held a lock last, for messages."""
+    """Return the name of the process that held the lock `file` last, as messages show it."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").split(",")[0] or "not named"
     except OSError:
@@ -82,7 +86,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
 
     Args:
         store: the folder of artifacts.
-        nameless: whether to convert errors that name no file, too; True while a stage works.
+        nameless: whether errors that name no file are converted too; True while a stage works.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The errors that gradsift raises on purpose.
 
-Each message names the option or the row, its value and the remedy. The command line prints it as one line, without a
-traceback. Any other exception that reaches the command line is a defect of gradsift.
+Each message names the option or the row, its value and the remedy. The command line prints the message as one line,
+without a traceback. Any other exception that reaches the command line is a defect of gradsift.
 """
 
 import functools
@@ -27,7 +27,10 @@ def first_line(error: BaseException) -> str:
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """Return a main function that calls `run` and returns 0. It prints a GradsiftError or OSError and returns 2."""
+    """Return a main function that calls `run` and returns 0.
+
+    If `run` raises GradsiftError or OSError, the main function prints the error and returns 2.
+    """
 
     @functools.wraps(run)
     def main(arguments: Sequence[str] | None = None) -> int:

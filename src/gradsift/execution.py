@@ -1,4 +1,4 @@
-"""One run of the command line: its folder, its record, its report."""
+"""Executes one run of the command line, and writes the run's folder: its config, record and report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Job:
         return [override for override in self.overrides if override not in shared] or self.overrides
 
     def clear(self) -> None:
-        """Delete what an earlier run in the same folder wrote."""
+        """Delete the records and results that an earlier run wrote to the same folder (the files `_WRITTEN`)."""
         for name in _WRITTEN:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -63,9 +63,10 @@ class Job:
 
 
 def execute(config: Config, job: Job) -> float | None:
-    """Run one checked config, write its folder, and return the value of `config.objective`, if the run has one.
+    """Run one checked config, write the run's folder, and return the value of `config.objective`.
 
-    Ranks other than 0 take part in the work of a run, but not in a plan, and write nothing to the folder.
+    Ranks other than 0 take part in the work of a run, but not in a plan, and write nothing to the folder. The value is
+    None on these ranks, for a plan, and if the run did not measure it.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
@@ -124,7 +125,10 @@ def execute(config: Config, job: Job) -> float | None:
 
 
 def _require_files(config: Config) -> None:
-    """Raise an error, before the slow imports, if a file, model or dataset is missing, or the hub refuses the token."""
+    """Raise an error if a file, model or dataset is missing, or if the hub refuses the token.
+
+    The check is made before the slow imports.
+    """
     data = config.data
     if isinstance(data, JsonDataConfig):
         require_files(data.path)
@@ -156,7 +160,7 @@ def _require_files(config: Config) -> None:
 
 
 def _about(config: Config, overrides: list[str]) -> dict[str, Any]:
-    """Return the settings that identify a run, in `run.json` and in the tracker."""
+    """Return the settings by which `run.json` and the tracker identify a run."""
     name = config.scorer_name if config.scorer_name == "full" else f"{config.scorer_name}-{config.alpha:g}"
     dumped = dump_config(config)
     values = dumped["values"]

@@ -22,12 +22,13 @@ _SAMPLE = 256  # rows whose tokens are counted
 
 
 def forecast(line: Line) -> dict[str, Any] | None:
-    """Return the forecast of a run's finetunes (see `run.json`), or None if the target has fewer than `LARGE` weights.
+    """Return the forecast of a run's finetunes, which `run.json` contains.
 
-    The tokens of the rows are estimated from a sample of the pool.
+    It is None if the target has fewer than `LARGE` parameters. The number of tokens per row is estimated from a sample
+    of the pool.
 
     Raises:
-        ConfigError: the adapter's layers are not among the target's.
+        ConfigError: the target does not have the layers that `target.lora.targets` names.
     """
     from transformers import AutoModelForCausalLM
 
@@ -71,7 +72,7 @@ def forecast(line: Line) -> dict[str, Any] | None:
 
 
 def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
-    """Return how many bytes of a model's weights one GPU holds.
+    """Return how many bytes the weights of a model take on one GPU.
 
     Args:
         number: bytes per weight that is not quantised.
@@ -91,16 +92,20 @@ def held_weights(model: Any, number: int, quantization: str, parts: int) -> int:
 
 
 def operations(parameters: int, *, checkpointed: bool) -> int:
-    """Return the operations per token of a finetune in which each token passes through `parameters` weights.
+    """Return the number of arithmetic operations per token of a finetune.
 
-    A matrix product takes two operations per weight in the forward pass, and two in the backward pass to its inputs.
-    Checkpointing repeats the forward pass.
+    Each token passes through `parameters` weights. A matrix product takes two operations per weight (a multiplication
+    and an addition) in the forward pass, and two more in the backward pass to its inputs. The weights are frozen, so no
+    operations are counted for their gradients. Checkpointing repeats the forward pass.
     """
     return (6 if checkpointed else 4) * parameters
 
 
 def active_parameters(model: Any) -> int:
-    """Return the number of parameters that a token passes through, without the experts that are not chosen for it."""
+    """Return the number of parameters that a token passes through.
+
+    In a model with experts, the experts that the router does not choose for the token are not counted.
+    """
     total: int = sum(each.numel() for each in model.parameters())
     chosen = getattr(model.config, "num_experts_per_tok", None)
     if chosen is None:

@@ -40,7 +40,7 @@ def require_access(dataset: str) -> None:
 def push(config: Config, run: Path) -> str:
     """Send the selection of a finished run and its card in one commit, and return the address of the dataset.
 
-    A dataset that does not exist is created; in an existing one, these two files are replaced.
+    A dataset that does not exist is created. In an existing dataset, only `selection.jsonl` and the card are replaced.
 
     Raises:
         GradsiftError: the hub cannot be reached, or refuses the name, the token or the files.
@@ -63,7 +63,7 @@ def _api() -> HfApi:
 
 @contextmanager
 def _failures(dataset: str, state: str) -> Iterator[None]:
-    """Turn errors of the hub's client into a GradsiftError of one line that ends with `state` (what has been done)."""
+    """Turn an error of the hub's client into a GradsiftError with one line, which ends with `state` (what was done)."""
     import httpx2
 
     name = f"export.push_to_hub={dataset}"
@@ -82,7 +82,10 @@ def _failures(dataset: str, state: str) -> Iterator[None]:
 
 
 def card(config: Config, record: Mapping[str, Any]) -> str:
-    """Return the dataset card: how the rows were selected, the results in `record` (`run.json`), and their limits."""
+    """Return the dataset card: how the rows were selected, the run's results, and the limits of the data and results.
+
+    `record` is the content of the run's `run.json`.
+    """
     files = [{"split": "train", "path": SELECTION_FILE}]
     head = {"configs": [{"config_name": "default", "data_files": files}], "tags": ["gradsift", "data-selection"]}
     selected, rows = record["selection"]["rows"], record["data"]["rows"]

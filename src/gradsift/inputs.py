@@ -1,6 +1,6 @@
 """The inputs that a scorer or a selector can ask for: the pool, the proxy and its ensemble, gradients and embeddings.
 
-Each is made on first use, so nothing is computed or loaded that the chosen scorer and selector do not need.
+Each input is made on first use, so nothing is computed or loaded that the chosen scorer and selector do not need.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gradsift.training.target import load_target, say_report
 
 
 class Inputs:
-    """The inputs of one run's scorer and selector. Each is found in the store or made."""
+    """The inputs of one run's scorer and selector. Each input is read from the store, or made if it is not there."""
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
@@ -119,7 +119,7 @@ class Inputs:
         return train_adapters(self.ensemble)
 
     def norms(self, epoch: int) -> list[list[Artifact]]:
-        """Return the members' per-sample gradient norms after an epoch, as [member][shard]."""
+        """Return artifacts with the members' per-sample gradient norms after an epoch, as [member][shard]."""
         return ensemble_norms(self.ensemble, self.adapters, epoch)
 
     @functools.cached_property
@@ -132,21 +132,24 @@ class Inputs:
         return not {"late_norms", "answer_losses"}.isdisjoint(vars(self))
 
     def collect_shard(self) -> list[int]:
-        """Collect the shard `proxy.shard` of all members, and return the shards that are still incomplete."""
+        """Collect all members' norms of the examples in the shard `proxy.shard`; return the shards still incomplete."""
         shard = self.config.proxy.shard
         assert shard is not None  # noqa: S101 - checked by the caller
         return collect_shard(self.ensemble, self.adapters, shard)
 
     @functools.cached_property
     def statistics(self) -> Artifact:
-        """Mean, variance and drop of the norms over the members (GRADFILTERING, section 3)."""
+        """Artifact with the mean and variance over the members of each example's norm (GRADFILTERING, section 3)."""
         proxy = self.config.proxy
         early = self.norms(proxy.snapshots[0])
         return statistics(self.runtime, early, self.late_norms, proxy.snapshots, proxy.norm_scope, self.rows)
 
     @functools.cached_property
     def answer_losses(self) -> list[Artifact]:
-        """Losses of the answers at the late snapshot: one table per adapter."""
+        """Losses of the examples' responses, with their own and with other prompts, at the late snapshot.
+
+        There is one table per adapter (`gradsift.proxy.member_tables`).
+        """
         late = self.config.proxy.snapshots[1] - 1
         return [answer_losses(self.ensemble, epochs[late], i) for i, epochs in enumerate(self.adapters)]
 
@@ -155,14 +158,20 @@ class Inputs:
         return mean_loss(self.late_norms, self.rows)
 
     def measures(self) -> dict[str, np.ndarray]:
-        """Return each example's late loss and number of response tokens; empty if the scorer did not ask for norms."""
+        """Return each example's loss at the late snapshot and its number of response tokens, by name.
+
+        The mapping is empty if the scorer did not ask for norms.
+        """
         if "late_norms" not in vars(self):
             return {}
         tokens = by_example(self.late_norms[0], ("n_tokens",), self.rows)["n_tokens"]  # the same for every member
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return the diagnostics of the ensemble up to the late snapshot; `asked` names the sources of the scorer."""
+        """Return the diagnostics of the ensemble up to the late snapshot; none if the scorer uses no ensemble.
+
+        `asked` names the sources that the scorer asks for.
+        """
         if not self.has_ensemble:
             return []
         trained = [epochs[: self.config.proxy.snapshots[1]] for epochs in self.adapters]
@@ -177,7 +186,10 @@ class Inputs:
 
     @functools.cached_property
     def embedding_gradients(self) -> Artifact:
-        """Statistics of the gradients of embedding and LM head at the first member's weights after its first epoch."""
+        """Statistics of each example's gradients with respect to the input embedding and the LM head.
+
+        They are computed at the first member's weights after its first epoch.
+        """
         (first,) = train_members(with_check(self.ensemble), [0], epochs=1)[0]
         return embedding_gradients(self.ensemble, first, self.rows)
 
@@ -215,7 +227,7 @@ class Inputs:
 
     @functools.cached_property
     def target_gradients(self) -> Artifact:
-        """Gradient features of the target set, always of plain gradients; `features.adam` changes only the pool's."""
+        """Gradient features of the target set, from plain gradients: `features.adam` applies to the pool only."""
         features, proxy, load = self.config.features, self.config.proxy, self._target_inputs
         rows, slug = self.target_set, f"target-{self.config.target_set.name}"
         return gradient_features(self.runtime, features, proxy, self.checkpoints, rows, load, slug=slug, adam=False)

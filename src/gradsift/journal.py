@@ -1,4 +1,4 @@
-"""A journal keeps the results of a pass as they are computed, so that an interrupted run can continue.
+"""A journal keeps the results of a pass over the data as they are computed, so that an interrupted run can continue.
 
 A stage asks the runtime for the journal of the artifact that it makes:
 
@@ -6,12 +6,12 @@ A stage asks the runtime for the journal of the artifact that it makes:
     for batch in batches:
         losses = journal.once(batch.rows, lambda: losses_of(batch))
 
-If the n-th call of `once` has the same key as in the interrupted run, it returns the kept result; otherwise it calls
-the function and keeps the result. From the first key that differs (after a change of the token budget, say) everything
-is computed again.
+If the n-th call of `once` has the same key as in the interrupted run, `once` returns the kept result; otherwise it
+calls the function and keeps the result. From the first key that differs (for example after a change of the token
+budget), everything is computed again.
 
-The file is `unfinished/journal.jsonl` in the artifact's folder: one result per line, as a checksum and JSON, which
-restores every float32 and float64 exactly. A line that was cut or changed is dropped, with all lines after it.
+The file is `unfinished/journal.jsonl` in the artifact's folder. Each line has a checksum and one result as JSON, from
+which every float32 and float64 is restored exactly. A line that was cut or changed is dropped, with all lines after it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ _TEXT = slice(_DIGITS + 1, -1)  # of a line
 
 
 class Journal:
-    """Keeps the results of a pass while the pass's artifact is made; without a folder, nothing is kept.
+    """Keeps the results of a pass until the artifact that the pass makes is finished.
 
     Args:
-        folder: the artifact's folder.
-        save_every: seconds for which results on a GPU may stay unwritten, because copying them waits for the GPU.
+        folder: the artifact's folder. None keeps nothing.
+        save_every: results on a GPU are written only when this many seconds have passed since the last writing,
+            because copying the results waits for the GPU.
         say: called with a message if a damaged line, and all lines after it, are dropped.
     """
 
@@ -51,12 +52,13 @@ class Journal:
         self._waiting: list[Any] = []  # keys and results to be written
 
     def once(self, key: Any, make: Callable[[], T], intact: Callable[[T], bool] = lambda value: True) -> T:
-        """Return the kept result for `key`, or compute and keep it.
+        """Return the kept result for `key`; if there is none, compute the result with `make` and keep it.
 
         Args:
             key: JSON value that identifies what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
-            intact: returns whether a kept result can still be used; a file that the result describes may have changed.
+            intact: returns whether a kept result can still be used. It cannot be if the result describes a file that
+                has changed since.
         """
         if self._path is not None and self._kept:
             kept: T

@@ -1,8 +1,9 @@
 """Starts the processes (ranks) of one run if `compute.devices` or `compute.num_nodes` is more than 1.
 
 Every rank runs the same function. The ranks are started by `torchrun`, or by this module with torchrun's library. For
-several machines, start the same command on each of them. `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's
-number, `MASTER_ADDR` the address of the first machine, and `MASTER_PORT` a free port there.
+several machines, start the same command on each of them. Three environment variables tell the machines about each
+other: `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's own number, `MASTER_ADDR` is the address of the first
+machine, and `MASTER_PORT` is a free port there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def leads(compute: ComputeConfig) -> bool:
 
 
 def node_of(compute: ComputeConfig) -> int:
-    """Return the number of this machine, counted from 0. With several machines, the environment gives the number.
+    """Return the number of this machine, counted from 0. It is read from the environment if there are several machines.
 
     Raises:
         ConfigError: the environment lacks the number or the first machine's address.
@@ -64,12 +65,12 @@ def node_of(compute: ComputeConfig) -> int:
 def on_all_ranks(compute: ComputeConfig, function: Callable[..., T], *arguments: Any) -> T | None:
     """Call a function in `compute.ranks` processes, and return the value of this machine's first rank.
 
-    The function is defined at the top level of a module, because it and the arguments are pickled for the ranks. A
-    process that torchrun started is a rank already; it calls the function itself and returns its own value.
+    The function must be defined at the top level of a module, because the function and its arguments are pickled for
+    the ranks. A process that torchrun started is a rank already, so it calls the function itself and returns the value.
 
     Raises:
         GradsiftError: a rank failed; the error has the message of the rank that failed first.
-        ConfigError: torchrun started another number of processes.
+        ConfigError: torchrun started more or fewer processes than `compute.ranks`.
     """
     if is_launched() and int(os.environ["WORLD_SIZE"]) != compute.ranks:
         raise ConfigError(
@@ -150,9 +151,10 @@ def _rank(function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
 
 
 def _failure(error: ChildFailedError) -> Exception:
-    """Return the error of the first rank that failed by itself, or an error of a lost rank if none did.
+    """Return the error of the first rank that failed by itself.
 
-    The error is a `GradsiftError`, or a `RuntimeError` for a defect.
+    If all ranks of this machine failed only because another rank was lost, the error says so. The error is a
+    `GradsiftError`, or a `RuntimeError` if gradsift has a defect.
     """
     texts = {}  # "<exception's class>: <message>" by rank; None if the process left no error message
     for rank, failure in error.failures.items():

@@ -1,4 +1,4 @@
-"""The stages of one run, bound to its config. `pipeline.run` calls them in order.
+"""The stages of one run, bound to the run's config. `pipeline.run` calls the stages in order.
 
 The inputs that scorers and selectors ask for are in `gradsift.inputs`; each is made on first use.
 """
@@ -44,7 +44,7 @@ from gradsift.training.target import finetune, planned_steps, write_merged
 
 
 class Line(Inputs):
-    """The stages of one run. Each finds its artifact in the store or makes it."""
+    """The stages of one run. Each stage finds its artifact in the store or makes it."""
 
     @property
     def budget(self) -> int:
@@ -53,13 +53,16 @@ class Line(Inputs):
 
     @functools.cached_property
     def asked(self) -> set[str]:
-        """Names of the sources that the scorer and the selector ask for, as far as the run reaches their stages."""
+        """Names of the sources that the scorer and the selector ask for.
+
+        The sources of a scorer or selector are left out if the run stops before its stage.
+        """
         methods = [self.scorer] if self.config.reaches("scores") else []
         methods += [self.selector] if self.config.reaches("selection") else []
         return {source for chosen in methods for source in chosen.asked}
 
     def check(self) -> None:
-        """Raise GradsiftError, before hours of training, for an option that does not fit data, model or machine."""
+        """Raise GradsiftError if an option does not fit the data, a model or the machine, before hours of training."""
         config, asked = self.config, self.asked
         towards_target = any(source.startswith("target_") for source in asked)
         if config.reaches("selection") and not self.keeps_all:
@@ -117,7 +120,8 @@ class Line(Inputs):
     def refused(self) -> Artifact | None:
         """Artifact with the rows that the proxy's chat template cannot render.
 
-        None without a chat template, or if no source that the run asks for uses the pool's tokens or embeddings.
+        It is None if the proxy has no chat template, or if no source that the run asks for uses the pool's tokens or
+        embeddings.
         """
         proxy = self.config.proxy
         if not is_chat(proxy.template):
@@ -134,7 +138,7 @@ class Line(Inputs):
         return refused_rows(self.runtime, slug, settings, self.proxy, self.loaded, report)
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
-        """Return the selection of the share `alpha` of the examples, by default of `config.alpha`."""
+        """Return the artifact with the selected share `alpha` of the examples; `alpha` is `config.alpha` by default."""
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         data, sources, measures = self.loaded, self.sources, self.measures
         embeddings = sources["embeddings"].value if "embeddings" in self.asked else None
@@ -184,7 +188,7 @@ class Line(Inputs):
         return finetune(self.runtime, self.config.target, self.target, self.loaded, self.pool, positions, rows)
 
     def export(self, selection: Artifact, run: Path) -> dict[str, str]:
-        """Write the selection for other trainers into the run's folder, and return the written paths by name."""
+        """Write the selection into the run's folder in the formats of other trainers; return the paths by name."""
         config, target = self.config.export, self.config.target
         if not config.formats:
             return {}
@@ -196,7 +200,11 @@ class Line(Inputs):
         return export(config, target, model, [self.pool[position] for position in positions_of(selection)], run)
 
     def merge(self, tuned: Artifact, run: Path) -> dict[str, str]:
-        """Write the finetuned target as one model into the run's folder; return the model's folder as {name: path}."""
+        """Merge the finetuned adapter into the target, and write the model into the run's folder.
+
+        Returns:
+            `{name: path}` with the path of the model's folder.
+        """
         folder = run / EXPORT_FOLDER / "merged"
         with self.runtime.display.task("merge the adapter into the target", None):
             write_merged(self.target, tuned, self.config.target, self.config.compute, folder)
@@ -218,7 +226,7 @@ class Line(Inputs):
         return benchmark_items(self.runtime, config.benchmark, config.benchmark.general, self.loaded, config.data.seed)
 
     def answers(self, tuned: Artifact | None) -> Artifact:
-        """Answer the benchmark with the finetuned target, or with the untuned target if `tuned` is None."""
+        """Answer the benchmark's questions with the finetuned target, or with the untuned target if `tuned` is None."""
         config = self.config
         return generate(self.runtime, config.benchmark, config.target, self.target, tuned, self.items, config.generator)
 

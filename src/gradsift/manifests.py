@@ -47,7 +47,8 @@ def _checksum(plain: Mapping[str, Any]) -> str:
 def read_manifest(path: Path, **request: Any) -> tuple[dict[str, Any], str | None]:
     """Return the manifest of the artifact at `path`, and a message about the artifact's damage (None if it is intact).
 
-    A manifest that cannot be read is returned as {}. `request` gives values that the manifest must have.
+    A manifest that cannot be read is returned as {}. `request` gives entries that the manifest must have; a missing or
+    different entry counts as damage.
     """
     try:
         manifest = parse_manifest(path / MANIFEST)
@@ -64,7 +65,7 @@ def read_manifest(path: Path, **request: Any) -> tuple[dict[str, Any], str | Non
 
 
 def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
-    """Return a message that names a file that differs from its description; None if all files match."""
+    """Return a message that names a file that differs from its entry in `files`; None if all files match."""
     if not files and (present := files_of(path)):
         return f"{MANIFEST} names no file, and there is {present[0]}"
     for name, described in files.items():
@@ -76,7 +77,7 @@ def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the files of an artifact besides its manifest, relative to its folder."""
+    """Return the paths of an artifact's files relative to its folder, without the manifest and the unfinished state."""
     files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(str(file) for file in files if file.parts[0] not in (UNFINISHED, MANIFEST))
 

@@ -22,7 +22,7 @@ def require_name(option: str, value: str) -> None:
 
 
 def slug(text: str) -> str:
-    """Turn a text into one part of a path. A text that `require_name` accepts is returned unchanged.
+    """Turn a text into a name that can be one part of a path. A name that `require_name` accepts is returned unchanged.
 
     Different texts may have the same slug, so a path must also contain something unique, such as a fingerprint.
     """

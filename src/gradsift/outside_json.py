@@ -11,11 +11,11 @@ BLANK = " \t\n\r\ufeff"  # allowed between values: white space and the byte orde
 
 
 class RepeatedKeyError(ValueError):
-    """Raised if an object has a key twice; `json.loads` would silently keep the last value."""
+    """Raised by `loads_all` and `loads_first` if an object has a key twice; `loads` silently keeps the last value."""
 
 
 def loads(text: str | bytes) -> Any:
-    """Return the JSON value in `text`.
+    """Return the JSON value in `text`. If an object has a key twice, the last value is kept.
 
     Raises:
         json.JSONDecodeError: the JSON is invalid, is nested too deep, or has an integer of more than 4,300 digits. In
@@ -27,7 +27,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def loads_all(text: str) -> list[Any]:
-    """Return all JSON values in `text`. Characters of `BLANK` may stand before, between and after them.
+    """Return all JSON values in `text`. White space and byte order marks may surround each value.
 
     Raises:
         json.JSONDecodeError: see `loads`.

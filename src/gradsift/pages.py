@@ -11,7 +11,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f]")
 
 
 def templates(package: str, folder: str) -> Environment:
-    """Return the templates in a package's folder. They escape every value and raise an error for undefined names."""
+    """Return the Jinja templates in a package's folder. They escape all values and raise errors for undefined names."""
     return Environment(
         loader=PackageLoader(package, folder),
         autoescape=True,
@@ -28,5 +28,5 @@ def presentable(text: str) -> str:
 
 
 def portable(text: str) -> str:
-    """Return `text` with absolute paths cut to their last part; the rest depends on the machine."""
+    """Return `text` with absolute paths cut to their last part, because the other parts depend on the machine."""
     return _PATH.sub("\u2026/", text)

@@ -1,10 +1,10 @@
 """The stages of a run, in the order of the paper (GRADFILTERING, arXiv 2601.13697).
 
     examples -> proxy ensemble -> gradient statistics -> scores -> selection
-             -> finetune -> answers -> judgments in both orders -> PWS
+             -> finetune -> answers -> judgments in both orders -> pairwise winning score (PWS)
 
-`run` calls the stages in this order. A stage finds its artifact in the store or makes it. Of a scorer's inputs
-(ensemble, statistics, ...), only those that the chosen scorer asks for are computed.
+`run` calls the stages in this order. A stage finds its artifact in the store or makes it. The ensemble, the statistics
+and other inputs of a scorer are computed only if the chosen scorer asks for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gradsift.training.parallel import RunEnded, SharedStore, join
 
 
 def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
-    """Run the stages up to `config.stop_after`, and add the results of each to `record`."""
+    """Run the stages up to `config.stop_after`, and add the results of each stage to `record`."""
     line = Line(config, runtime)
     record.loaded(line.loaded)
     if config.stop_after == "load":
@@ -91,14 +91,14 @@ def run(config: Config, runtime: Runtime, record: RunRecord) -> None:
 
 
 class _NoRecord:
-    """Stands in for the record of a run that is not recorded: every method does nothing."""
+    """Stands in for the `RunRecord` of a run that is not recorded: every method does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values: None
 
 
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
-    """Walk through the stages without making anything in the store; list done and missing units in `run.json`."""
+    """Walk through the stages without making anything in the store; list finished and missing units in `run.json`."""
     planner = Planner(Path(config.artifacts), display.say)
     runtime = Runtime(planner, config.compute, display, config.seed)
     ends = None
@@ -112,12 +112,12 @@ def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any
 
 
 def walk(config: Config, runtime: Runtime) -> None:
-    """Ask the store for every unit of a run, without a record of the run."""
+    """Run the stages without a record, so that the store is asked for every unit of the run."""
     run(config, runtime, cast(RunRecord, _NoRecord()))
 
 
 def follow(config: Config) -> None:
-    """Walk through the stages on a rank other than 0, which takes part in the stages that divide their work."""
+    """Run the stages on a rank other than 0. It takes part in the stages that divide their work among the ranks."""
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):
@@ -138,7 +138,10 @@ def prepare(compute: ComputeConfig, *, joins: bool = True) -> None:
 
 
 def settings_of(config: Config) -> list[tuple[str, str]]:
-    """Return the settings to print when a run starts, as (name, value); stages that it does not reach are left out."""
+    """Return the settings to print when a run starts, as (name, value).
+
+    The settings of stages that the run does not reach are left out.
+    """
     proxy, target, data = config.proxy, config.target, config.data
     rows = f", {data.size:,} rows" if isinstance(data, VerifiableDataConfig) else ""
     length = f"{target.steps} steps" if target.steps else f"{target.epochs} epochs"

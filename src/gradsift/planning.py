@@ -1,9 +1,10 @@
 """Plan of a run: the pipeline runs as usual, but with a store that looks units up instead of making them.
 
-An artifact is found by its fingerprint, so a plan knows what exists without computing anything. Light stages (reading
-the data, pinning a model) are made in a temporary folder, because the fingerprints of all later stages contain their
-content. The only heavy stage whose content enters a fingerprint is the selection. Until it exists, the finetune and the
-units after it have `certain=False`: another run may have selected the same examples and made the same finetune.
+An artifact is found by its fingerprint, so a plan knows what exists without computing anything. The artifacts of light
+stages (reading the data, pinning a model) are made in a temporary folder, because their content enters the fingerprints
+of all later stages. The selection is the only artifact of a heavy stage whose content enters a fingerprint. Until the
+selection exists, the finetune and the units after it have `certain=False`: another run may have selected the same
+examples, so that the same finetune exists already.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 class Planner(Store):
-    """A store for plans: looks units up in the folder `store`, writes nothing there; makes light units elsewhere."""
+    """A store for plans. It looks units up in the folder `store`, and writes only to a temporary folder."""
 
     def __init__(self, store: Path, say: Callable[[str], None]) -> None:
         super().__init__(Path(_temporary().name), say)
@@ -49,7 +50,11 @@ class Planner(Store):
         return Store(self.store).has(*unit, **options)
 
     def _provide(self, wanted: Artifact, make: Make, *, light: bool, exact: bool, divided: bool) -> Artifact:
-        """Return the artifact if it exists; else make it if it is light, or return a planned artifact without files."""
+        """Return the artifact if it exists.
+
+        A light artifact that does not exist is made in a temporary folder. For any other artifact that does not exist,
+        return a planned artifact without files.
+        """
         unit = replace(wanted, path=self.store / wanted.stage / wanted.path.name)
         manifest, damage = read_manifest(unit.path, stage=unit.stage, fingerprint=unit.fingerprint)
         parents = [self.units[parent] for parent in unit.manifest["parents"] if parent in self.units]
@@ -69,10 +74,11 @@ class Planner(Store):
         return unit
 
     def estimate(self, unit: Artifact) -> dict[str, Any]:
-        """Return seconds, bytes, peak memory and judge calls of a unit that is to be made; None for unknown values.
+        """Estimate the seconds, bytes, peak memory and judge calls of a unit that is to be made; None if unknown.
 
-        The first three are those of a finished unit of the same stage, method and models: the one that shares the most
-        settings with this unit. Seconds and the sizes of tables are scaled by the number of examples.
+        Seconds, bytes and peak memory are taken from a finished unit of the same stage, method and models. If there are
+        several, the unit that shares the most settings with this unit is used. Seconds and the sizes of tables are
+        scaled by the number of examples.
         """
         size, config = unit.size or 0, unit.manifest["config"]
         unknown = _UNKNOWN | {"calls": _calls(unit.stage, config, size)}
@@ -99,12 +105,15 @@ class Planner(Store):
 
 
 def _method(config: Mapping[str, Any]) -> Any:
-    """Return the name of the scorer, selector or judge in a unit's settings, or None."""
+    """Return the name of the scorer, selector or judge in a unit's settings; None if the settings name none."""
     return config.get("name") or (config.get("selector") or {}).get("name")
 
 
 def _calls(stage: str, config: Mapping[str, Any], size: int) -> int:
-    """Return how many calls go to a judge behind an endpoint if no reply is cached; a pair is judged in both orders."""
+    """Return how many calls a unit sends to a judge behind an endpoint if no reply is cached.
+
+    A pair of answers takes two calls, because it is judged in both orders.
+    """
     if stage == "judge" and config.get("name") not in (None, "verifier", "local"):
         return 2 * size
     if stage == "score" and config.get("rater.name") not in (None, "verifier", "local"):

@@ -23,7 +23,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def config_values(folder: Path) -> dict[str, Any]:
-    """Return the values of a run's `config.yaml`; empty if the file is missing or invalid."""
+    """Return the values of a run's `config.yaml`; an empty dict if the file is missing or invalid."""
     content = read_yaml(folder / CONFIG_FILE)
     values = content.get("values") if isinstance(content, dict) else None
     return values if isinstance(values, dict) else {}
@@ -35,7 +35,7 @@ def is_run(folder: Path) -> bool:
 
 
 def job_number(folder: Path) -> tuple[int, str]:
-    """Return the sort key of a job's folder: the number that its name begins with, then the name."""
+    """Return the sort key of a job's folder: the number that its name begins with (or 0), then the name."""
     number = folder.name.split("-", 1)[0]
     return (int(number) if number.isdecimal() else 0, folder.name)
 

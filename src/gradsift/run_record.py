@@ -50,7 +50,7 @@ class RunRecord:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
 
     def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
-        """Record that a shard of the norms is collected; `missing` are the shards that are still incomplete."""
+        """Record that the norms of the shard `proxy.shard` are collected; `missing` are the incomplete shards."""
         self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
         rest = f"still missing: {', '.join(map(str, missing))}" if missing else "none is missing"
         self.store.say(
@@ -94,7 +94,7 @@ class RunRecord:
         self.files |= write(self.folder)
 
     def audited(self, compute: Callable[[], dict[str, Any]]) -> None:
-        """Write what `compute` returns to `audit.json`, and record it without the selected positions."""
+        """Write the audit that `compute` returns to `audit.json`, and record it without the selected positions."""
         audit = compute()
         (self.folder / AUDIT_FILE).write_text(json.dumps(audit, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         selections = [{k: v for k, v in cell.items() if k != "positions"} for cell in audit["selections"]]
@@ -121,7 +121,7 @@ class RunRecord:
         """Record the metrics of a model's answers.
 
         Args:
-            artifact: None if the benchmark has no reference answers.
+            artifact: has the metrics; None if the benchmark has no reference answers.
             model: `model` (tuned on the selection), `reference` (tuned on all rows) or `untuned`.
         """
         metrics = metrics_of(artifact)
@@ -135,7 +135,7 @@ class RunRecord:
             self.values.setdefault("metrics", {})[model] = metrics
 
     def compared(self, model: str, heldout_loss: Artifact | None, metrics: Artifact | None) -> None:
-        """Record the held-out loss and the metrics of `reference` or `untuned`."""
+        """Record the held-out loss and the metrics of the model `reference` or `untuned` (see `answered`)."""
         self.values["heldout_loss"][model] = heldout_loss_of(heldout_loss)
         self.answered(metrics, model)
 
@@ -157,13 +157,13 @@ class RunRecord:
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
-        """Send the members' training curves to the tracker; `members` are the artifacts as [member][epoch - 1]."""
+        """Send the members' training curves to the tracker; `members` has the indices [member][epoch - 1]."""
         for number, epochs in enumerate(members):
             curve = [entry for artifact in epochs for entry in read_curve(artifact.path)]
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])
 
     def value_of(self, objective: str) -> float | None:
-        """Return the pooled PWS, or the finetuned target's accuracy or held-out loss; None if it was not measured."""
+        """Return the finetuned target's `objective` (pws, accuracy or heldout_loss); None if it was not measured."""
         value = self.values.get(objective)
         if isinstance(value, dict):
             value = value.get("model")
@@ -197,10 +197,10 @@ def _results_in(artifact: Artifact) -> dict[str, Any]:
 
 
 def composition(labels: Labels, positions: list[int]) -> dict[str, Any]:
-    """Return the composition of the selected examples (their positions in the pool) and of the pool.
+    """Return what the labels say about the selection (`positions` in the pool) and about the whole pool.
 
-    The dict has the share of each quality label, the share of corrupted examples in the selection and in the pool and,
-    if the labels name families, the effective number of families in both.
+    The dict has the share of each quality label in the selection, and the share of corrupted examples in the selection
+    and in the pool. If the labels name families, it also has the effective number of families in both.
     """
     quality = Counter(labels.quality[position] for position in positions)
     shares = {name: quality[name] / len(positions) for name in sorted(set(labels.quality))}

@@ -23,7 +23,7 @@ _LOG_EVERY = 30.0  # seconds between progress lines without a terminal
 
 
 class Display:
-    """Shows messages, and progress as bars with an ETA on a terminal or as occasional lines elsewhere."""
+    """Shows messages and progress: progress is a bar with an ETA on a terminal, and occasional lines elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -80,7 +80,7 @@ def weighed(advance: Advance, units: int, weight: int) -> Advance:
     """Return a function that takes the weight of the work just done and advances a bar that counts units.
 
     Use this if the time of a batch is proportional to its tokens (the weight), but the bar counts examples (the units).
-    `units` and `weight` are the totals of the pass.
+    `units` and `weight` are the totals of all work that the bar shows.
     """
     done = 0
 
@@ -114,7 +114,10 @@ class Runtime:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peak memory of this process over all its jobs, in GB (10^9 bytes): resident, and CUDA tensors."""
+    """Return the peak memory of this process over all its jobs, in GB (10^9 bytes).
+
+    The dict has the peak of the resident memory, if it is known, and with CUDA the peak of the memory of tensors.
+    """
     import torch
 
     resident = peak_resident_gb()

@@ -1,4 +1,7 @@
-"""Scorers and selectors: functions whose positional parameters name inputs (sources), with constants from a YAML."""
+"""Scorers and selectors: functions whose positional parameters name their inputs (sources).
+
+Their keyword-only parameters are constants, whose values come from the config.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Method:
-    """A scorer or a selector with its configured constants."""
+    """A scorer or a selector, with the values of its constants from the config."""
 
     name: str
     target: str  # package.module.function
@@ -47,11 +50,11 @@ class Method:
     code: str = ""  # SHA-256 of a user's own code; gradsift's own functions have a VERSION instead
 
     def parents(self, sources: Mapping[str, Source]) -> list[Artifact]:
-        """Return the artifacts that the result is computed from; artifacts that do not exist are made."""
+        """Return the artifacts of the sources that this method reads; artifacts that do not exist are made."""
         return [artifact for parameter in self.asked for artifact in sources[parameter].artifacts()]
 
     def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
-        """Return the settings that the result depends on besides its parents."""
+        """Return the settings that, together with the parents, determine the result of this method."""
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
@@ -66,9 +69,9 @@ _texts: dict[str, str] = {}  # source text of the user's modules at the time of 
 
 @functools.cache
 def asked_by(target: str) -> frozenset[str] | None:
-    """Return the names of the positional parameters of gradsift's function `target`; None if there is no such function.
+    """Return the names of the positional parameters of the function `target`; None if gradsift has no such function.
 
-    The module is read but not imported, because the config is checked before slow imports such as torch.
+    The module's file is parsed but not imported, because the config is checked before slow imports such as torch.
     """
     module, _, function = target.rpartition(".")
     package, *path = module.split(".")
@@ -87,17 +90,19 @@ def method(
     function: FunctionType | None = None,
     constants: Mapping[str, Any] | None = None,
 ) -> Method:
-    """Return a scorer or selector with its constants.
+    """Return the scorer or selector that `config` describes.
 
     Args:
-        kind: `scorer` or `selector`. The first parameters of a selector are not sources, but `scores` and `size`.
+        kind: `scorer` or `selector`. A selector's first two parameters are `scores` and `size`, which are not sources.
         config: a dataclass of gradsift or a user's mapping, with `_target_`, `name` and the constants.
-        known: names of the sources.
-        function: the function that `config._target_` names; by default it is imported.
-        constants: constants that are not in `config`; here a constant may be called `name`.
+        known: names of the sources that the function may ask for.
+        function: the function that `config._target_` names; if None, it is imported.
+        constants: constants that are not in `config`. A constant called `name` must be given here, because
+            `config.name` is the name of the method.
 
     Raises:
-        ConfigError: the function does not exist, a source or a constant is not known, or a constant has no value.
+        ConfigError: the function does not exist or asks for an unknown source, `config` has a constant that the
+            function does not have, or a constant without a default is not set.
     """
     options = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
     for key in ("_target_", "name"):
@@ -131,7 +136,11 @@ def method(
 
 
 def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
-    """Return the function `target`, and the SHA-256 of its module's source text ('' for gradsift's own functions)."""
+    """Import the function `target` (package.module.function).
+
+    Returns:
+        The function, and the SHA-256 of its module's source text, which is '' for gradsift's own functions.
+    """
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a user's file never hides an installed package
@@ -162,20 +171,27 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
 
 
 def code_hash(function: Callable[..., Any]) -> str:
-    """Return a SHA-256 that changes if `function` may compute something else; files that it reads are not covered.
+    """Return a SHA-256 of `function` that changes if its code, or a value that it reads from outside, changes.
 
-    A function that is defined in a notebook has no file that could be hashed. So the hash covers its bytecode (which
-    differs between versions of Python), its defaults, its closure, and the global names that it reads. If a global is
-    a function of the user, the hash covers that function in the same way.
+    A change in a file that the function reads does not change the hash.
+
+    A function that is defined in a notebook has no source file to hash. So the hash covers the function's bytecode
+    (which differs between versions of Python), its defaults, its closure, and the values of the global names that it
+    reads. If such a value is a function of the user, the hash covers that function in the same way.
 
     Raises:
-        ConfigError: the function reads a value from outside whose content cannot be hashed, such as a model.
+        ConfigError: a default, closure or global value that the function reads cannot be hashed, such as a model.
     """
     return hashlib.sha256("\n".join(_described(function, "the function", set())).encode()).hexdigest()
 
 
 def _described(value: Any, name: str, seen: set[int]) -> Iterator[str]:
-    """Yield texts that identify a value that the function reads under `name`."""
+    """Yield strings that identify a value that a function reads.
+
+    Args:
+        name: what the error message calls the value.
+        seen: the ids of the functions that are covered already, so that recursion ends.
+    """
     import numpy as np  # imported here, because the check of a config needs this module, but not numpy
 
     if isinstance(value, (*_PLAIN, np.generic)):
@@ -235,7 +251,7 @@ def _of_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code objects of a function and of the functions defined in it."""
+    """Yield the code object `code` of a function, and those of all functions defined inside the function."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

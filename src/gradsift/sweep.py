@@ -41,14 +41,17 @@ Job = tuple[str, ...]  # the overrides of one job
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that has been checked."""
+    """The folder and the jobs of a sweep that passed the checks of `begin`."""
 
     folder: Path
     jobs: list[Job] | None  # in the order in which they run; None for a search, which proposes them later
 
 
 def begin(composed: DictConfig) -> Sweep:
-    """Check the sweep that Hydra is about to start; `composed` is its config, with Hydra's own node.
+    """Check all jobs of the sweep that Hydra is about to start.
+
+    Args:
+        composed: the config of the sweep, including Hydra's own settings (the key `hydra`).
 
     Raises:
         ConfigError: a plugin is missing, or some jobs cannot run. The message has a line for each different error,
@@ -111,12 +114,13 @@ def _require_plugins(composed: DictConfig) -> None:
 
 
 def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
-    """Return the jobs to check: those of a grid, or for a search a few that cover its space.
+    """Return the jobs to check: all jobs of a grid or, for a search, a few jobs that cover the search space.
 
-    The jobs of a search have every listed value of each option and both ends of each interval at least once.
+    Every listed value of an option, and both ends of every interval, occur in at least one of the jobs of a search.
 
     Raises:
-        ConfigError: an option has no values, or there are more than `MOST_JOBS` jobs (found without listing them).
+        ConfigError: an option has no values, or there are more than `MOST_JOBS` jobs. The jobs are counted before they
+            are listed, because a list of all of them might not fit in memory.
     """
     # not resolved: an override may contain `${hydra:job.num}`, which only a job has
     params: Any = OmegaConf.to_container(composed.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=False)
@@ -149,7 +153,10 @@ def jobs_of(composed: DictConfig, searches: bool) -> list[Job]:
 
 
 def _values_of(override: Override) -> list[str]:
-    """Return the values of an override as text: at most `MOST_JOBS` + 1, or the two ends of an interval."""
+    """Return the values of an override as text; of an interval, its two ends.
+
+    At most `MOST_JOBS` + 1 values are listed, which is enough to see that there are too many.
+    """
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         return [str(value.start), str(value.end)]
@@ -161,7 +168,7 @@ def _values_of(override: Override) -> list[str]:
 
 
 def _load(composed: DictConfig, job: Job) -> Config:
-    """Return the config that a job will have, composed as by Hydra, except that the job's number is 0."""
+    """Return the config of a job, composed as Hydra will compose it, except that the job's number is 0."""
     overrides = [*composed.hydra.overrides.hydra, *job]
     config = compose(composed.hydra.job.config_name, overrides, return_hydra_config=True)
     OmegaConf.set_struct(config, False)
@@ -173,10 +180,11 @@ def _load(composed: DictConfig, job: Job) -> Config:
 
 
 def fix_place(composed: DictConfig) -> None:
-    """Make every job write below the folder where the sweep was started.
+    """Make every job write to the sweep's folder, even if its process starts in another working directory.
 
-    A launcher's worker may start in another folder, where it composes its job again from the overrides and sets the
-    job's environment variables: `HOME`, and `GPUS` if the launcher runs jobs side by side on this machine.
+    A launcher's worker process composes its job again from the overrides. So the absolute path of the sweep's folder is
+    added to the overrides. Overrides are also added that set the job's environment variables: `HOME` and, if the
+    launcher runs jobs side by side on this machine, `GPUS`.
     """
     folder = Path(composed.hydra.sweep.dir).absolute()
     composed.hydra.sweep.dir = str(folder)
@@ -193,10 +201,15 @@ def fix_place(composed: DictConfig) -> None:
 
 
 def take_gpus(number: int | None, devices: int) -> None:
-    """Set CUDA_VISIBLE_DEVICES to `devices` of the sweep's GPUs for job `number`, counted from 1.
+    """Give a job its own GPUs among those of the sweep, by setting CUDA_VISIBLE_DEVICES.
 
-    Without `GPUS` (see `fix_place`), nothing is set. If there are too few GPUs, jobs share them. A worker that has
-    already used a GPU keeps its GPUs, because CUDA reads the variable once per process.
+    If the environment variable `GPUS` (see `fix_place`) is not set, nothing is changed. If there are too few GPUs, jobs
+    share them. A worker process that has already used a GPU keeps its GPUs for later jobs, because CUDA reads
+    CUDA_VISIBLE_DEVICES once per process.
+
+    Args:
+        number: the number of the job, counted from 1; if None, nothing is changed.
+        devices: number of GPUs for the job.
     """
     if number is None or not (listed := os.environ.get(GPUS)):
         return

@@ -28,19 +28,22 @@ _FOLDERS = re.compile(r"(?:~(?=/)|(?<![\w.:/])/|\b[A-Za-z]:\\)[^'\",=\[\]{}]*[/\
 
 
 def group_of(sweep: Path) -> str:
-    """Return the W&B group of a sweep's runs: its folder's name, preceded by the parent's name if that is a date."""
+    """Return the W&B group of a sweep's runs: the name of the sweep's folder.
+
+    If the name of the parent folder is a date, the group starts with this date.
+    """
     day = sweep.parent.name
     return f"{day}_{sweep.name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", day) else sweep.name
 
 
 class Tracker:
-    """A context manager that tracks one run; it finishes the W&B run even after an error."""
+    """A context manager that tracks one run; on leaving the context, the W&B run is finished, even after an error."""
 
     def __init__(self, config: TrackerConfig, folder: Path, group: str | None, about: Mapping[str, Any]) -> None:
         """
         Args:
-            group: W&B group of the run if the config names none.
-            about: settings that identify the run.
+            group: W&B group of the run if `config.group` is not set.
+            about: settings that identify the run; W&B shows them as its config.
         """
         self._config, self._folder = config, folder
         self._group = config.group or group
@@ -54,7 +57,7 @@ class Tracker:
         return self
 
     def curve(self, name: str, curve: list[dict[str, float]]) -> None:
-        """Log a training curve: an entry for each batch, with the tokens seen so far."""
+        """Log a training curve: for each entry of `curve`, the loss and the number of tokens seen so far."""
         tokens = 0.0
         for entry in curve:
             tokens += entry["tokens"]
@@ -64,7 +67,7 @@ class Tracker:
                 self._wandb.log(line)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Log the numbers of `values`; nested names are joined by a slash."""
+        """Log all numbers in `values`; the keys of nested mappings are joined by a slash."""
         numbers = dict(_flatten(values))
         self._write(numbers)
         if self._wandb is not None:
@@ -91,10 +94,10 @@ class Tracker:
 
 
 def log_report(folder: Path) -> None:
-    """Log the figures (PNG) and tables (CSV) of a report to W&B, if its runs are tracked there.
+    """Log the figures (PNG) and tables (CSV) of a report to W&B, if the run or sweep in `folder` is tracked there.
 
     The report is a separate W&B run with the job type `report`, because the runs that it shows have ended and may
-    already be uploaded. It is in the group of the sweep, if there is one.
+    already be uploaded. If the report is about a sweep, it is in the W&B group of the sweep's runs.
     """
     if not is_logged(folder):
         return
@@ -114,12 +117,15 @@ def log_report(folder: Path) -> None:
 
 
 def is_logged(folder: Path) -> bool:
-    """Return whether the run in `folder`, or the sweep there, is tracked by W&B."""
+    """Return whether the run or sweep in `folder` is tracked by W&B."""
     return bool((_config_of(folder).get("tracker") or {}).get("name") == "wandb")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the config of a run, or of a sweep's first job with a config file; an empty dict if there is no config."""
+    """Return the config of the run in `folder`; if `folder` is that of a sweep, of its first job with a config file.
+
+    If there is no config file, return an empty dict.
+    """
     folders = [folder, *(path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")))]
     return next(filter(None, map(config_values, folders)), {})
 
@@ -127,7 +133,12 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def _start(
     config: TrackerConfig, folder: Path, group: str | None, name: str, about: dict[str, Any], job_type: str
 ) -> Any:
-    """Start a W&B run; raise GradsiftError if W&B does not start, or is to be online and nobody is logged in."""
+    """Start a W&B run and return it.
+
+    Raises:
+        ConfigError: `config.mode` is online, but there is no W&B login on this machine.
+        GradsiftError: W&B does not start.
+    """
     if config.mode == "online" and not os.environ.get("WANDB_API_KEY") and not _logged_in():
         raise ConfigError(
             "tracker.mode=online needs a login: set WANDB_API_KEY, run `wandb login`, or use tracker.mode=offline"
@@ -152,10 +163,10 @@ def _start(
 
 
 def _run_id(folder: Path, about: Mapping[str, Any]) -> str:
-    """Return the W&B id of the run in this folder. It is drawn at random once and stored in the folder.
+    """Return the W&B id of the run in this folder. The id is drawn at random once and stored in the folder.
 
     A job that runs again in its folder (requeued by Slurm, for example) keeps its id and so replaces its earlier W&B
-    run. The earlier offline run, if it was not uploaded, is deleted.
+    run. If files of an earlier offline run are still in the folder, they are deleted.
     """
     file = folder / "wandb" / f"{content_hash(about)[:12]}.id"
     run_id = file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -1,4 +1,4 @@
-"""The versions of the code and the packages with which results are made."""
+"""The versions of gradsift's code and of the packages with which an artifact is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
 def differences(manifest: Mapping[str, Any]) -> str:
-    """Return how the code and packages that made an artifact differ from the current ones; empty if they are equal."""
+    """Return the commit and package versions that made an artifact, as far as they differ from the current ones.
+
+    The result is a text for messages; it is empty if code and packages are the same.
+    """
     differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
     then, now = manifest.get("packages") or {}, package_versions()
     return ", ".join(differs + [f"{name} {then.get(name)}" for name in _PACKAGES if then.get(name) != now[name]])
@@ -22,7 +25,10 @@ def differences(manifest: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Return 12 hex digits of a hash of this package's sources, which also covers wheels and uncommitted edits."""
+    """Return 12 hex digits of a hash of this package's source files.
+
+    Unlike a commit, the hash also exists in an installed wheel, and uncommitted edits change it.
+    """
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")):
@@ -34,7 +40,10 @@ def code_hash() -> str:
 
 @functools.cache
 def git_sha() -> str | None:
-    """Return the short commit of the checkout that the package runs from; None without a checkout, git or a commit."""
+    """Return the short commit of the git checkout that the package runs from, with `-dirty` after uncommitted edits.
+
+    The result is None if the package does not run from a checkout, the checkout has no commit, or git is not installed.
+    """
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Dataclass fields that state their range or choices, bounds of all integers, and checks of single values.
+"""Dataclass fields that state their range or choices, upper bounds for all integers, and checks of single values.
 
     members: int = option(5, least=1)
     collect: str = option("epoch_end", choices=("epoch_end", "during_training"))
@@ -68,7 +68,10 @@ def option(default: Any, *, choices: tuple[str, ...] | None = None, **limits: fl
 
 
 class Group:
-    """Base class of the config groups. It checks the fields made with `option`, and the bounds of all integers."""
+    """Base class of the config groups.
+
+    Creating an instance checks the fields made with `option`, and that no integer is above its bound.
+    """
 
     _option: ClassVar[str] = ""  # path of the group in the config, for errors
 
@@ -76,8 +79,9 @@ class Group:
         """Register the dataclass as a schema.
 
         Args:
-            option: path of the group in the config; None: the path of the base class.
-            schema: name by which a file in `conf/<group>/` chooses this dataclass as its schema; None: no file does.
+            option: path of the group in the config; None: the same path as that of the base class.
+            schema: name by which a file in `conf/<group>/` chooses this dataclass as its schema; None: no file can
+                choose it.
         """
         if option is not None:
             cls._option = option
@@ -101,7 +105,10 @@ class Group:
 
 
 def require_bound(option: str, value: int) -> None:
-    """Raise ConfigError if `value` is above the bound of the option in `MOST`, or above 10^12 if it has none there."""
+    """Raise ConfigError if `value` is above the bound of the option.
+
+    The bound is that in `MOST`, or 10^12 if `MOST` has none for the option.
+    """
     last = option.rpartition(".")[2].removeprefix("--")  # an option of a command is given as --seed
     most, reason = MOST.get(option) or MOST.get(last, (10**12, "more than any data has"))
     if value > most:
@@ -116,13 +123,16 @@ def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def each_once(option: str, values: list[Any], known: str = "") -> None:
-    """Raise ConfigError if a list is empty or has equal items; `known` ends the message, as in "; known: a, b"."""
+    """Raise ConfigError if a list is empty or has equal items; `known` ends its message, as in "; known: a, b"."""
     if not values or len(set(values)) < len(values):
         raise ConfigError(f"{option}={list(values)} must name at least one, and each once{known}")
 
 
 def in_range(option: str, value: float, **limits: float) -> None:
-    """Raise ConfigError unless `value` is finite and within the limits, each given by a name in `_LIMITS`."""
+    """Raise ConfigError unless `value` is finite and within the limits.
+
+    Each limit is a keyword argument whose name is a key of `_LIMITS`, as in `above=0`.
+    """
     if -math.inf < value < math.inf and all(_LIMITS[name][1](value, limit) for name, limit in limits.items()):
         return
     wanted = " and ".join(f"{_LIMITS[name][0]} {limit:,g}" for name, limit in limits.items())
@@ -132,8 +142,9 @@ def in_range(option: str, value: float, **limits: float) -> None:
 def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
     """Raise ConfigError for a value that is not printable text, and for a secret that is not given as `env:NAME`.
 
-    The name of a value, such as `api_key`, decides whether it is a secret. `env:NAME` stands for the value of an
-    environment variable; the secret itself would be written, with the config, to the run's folder and to the tracker.
+    The name of a value, such as `api_key`, decides whether it is a secret. `env:NAME` stands for the value of the
+    environment variable NAME. A secret in the config itself would be written to the run's folder and sent to the
+    tracker.
     """
     for name, value in values.items():
         if not isinstance(value, str):
@@ -151,7 +162,10 @@ def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
 
 
 def require_no_typed_secret(option: str, value: str) -> None:
-    """Raise ConfigError if an override holds a secret: Hydra writes overrides to the run's folder as they are typed."""
+    """Raise ConfigError if an override of the judge's headers or query parameters holds a secret.
+
+    Hydra writes overrides to the run's folder as they are typed.
+    """
     if not re.match(r"judge\.extra_(headers|query)\b", option):
         return
     group, name, *key = option.split(".", 2)
@@ -163,7 +177,11 @@ def require_no_typed_secret(option: str, value: str) -> None:
 
 
 def endpoint_address(option: str, url: str, api_key_env: str) -> None:
-    """Raise ConfigError if an address is not valid, or has a part that may be a secret: manifests contain addresses."""
+    """Raise ConfigError if the address `url` is not valid, or has a part that may be a secret.
+
+    Manifests contain addresses, so a secret in an address would be written to the store. The error message tells the
+    user to put the secret into the environment variable `api_key_env` instead.
+    """
     if "@" in url or "?" in url:
         query = ", and other parameters into judge.extra_query={NAME: VALUE}" if option.startswith("judge.") else ""
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The data, and the target set that some methods select towards."""
+"""Options of the data, and of the target set, for whose tasks some methods select rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FieldsConfig:
 
 @dataclass
 class CorruptionConfig(Group, option="data.corruption"):
-    """Corruption of a share of the rows, to audit scorers. Scorers do not see the labels that name these rows."""
+    """Corruption of a share of the rows, to audit scorers. No scorer but random_clean sees which rows are corrupted."""
 
     # share of the rows (after `limit`) to corrupt, divided equally among the kinds; duplicates are added to the rows
     share: float = option(0.0, least=0, below=1)
@@ -88,7 +88,7 @@ def _check_paths(option: str, value: Any) -> None:
 
 
 def _check_id(option: str, id: str) -> None:
-    """Raise ConfigError unless a text can name a dataset of the hub."""
+    """Raise ConfigError unless `id` has the form of a hub dataset's name, such as OWNER/NAME."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id):
         raise ConfigError(
             f"{option}={id} is no name of a hub dataset; give it as OWNER/NAME, or take data=json data.path=FILE"
@@ -191,7 +191,7 @@ class MixtureDataConfig(DataConfig, schema="mixture"):
 
 @dataclass
 class VerifiableDataConfig(DataConfig, schema="verifiable"):
-    """The embedded world: generated examples with exactly checkable answers."""
+    """Generated examples of the embedded world, a toy task whose answers can be checked exactly."""
 
     size: int = option(3000, least=1)  # number of rows
     spoilt: float = option(0.5, least=0, below=1)  # share of the rows that are spoilt, in equal parts in four ways
@@ -210,7 +210,10 @@ class VerifiableDataConfig(DataConfig, schema="verifiable"):
 
 @dataclass
 class TargetSetConfig(Group, option="target_set", schema="target_set"):
-    """Examples of what the finetuned model should be good at, grouped into tasks. Some methods select towards them."""
+    """Examples of what the finetuned model should be good at, grouped into tasks.
+
+    Some methods select the rows that should help most with these tasks.
+    """
 
     name: str = MISSING
     limit: int | None = option(None, least=1)  # at most this many rows per task, drawn with `seed`
@@ -235,7 +238,7 @@ class FilesTargetSetConfig(TargetSetConfig, schema="files"):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig, schema="verifiable_tasks"):
-    """Questions from the embedded world with right answers, neither in `data=verifiable` nor in its benchmark."""
+    """Questions of the embedded world with their right answers. None is in `data=verifiable` or in its benchmark."""
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task

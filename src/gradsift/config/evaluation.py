@@ -1,4 +1,4 @@
-"""Benchmarks, answers, judges and the audit."""
+"""Options of benchmarks, of the generation of answers, of judges and of the audit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WEEK = 604_800  # seconds, the longest wait that can be set; much longer waits 
 
 @dataclass
 class BenchmarkSetConfig:
-    """One benchmark: where its questions are, and which fields hold their parts (`a.b` names the field b in a)."""
+    """One benchmark: where its questions are, and which fields hold their parts (`a.b`: the field b inside a)."""
 
     path: str | None = None  # a local JSON or JSONL file; used instead of `url`
     url: str | None = None  # address of the file, which is downloaded at first use
@@ -126,7 +126,7 @@ _RESERVED = {  # parameters that judge.extra_body must not hold, and the remedy
 
 @dataclass
 class JudgeConfig(Group, option="judge"):
-    """A judge gives each of the two answers of a pair a score. Every pair is judged in both orders."""
+    """A judge gives each of the two answers of a pair a score. Every pair is judged twice, with either answer first."""
 
     name: str = MISSING
     # confidence level of the interval of the pairwise winning score (PWS)
@@ -135,12 +135,14 @@ class JudgeConfig(Group, option="judge"):
 
 @dataclass
 class VerifierJudgeConfig(JudgeConfig, schema="verifier"):
-    """Grades an answer 1 if it equals the reference answer, else 0."""
+    """Gives an answer the score 1 if it equals the reference answer, else 0."""
 
 
 @dataclass
 class LocalJudgeConfig(JudgeConfig, schema="local"):
-    """Compares a local model's log-probabilities of A and B, the answers' names.
+    """Shows a local model two answers, A and B, and asks which is better.
+
+    The scores come from the model's log-probabilities of the tokens A and B as its reply.
 
     With a small model, this judge only checks that the pipeline runs: its judgments mean nothing.
     """
@@ -186,9 +188,9 @@ class EndpointOptions(Group):
 
 @dataclass
 class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
-    """Options of a judge behind an OpenAI-compatible endpoint: address, requests, prices and caps.
+    """Options of a judge that is a model at an OpenAI-compatible endpoint: address, requests, prices and caps.
 
-    The type of the mappings is Any, because Hydra adds no keys to an option whose type is a mapping.
+    The options that hold mappings have the type Any, because Hydra adds no keys to an option whose type is a mapping.
     """
 
     # number of unreadable replies in a row that ends the run; null: unreadable replies never end it
@@ -217,7 +219,10 @@ class EndpointJudgeConfig(EndpointOptions, JudgeConfig):
 
 @dataclass
 class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
-    """A model at an OpenAI-compatible endpoint, with a prompt and a parser; by default the paper's (scores of 1-10)."""
+    """A judge that is a model at an OpenAI-compatible endpoint, with a prompt and a parser of its replies.
+
+    The default prompt is the paper's, which asks for scores from 1 to 10.
+    """
 
     model: str = "gpt-4o"  # name of the model at the endpoint
     temperature: float | None = option(0.0, least=0)  # sampling temperature; null: not sent
@@ -230,7 +235,7 @@ class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
 
 @dataclass
 class AlpacaEvalJudgeConfig(EndpointJudgeConfig, schema="alpaca_eval"):
-    """One of alpaca_eval's annotators. It judges every pair in both orders."""
+    """One of alpaca_eval's annotators as the judge. It judges every pair twice, with either answer first."""
 
     # name of an annotator of the package, or the folder or file of your own annotator
     annotators: str = "weighted_alpaca_eval_gpt4_turbo"
@@ -261,7 +266,10 @@ def require_trained(judge: JudgeConfig) -> None:
 
 @dataclass
 class CompareConfig(Group):
-    """The options of `gradsift.evaluation.compare`; composing all options of a run would take 0.3 s longer."""
+    """The options of `gradsift.evaluation.compare`.
+
+    They are a few of a run's options, because composing all of them would take 0.3 s longer.
+    """
 
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))
     judge: JudgeConfig = MISSING
@@ -281,7 +289,10 @@ class GeneratorConfig(Group, option="generator", schema="local"):
 
 @dataclass
 class EndpointGeneratorConfig(EndpointOptions, GeneratorConfig, schema="endpoint"):
-    """An OpenAI-compatible server generates the answers. It must serve a tuned target under the artifact's name."""
+    """An OpenAI-compatible server generates the answers.
+
+    The server must serve a tuned target under the name of the target's artifact in the store.
+    """
 
     model: str | None = None  # name of the untuned target on the server; null: target.model.path
     # what is sent. tokens: token ids, encoded with the target's template, to the completions API; chat: messages, to

@@ -1,4 +1,4 @@
-"""The tracker of metrics, what a run writes for other tools, and the machine that computes."""
+"""Options of the tracker of metrics, of the exports for other tools, and of the machine that computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradsift.errors import ConfigError
 
 @dataclass
 class TrackerConfig(Group, option="tracker", schema="tracker"):
-    """Where metrics are sent, besides being written to the run's folder."""
+    """Where metrics are sent. In any case they are also written to the run's folder."""
 
     name: str = option(MISSING, choices=("wandb", "none"))
     mode: str = option("offline", choices=("offline", "online"))  # offline runs are sent later with `wandb sync`
@@ -30,7 +30,7 @@ class TrackerConfig(Group, option="tracker", schema="tracker"):
 
 @dataclass
 class ExportConfig(Group, option="export", schema="export"):
-    """Writes the selection for other trainers or to the hub, and the target with its adapter as one model."""
+    """What a run exports: the selection for other trainers or the hub, and the target with its adapter as one model."""
 
     trl: bool = False  # write rows and configs for TRL to `export/trl` in the run's folder; export=[trl,...] sets this
     llama_factory: bool = False  # as `trl`, but for LLaMA-Factory
@@ -89,13 +89,14 @@ class ComputeConfig(Group, option="compute", schema="compute"):
 
     @property
     def ranks(self) -> int:
-        """The number of processes that share a training or a collection."""
+        """The number of processes that share a training or a collection of gradient norms, over all machines."""
         return self.devices * self.num_nodes
 
     @property
     def mask_batches(self) -> Any:
-        """The settings on which dropout masks depend in mixture-of-experts layers.
+        """The settings on which the dropout masks of mixture-of-experts layers depend.
 
-        The input of these layers is not divided by row, so masks are drawn for each batch and rank instead of each row.
+        In other layers, masks are drawn for each row (example). The input of these layers is not divided by row, so
+        their masks are drawn for each batch of each rank (process).
         """
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

@@ -23,7 +23,10 @@ class ScorerConfig(Group, option="scorer", schema="scorer"):
 
 @dataclass
 class PublishedConfig(ScorerConfig, schema="published"):
-    """The scores of the file `data.scores`; if that option is set, it chooses this scorer."""
+    """Scores from the file `data.scores`.
+
+    Setting `data.scores` chooses this scorer, unless the scorer is full, random or random_clean.
+    """
 
     _target_: str = "gradsift.scoring.published.published"
     name: str = "published"
@@ -65,7 +68,7 @@ class ContrastConfig(ScorerConfig, schema="contrast"):
 
 @dataclass
 class G2isConfig(ScorerConfig, schema="g2is"):
-    """Agreement of gradients with the target set's core knowledge: principal components of its gradients (G2IS)."""
+    """Agreement of an example's gradient with the principal components of the target set's gradients (G2IS)."""
 
     # the components together explain at least this share of the variance of the target gradients
     explained: float = option(0.5, above=0, most=1)
@@ -80,7 +83,7 @@ class RandomScorerConfig(ScorerConfig, schema="random"):
 
 @dataclass
 class SuperfilterConfig(ScorerConfig, schema="superfilter"):
-    """Instruction-following difficulty under the proxy's backbone (Superfiltering)."""
+    """Instruction-following difficulty (IFD), computed with the proxy's backbone (Superfiltering)."""
 
     max_length: int = option(1024, least=2)  # largest number of tokens, L in the published code
     # original: with the errors of the published code; fixed: without them
@@ -98,7 +101,10 @@ class SuperfilterConfig(ScorerConfig, schema="superfilter"):
 
 @dataclass
 class GradsConfig(ScorerConfig, schema="grads"):
-    """Representativeness, diversity and redundancy (GrADS). The paper gives no values for these options."""
+    """Representativeness, diversity and redundancy of an example (GrADS).
+
+    The paper gives no values for these options.
+    """
 
     # weights w_g, w_d and w_s of representativeness, diversity and redundancy; a factor with weight 0 is left out
     weights: list[float] = option([1.0, 1.0, 1.0], least=0)
@@ -127,7 +133,7 @@ class GradsConfig(ScorerConfig, schema="grads"):
 
 @dataclass
 class CherryConfig(ScorerConfig, schema="cherry"):
-    """Instruction-following difficulty as a ratio of losses (Cherry)."""
+    """Instruction-following difficulty (IFD) as a ratio of losses (Cherry)."""
 
     max_length: int = option(512, least=2)  # largest number of tokens, L in the published command
     # original: the length of a row is checked after its response is cut, as in the published code; fixed: before
@@ -136,7 +142,7 @@ class CherryConfig(ScorerConfig, schema="cherry"):
 
 @dataclass
 class PerplexityConfig(ScorerConfig, schema="perplexity"):
-    """Perplexity of the response under the proxy's backbone, without training."""
+    """Perplexity of the response under the proxy's backbone, which is not trained first."""
 
     # which perplexities score high; middle: those whose rank is nearest to the median
     prefer: str = option("low", choices=("low", "high", "middle"))
@@ -144,7 +150,7 @@ class PerplexityConfig(ScorerConfig, schema="perplexity"):
 
 @dataclass
 class LengthConfig(ScorerConfig, schema="length"):
-    """Length of the response, of the prompt, or of both."""
+    """Length of the response, of the prompt, or of both together."""
 
     unit: str = option("tokens", choices=("tokens", "characters"))  # tokens of the proxy's tokenizer, or characters
     part: str = option("response", choices=("response", "prompt", "both"))  # part that is measured
@@ -176,7 +182,10 @@ class SelectorConfig(Group, option="selector", schema="selector"):
 
 @dataclass
 class FacilityLocationConfig(SelectorConfig, schema="facility_location"):
-    """Selects a subset that represents all candidates, the examples with the highest scores (Superfiltering.D)."""
+    """Selects a subset that represents all candidates (Superfiltering.D).
+
+    The candidates are the examples with the highest scores.
+    """
 
     # similarity of two embeddings; exp_distance: exp(-distance / dimensions), as in the published code
     similarity: str = option("exp_distance", choices=("exp_distance", "cosine"))
@@ -186,7 +195,7 @@ class FacilityLocationConfig(SelectorConfig, schema="facility_location"):
 
 @dataclass
 class ReprFilterConfig(SelectorConfig, schema="repr_filter"):
-    """Selects the highest scores, but skips examples that are too similar to a selected example (DEITA)."""
+    """Selects the examples with the highest scores, but skips an example too similar to a selected one (DEITA)."""
 
     threshold: float = option(0.9, least=-1, most=1)  # largest allowed cosine to a selected example
 
@@ -203,7 +212,10 @@ class ClustersConfig(SelectorConfig, schema="clusters"):
 
 @dataclass
 class QuotasConfig(SelectorConfig, schema="quotas"):
-    """Selects the highest scores in each group of rows. Each group has a given share of the selection."""
+    """Selects the examples with the highest scores in each group of rows.
+
+    Each group fills a given share of the selection.
+    """
 
     column: str = "source"  # column of the data that names a row's group; data=mixture writes `source`
     # weight of each group, as in 'selector.shares={code: 1, chat: 3}'; null: each group has its share in the pool
@@ -224,7 +236,7 @@ class QuotasConfig(SelectorConfig, schema="quotas"):
 
 @dataclass
 class GumbelConfig(SelectorConfig, schema="gumbel"):
-    """A random draw without replacement that favours high scores."""
+    """Draws examples at random without replacement. An example with a higher score is likelier to be drawn."""
 
     # the odds of being drawn grow by the factor e for each `temperature` standard deviations of the score
     temperature: float = option(1.0, above=0)
@@ -233,7 +245,10 @@ class GumbelConfig(SelectorConfig, schema="gumbel"):
 
 @dataclass
 class RoundRobinQueriesConfig(SelectorConfig, schema="round_robin_queries"):
-    """Selects, for one target row after another, the pool row whose embedding has the largest cosine to it (RDS+)."""
+    """Lets the target rows take turns to select pool rows (RDS+).
+
+    Each target row selects the pool row whose embedding has the largest cosine to its own embedding.
+    """
 
     # what a target row selects if its next pool row is already selected. original: nothing in this turn, as in the
     # published scripts; fixed: its next pool row that is not yet selected

@@ -19,7 +19,10 @@ BATCHINGS = ("bucketed", "random")
 
 @dataclass
 class NanoConfig(Group, option="model.nano"):
-    """Pretraining of a nano backbone on the embedded world's skills, with prompts unlike the world's instructions."""
+    """Pretraining of a nano (tiny) backbone on the skills of the embedded world.
+
+    Most prompts are worded unlike the instructions of the world's data, so that a finetune has something to teach.
+    """
 
     architecture: str = option("gpt2", choices=("gpt2", "llama"))  # architecture of the backbone
     steps: int = option(2400, least=1)  # optimiser steps
@@ -34,7 +37,7 @@ class NanoConfig(Group, option="model.nano"):
 
 @dataclass
 class ModelConfig(Group, option="model", schema="model"):
-    """A causal language model: its backbone, without adapters."""
+    """A causal language model without adapters, called a backbone."""
 
     # pretrained: from the hub or a folder; nano: pretrained by gradsift; smollm2: SmolLM2-135M-Instruct from a Python
     # package; tiny_bytes: random weights, to try out a setup
@@ -87,9 +90,10 @@ class LoraConfig(Group, option="lora"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options on which a result depends, for the settings of a stage.
+        """The options on which results depend, as a part of a stage's settings, which its fingerprint hashes.
 
-        Options that were added later are left out if they are off, so that earlier results keep their fingerprint.
+        Options that later versions of gradsift added are left out while they are off, so that earlier results keep
+        their fingerprint.
         """
         later: dict[str, Any] = {"use_rslora": True} if self.use_rslora else {}
         if self.init != "kaiming":
@@ -100,7 +104,7 @@ class LoraConfig(Group, option="lora"):
 
 
 def _warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, or raise ConfigError if the warm-up does not end before the training."""
+    """Return `warmup`, or raise ConfigError if the warm-up does not end before the training does (both in steps)."""
     if 0 < steps <= warmup:
         raise ConfigError(
             f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
@@ -111,7 +115,7 @@ def _warmup_fits(option: str, warmup: int, steps: int) -> int:
 
 @dataclass
 class AdaptedModelConfig(Group):
-    """A model with a low-rank adapter, and how examples become its tokens."""
+    """A model with a low-rank adapter, and how an example is turned into the model's input tokens."""
 
     name: str = MISSING
     model: ModelConfig = MISSING
@@ -254,7 +258,7 @@ class EmbedderConfig(Group, option="embedder"):
 
 @dataclass
 class HiddenStatesConfig(EmbedderConfig, schema="hidden_states"):
-    """Last hidden states of the proxy's backbone, pooled over the tokens."""
+    """Hidden states of the last layer of the proxy's backbone, pooled over the tokens of a text."""
 
     # the text that is embedded. prompt_and_response, prompt: in the proxy's template; instruction_input_output: each
     # on a line of its own, without a template
@@ -265,7 +269,7 @@ class HiddenStatesConfig(EmbedderConfig, schema="hidden_states"):
 
 @dataclass
 class SentenceTransformersConfig(EmbedderConfig, schema="sentence_transformers"):
-    """A model of the package sentence-transformers, which pools the tokens itself."""
+    """A model of the package sentence-transformers, which itself pools the tokens of a text into one vector."""
 
     # instruction_input_output, or prompt, which leaves out the response; neither uses a template
     text: str = option("instruction_input_output", choices=("instruction_input_output", "prompt"))
@@ -276,7 +280,7 @@ class SentenceTransformersConfig(EmbedderConfig, schema="sentence_transformers")
 
 @dataclass
 class WarmupConfig(Group, option="features.warmup"):
-    """Training of the proxy's backbone on a few random rows before gradients are taken (LESS)."""
+    """Training of the proxy's backbone on a few random rows, before gradients of all rows are computed (LESS)."""
 
     share: float | None = option(0.05, above=0, most=1)  # share of the rows; give either share or rows
     rows: int | None = option(None, least=1)  # number of rows; all rows if the data has fewer

@@ -1,4 +1,4 @@
-"""The config of a whole run, the checks across groups, and the conversion of composed configs."""
+"""The config of a whole run, checks that involve several groups, and the conversion of composed configs."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class Config(Group):
 
     @property
     def scorer_name(self) -> str:
-        """The name of the scorer, which may be a user's own."""
+        """The name of the scorer, which is one of gradsift's or a user's own."""
         return str(_option_of(self.scorer, "name"))
 
     @property
     def selector_name(self) -> str:
-        """The name of the selector, which may be a user's own."""
+        """The name of the selector, which is one of gradsift's or a user's own."""
         return str(_option_of(self.selector, "name"))
 
     @property
@@ -117,7 +117,10 @@ class Config(Group):
 
     @property
     def has_rater(self) -> bool:
-        """Whether the judge grades single examples for the scorer; False for a user's own scorer."""
+        """Whether the judge grades single examples for the scorer.
+
+        False for a user's own scorer, whose inputs are not known yet.
+        """
         return self.reaches("scores") and "rater" in (self._asked(self.scorer) or ())
 
     def reaches(self, stage: str) -> bool:
@@ -150,7 +153,7 @@ class Config(Group):
 
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return the inputs that a scorer or selector asks for; None for a user's own, whose code is read later."""
+        """Return the names of a scorer's or selector's inputs; None for a user's own, whose code is read later."""
         return asked_by(str(_option_of(method, "_target_")))
 
     @property
@@ -159,7 +162,7 @@ class Config(Group):
 
     @property
     def _selects(self) -> bool:
-        """Whether the run uses a selector; scorer=full needs none."""
+        """Whether the run uses a selector; scorer=full needs none, since it keeps all rows."""
         return self.reaches("selection") and self.scorer_name != "full"
 
     @property
@@ -169,7 +172,7 @@ class Config(Group):
 
     @property
     def _needs_proxy(self) -> bool:
-        """Whether the run uses the proxy; assumed for a user's own scorer, not for a user's own selector."""
+        """Whether the run uses the proxy. A user's own scorer is assumed to use it, a user's own selector is not."""
         if not self.reaches("scores"):
             return self.stop_after == "statistics"
         with_proxy = set(OF_PROXY)
@@ -181,7 +184,7 @@ class Config(Group):
         return self._selects and selector is not None and bool(selector & with_proxy)
 
     def _check_names(self) -> None:
-        """Check the names that become parts of paths, and that a user's own methods have values for their constants."""
+        """Check the names that become parts of paths, and that every constant of a user's own method has a value."""
         for group in ("scorer", "selector"):
             method = getattr(self, group)
             for constant, value in method.items() if isinstance(method, dict) else ():
@@ -227,7 +230,10 @@ class Config(Group):
             )
 
     def _check_embedded_parts(self) -> None:
-        """Check that the embedded world's models, target set and benchmarks go with the run's data and benchmark."""
+        """Check that models, target set and benchmarks of the embedded world are used only with its data.
+
+        With this data, a nano target must not answer other benchmarks, since it knows only the world's words.
+        """
         # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold other words
         asked = [*self.benchmark.sets, *self.benchmark.general]
         embedded_sets = [name for name in asked if name in (EMBEDDED, TERSE)]
@@ -255,7 +261,10 @@ class Config(Group):
             raise ConfigError(f"data={self.data.name} does not go with the embedded world's {'; '.join(foreign)}")
 
     def _check_models(self) -> None:
-        """Check that models with random weights are used only for scores, and that quantised weights can be used."""
+        """Check that models with random weights are used only for scores.
+
+        Also check that no other option rules out a quantised model, and that judge=verifier has reference answers.
+        """
         if self.reaches("finetune"):
             model = self.target.model
             if model.kind == "tiny_bytes":
@@ -293,7 +302,10 @@ class Config(Group):
                 raise ConfigError(NO_TARGET_SET.format(method=name))
 
     def _check_outputs(self) -> None:
-        """Check that the run reaches what it exports and audits, and that there is known corruption to audit."""
+        """Check that the run reaches the stages whose results it exports or audits.
+
+        Also check that the data of an audit has known corruption.
+        """
         ends = f"stop_after={self.stop_after}"
         if (self.export.formats or self.export.push_to_hub) and not self.reaches("selection"):
             raise ConfigError(f"export writes the selection, but {ends}; take stop_after=selection or a later stage")
@@ -365,7 +377,7 @@ def restore_config(dumped: Any) -> Config:
     """Return the checked config that `dump_config` wrote.
 
     Raises:
-        ConfigError: `dumped` does not describe a config, or was written by a version with other options.
+        ConfigError: `dumped` does not describe a config, or was written by a version of gradsift with other options.
     """
     if not isinstance(dumped, dict) or not all(isinstance(dumped.get(part), dict) for part in ("schemas", "values")):
         raise ConfigError("this run's config has no readable schemas and values; give another run, or its options")

@@ -1,8 +1,8 @@
 """Compiled kernels for frozen bfloat16 models on a CPU: an optional package with one function, `accelerate`.
 
-It replaces the forward methods of a model's layers in place, by methods that compute the same functions but read and
-write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without a C++
-compiler, or on a processor without bfloat16 products, models run on torch's own kernels (docs/cpu.md).
+`accelerate` replaces the forward methods of a model's layers in place. The new methods compute the same functions but
+read and write memory less often. Nothing else in gradsift depends on this package. With `compute.kernels=off`, without
+a C++ compiler, or on a processor without bfloat16 matrix products, models run on torch's own kernels (docs/cpu.md).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _TOKENS_FACTOR = 3  # see `tokens_factor` in `gradsift.training.device`
 def accelerate(model: Any) -> bool:
     """Speed up a frozen causal language model of transformers, in place.
 
-    GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported, in bfloat16 with a float32 residual stream, if the hidden size
-    is at least 256, and if hidden size, MLP width and head width are multiples of 16. In float32 at most a tenth of the
-    time could be saved, because most of it goes into matrix products.
+    GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported. The model must be in bfloat16 with a float32 residual stream
+    and have a hidden size of at least 256, and its hidden size, MLP width and head width must be multiples of 16.
+    Float32 models are not supported: at most a tenth of their time could be saved, because most of it goes into matrix
+    products.
 
-    A model on the meta device only gets the attributes that `gradsift.training.numerics` reads.
+    A model on the meta device, which has no weights to pack, only gets the attributes that `gradsift.training.numerics`
+    reads.
 
     Returns:
-        Whether the model is supported and the kernels are available. If not, the model is unchanged.
+        True if the model is supported and the kernels are available. If False, the model is unchanged.
     """
     if not _is_supported(model) or not available():
         return False

@@ -1,14 +1,14 @@
 """The layers of a frozen bfloat16 model on a CPU: packed matrix products, and fused operations between them.
 
-oneDNN reorders a plain weight in every call, which takes a third of the product's time. So `PackedProducts` keeps two
-copies of a weight in oneDNN's memory layout, one for the product of the forward pass and one for that of the backward
-pass. oneDNN also compiles a product for every new number of rows, so this number is rounded up to a multiple of 32
-(`kernels.cpp`).
+oneDNN reorders a plain weight in every call, which takes a third of the matrix product's time. `PackedProducts`
+therefore keeps two copies of a weight in oneDNN's memory layout, one for the matrix product of the forward pass and one
+for that of the backward pass. oneDNN also compiles new code for every new number of rows, so the number of rows is
+rounded up to a multiple of 32 (`kernels.cpp`).
 
-transformers reads and writes whole tensors for every sum, product and cast, which takes half of a step's time. Here a
-normalisation layer, an MLP activation or causal attention is computed in one pass over its inputs (`kernels.cpp`), in
-float32. Layers that train or are adapted use transformers' code, and so does attention with a mask, a cache, dropout or
-positions that differ between rows.
+transformers reads and writes whole tensors for every elementwise sum, product and cast, which takes half of the time of
+a training step. Here a normalisation layer, an MLP activation or causal attention is computed in one pass over its
+inputs (`kernels.cpp`), in float32. A layer that is trained or has an adapter uses transformers' code. Attention does so
+too if it has a mask, a cache, dropout or positions that differ between rows.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O outputs, D width, F inner width of an MLP, B examples, H
 heads, T tokens of an example, E width of a head, P places (tokens whose successor is predicted), V vocabulary.
@@ -49,7 +49,7 @@ def _product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 
 
 class PackedProducts(FrozenProducts):
-    """The products of a layer, computed by oneDNN from packed copies of its weight (I, O) bfloat16."""
+    """The matrix products of a layer, computed by oneDNN from packed copies of the layer's weight (I, O) bfloat16."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.inputs, self.width = weight.shape
@@ -78,16 +78,16 @@ class PackedLayer:
 
 
 def _is_packed(layer: Any) -> bool:
-    """Return whether the layer uses packed weights; False if it trains, has an adapter or has been merged."""
+    """Return whether the layer uses packed weights; False if it is trained, has an adapter, or has a merged adapter."""
     return isinstance(layer, PackedLayer) and "frozen_products" in vars(layer) and not trains(layer)
 
 
 class PackedHead:
-    """Token losses from an output embedding (V, D) bfloat16 without bias, which is packed at first use.
+    """Computes token losses with an output embedding (V, D) bfloat16 without bias, which is packed at first use.
 
-    The weight gets an additional column of ones, and each hidden state an additional number, the negative offset of its
-    logits (see `_less_rounded` in `gradsift.training.head`). So the product subtracts the offset before the logits are
-    rounded.
+    The weight gets an additional column of ones. Each hidden state gets an additional number, the negative offset of
+    its logits (see `_less_rounded` in `gradsift.training.head`). The matrix product thus subtracts the offset from the
+    logits before they are rounded to bfloat16.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class PackedHead:
 
     @functools.cached_property
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The weight, packed for the forward and for the backward product, and the size of the padded vocabulary."""
+        """The weight packed for the forward pass, the weight packed for the backward pass, and the padded size of V."""
         # AMX is twice as fast with a multiple of 64
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
         # a block of 32 columns, of which the ones need one, keeps the inner width a multiple of 32
@@ -107,13 +107,13 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return how many of `count` places have their logits computed at once, a multiple of BLOCK."""
+        """Return for how many of `count` places logits are computed at once (to bound memory); a multiple of BLOCK."""
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
 
     def losses(self, hidden: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-        """Return the cross entropy (P,) float32 of `targets` (P,) given `hidden` (P, D).
+        """Return the cross entropies (P,) float32 of the target tokens (P,) given the hidden states `hidden` (P, D).
 
         If `gradient` (P, D) is given, it is filled with the gradient of each loss with respect to its hidden state.
         """
@@ -136,10 +136,10 @@ class PackedHead:
 
 
 def fuse_blocks(model: nn.Module, head: nn.Module | None, norms: list[Any]) -> None:
-    """Replace the forward passes of a frozen model's normalisation layers, MLPs and attention, and pack its weights.
+    """Replace the forward methods of a frozen model's normalisation layers, MLPs and attention, and pack their weights.
 
     Args:
-        head: the output embedding, whose weight is not packed.
+        head: the output embedding, whose weight is not packed here (see `PackedHead`); None if the model has none.
         norms: the normalisation layers that read the residual stream.
     """
     for norm in norms:
@@ -189,7 +189,11 @@ class _Norm(torch.autograd.Function):
 
 
 class _GeluMlp:
-    """GPT-2's MLP. If one of its layers is adapted, only the activation is fused. With dropout, nothing is fused."""
+    """GPT-2's MLP.
+
+    If one of its layers has an adapter, only the activation is computed by a compiled kernel. With dropout in training,
+    transformers' code is used.
+    """
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         first, second = self.c_fc, self.c_proj
@@ -233,7 +237,10 @@ class _ProductsAroundGelu(torch.autograd.Function):
 
 
 class _GatedMlp:
-    """Llama's MLP, down(silu(gate x) * up x), with one product for gate and up, if none of its layers is adapted."""
+    """Llama's MLP, down(silu(gate x) * up x).
+
+    One matrix product computes both gate and up. If one of its layers has an adapter, transformers' code is used.
+    """
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
@@ -264,7 +271,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return None for plain causal attention (no left padding, window, cache or other mask), else a mask for SDPA."""
+    """Return None if attention is plain and causal (no left padding, window, cache or other mask), else SDPA's mask."""
     # batches padded on the right have no mask (`Batch.model_inputs`), so almost every pass is plain
     plain = kwargs.get("attention_mask") is None and kwargs.get("allow_is_causal_skip", True)
     if plain and kwargs.get("local_size") is None and kwargs["q_length"] == kwargs["kv_length"]:
@@ -283,7 +290,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention's output (B, T, H, E), and None for its weights, as transformers' interface requires."""
+    """Return the attention's output (B, T, H, E), and None in place of attention weights, as transformers expects."""
     # with a cache, as in generation, there are fewer queries than keys; the kernel needs equally many
     if attention_mask is not None or dropout or q.shape[2] != k.shape[2] or not module.is_causal:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -295,7 +302,10 @@ def _attention(
 
 
 class _RotaryAttention:
-    """Llama's attention. If it is plain and causal, one kernel rotates queries and keys and computes the output."""
+    """Llama's attention.
+
+    If it is plain and causal, one kernel applies the rotary embedding to queries and keys and computes the output.
+    """
 
     def forward(
         self: Any,

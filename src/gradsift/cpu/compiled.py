@@ -40,7 +40,7 @@ def version() -> str:
 
 @functools.cache
 def available() -> bool:
-    """Compile the kernels if needed, load them, and return whether this succeeded; otherwise a warning says why not."""
+    """Compile the kernels if needed, load them, and return whether both succeeded; if not, a warning says why."""
     name = os.environ.get("CXX") or "c++"
     compiler = name.split()  # CXX may contain options or start with ccache
     if shutil.which(compiler[0]) is None:
@@ -70,7 +70,10 @@ def _reason(error: Exception) -> str:
 
 
 def _key(compiler: list[str]) -> str:
-    """Return a hash (16 hex digits) of source, flags, compiler, torch's version and processor."""
+    """Return a hash (16 hex digits) of everything on which the compiled file depends.
+
+    That is the source, the flags, the compiler, torch's version and the processor.
+    """
     described = subprocess.run(  # noqa: S603 - the user's own compiler
         [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=_PATIENCE
     ).stdout
@@ -88,7 +91,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a temporary folder, then move the result to `library`, so that it is never incomplete."""
+    """Compile into a temporary folder, then move the file to `library`, so that `library` is never incomplete."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

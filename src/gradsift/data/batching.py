@@ -1,4 +1,4 @@
-"""Groups examples into batches and pads them.
+"""Groups examples into batches and pads the examples of a batch to equal length.
 
 Shape letters: B examples in a batch, T tokens of its longest example, P predicted tokens in the batch.
 """
@@ -24,7 +24,8 @@ class Batch:
     """Padded examples, and the places where a response token is predicted.
 
     Padding is marked by `attention_mask` alone, since the pad id may also be a real token. Places are indices into the
-    flattened B x T tokens. They are computed on the CPU, so that a training step does not wait for a device.
+    flattened B x T tokens. Places are computed on the CPU, because finding them on a GPU would make the CPU wait for
+    the GPU in every training step.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
@@ -37,7 +38,7 @@ class Batch:
     padding_side: str = "right"  # or left
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on another device; the host does not wait for the copy."""
+        """Return the batch on another device. The CPU does not wait until the copy is done."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "padding_side"}
         if torch.device(device).type == "cuda":
             moved = {name: tensor.pin_memory() for name, tensor in moved.items()}
@@ -45,10 +46,10 @@ class Batch:
         return Batch(**moved, padding_side=self.padding_side)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Return the arguments for a causal language model.
+        """Return the batch as keyword arguments of a causal language model.
 
-        With causal attention, no token attends to padding on its right. Mask and positions are therefore left out if
-        padding is on the right, so that attention can use its fast implementations.
+        With causal attention, no token attends to padding on its right. If padding is on the right, mask and positions
+        are therefore left out, so that attention can use its faster implementations, which take no mask.
         """
         inputs = {"input_ids": self.input_ids}
         if self.padding_side == "left":
@@ -85,10 +86,12 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return the examples' positions in batches of similar length, with at most `max_tokens` tokens, padding included.
+    """Return batches of the examples' positions. The examples of a batch have similar lengths.
 
-    Use this only where results do not depend on the order of the examples. The longest examples come first, so that a
-    lack of memory shows in the first batch. An example longer than `max_tokens` gets a batch of its own.
+    A batch has at most `max_tokens` tokens, padding included.
+
+    Use this only where results do not depend on the order of the examples. The longest examples come first, so that, if
+    memory is too small, the first batch already fails. An example longer than `max_tokens` gets a batch of its own.
     """
     batches: list[list[int]] = []
     widest = 0
@@ -101,7 +104,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> list[list[int]]:
-    """Return the batches of `length_batches`, divided into batches of at most `batch_size` positions.
+    """Return the batches of `length_batches`, each divided into batches of at most `batch_size` positions.
 
     If `max_tokens` is None, batches can have any number of tokens.
     """
@@ -112,15 +115,15 @@ def capped_batches(lengths: Sequence[int], batch_size: int, max_tokens: int | No
 def spread_out(batches: Sequence[T]) -> list[T]:
     """Return the first batch, then the others in a fixed random order.
 
-    In the order of `length_batches` the slowest batches come first, so the remaining time would be overestimated. The
-    first batch keeps its place because it needs the most memory, and a lack of memory should show at once.
+    In the order of `length_batches` the slowest batches come first, so a progress bar would overestimate the remaining
+    time. The first batch keeps its place because it needs the most memory: if memory is too small, it fails at once.
     """
     order = np.random.default_rng(0).permutation(max(0, len(batches) - 1)) + 1
     return [*batches[:1], *(batches[place] for place in order)]
 
 
 def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encoded]:
-    """Return the examples of part `shard` (from 0), in their order in `examples`.
+    """Return the examples of part `shard` (counted from 0) of `shards` parts, in their order in `examples`.
 
     The examples are sorted from the longest to the shortest and dealt out in turn to `shards` parts, so that all parts
     take similar time.
@@ -130,13 +133,13 @@ def shard_of(examples: Sequence[Encoded], shard: int, shards: int) -> list[Encod
 
 
 def by_length(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded]]:
-    """Return the examples in the batches of `length_batches`."""
+    """Return the examples themselves, grouped into the batches that `length_batches` makes of their lengths."""
     positions = length_batches([len(example.input_ids) for example in examples], max_tokens)
     return [[examples[position] for position in batch] for batch in positions]
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: int) -> list[list[int]]:
-    """Return the batches of one epoch: every position exactly once, in an order drawn with `seed`.
+    """Return the batches of one epoch. Each position is in exactly one batch, and the order is drawn with `seed`.
 
     random    a permutation, cut into batches
     bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into

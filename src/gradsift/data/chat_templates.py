@@ -1,20 +1,20 @@
 """Chat templates: the text of a conversation, and which parts of it are responses.
 
-The template renders the whole conversation with marks (private-use characters) around the texts of user and assistant
-turns. The marks show where each turn is, even if the template writes earlier turns differently from the last turn
-(Qwen3, gpt-oss).
+Before the template renders the whole conversation, the texts of user and assistant turns are put between marks
+(private-use Unicode characters). The marks show where each turn is in the rendered text, even if the template writes
+earlier turns differently from the last turn (Qwen3, gpt-oss).
 
 - A response is the text that the model has to generate: an assistant's text and the marker that ends the turn, without
   the white space after that marker. The text of the generation prompt, such as a header or an empty think block, counts
   as prompt. If the template has `{% generation %}` marks, responses lie within them.
-- The text before the last response must equal the generation prompt of the earlier turns. If this prompt opens a think
-  block that the template omits from whole conversations (DeepSeek-R1), the last response closes the block, after the
-  row's reasoning if there is any.
+- The text before the last response must equal the earlier turns rendered with the generation prompt. If the generation
+  prompt opens a think block that the template omits from whole conversations (DeepSeek-R1), the last response begins
+  with the row's reasoning, if there is any, and closes the block.
 - A row with a think block is refused if the template has another notation for reasoning (gpt-oss, Gemma 4).
 - A conversation is refused (`Unusable`) if the template leaves out or changes the text of a turn.
 
-The variable `enable_thinking` of a template is true if an assistant turn has a `</think>`, otherwise false. If a
-template writes today's date, it gets `DATE`, so that tokens do not depend on the day.
+The template's variable `enable_thinking` is true if an assistant turn has a `</think>`, otherwise false. A template
+that writes today's date writes `DATE` instead, so that tokens do not depend on the day.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def is_file(template: str) -> bool:
 
 
 def template_of(template: str, tokenizer: Any) -> str:
-    """Return the Jinja text of a chat template; raise ConfigError if there is none."""
+    """Return the Jinja text of a chat template.
+
+    Raises ConfigError if the tokenizer has no default chat template, or the file cannot be read.
+    """
     if template != "chat":
         return file_text(template)
     if not getattr(tokenizer, "chat_template", None):
@@ -91,11 +94,11 @@ def file_text(path: str) -> str:
 def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[Segment]:
     """Return the text of a conversation as segments.
 
-    If the last turn is an assistant turn, the text ends with the last response that is trained. If it is a user turn,
-    the text ends with the generation prompt.
+    If the last turn is an assistant turn, the text ends with the last response on which the model is trained. If the
+    last turn is a user turn, the text ends with the generation prompt.
 
     Args:
-        turns: a system turn or none, then user and assistant turns that alternate.
+        turns: user and assistant turns that alternate, optionally preceded by a system turn.
         template: the Jinja text of the template.
 
     Raises:
@@ -117,8 +120,8 @@ def chat_segments(turns: Sequence[Turn], tokenizer: Any, template: str) -> list[
 class _Chat:
     """A conversation with marks around the texts of its turns.
 
-    Control tokens that a text spells are replaced with private-use characters (stand-ins) before the template is
-    rendered, and restored as plain text afterwards.
+    If a turn's text spells out a control token, such as `</s>`, the token is replaced with a private-use character (its
+    stand-in) before the template is rendered. Afterwards the token is restored as plain text.
     """
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Any, template: str) -> None:
@@ -139,7 +142,7 @@ class _Chat:
         self.thinks = any(turn.role == "assistant" and _THOUGHT in turn.content for turn in turns)
 
     def whole(self) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of the conversation, and the (start, end) of each part in `{% generation %}` marks.
+        """Return the rendered conversation, and the (start, end) of each part in `{% generation %}` marks.
 
         If the generation prompt opens a think block that the template omits from the conversation, the returned text
         has the whole generation prompt before the last response.
@@ -163,7 +166,10 @@ class _Chat:
         return self._prompts[number]
 
     def rendered(self, count: int, *, generate: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Render the first `count` turns; return the text, and the (start, end) of each part in generation marks."""
+        """Render the first `count` turns, and the generation prompt if `generate` is True.
+
+        Returns the text, and the (start, end) of each part that the template puts in `{% generation %}` marks.
+        """
         messages: list[dict[str, Any]] = []
         for number, turn in enumerate(self._turns[:count]):
             text = self._marked(number)
@@ -176,7 +182,10 @@ class _Chat:
             raise Unusable(f"the chat template refuses the conversation ({str(error)[:200]})") from error
 
     def _marked(self, number: int) -> str:
-        """Return the text of a turn with marks around its core. System turns and empty turns have no marks."""
+        """Return the text of a turn with marks around its core (see `_core`).
+
+        System turns and empty turns get no marks.
+        """
         text, core = self._texts[number], self._core(number)
         if self._turns[number].role == "system" or not core:
             return text
@@ -184,13 +193,16 @@ class _Chat:
         return text[:place] + core.join(self._marks[number]) + text[place + len(core) :]
 
     def _core(self, number: int) -> str:
-        """Return the text of a turn without outer white space and without reasoning, unless it has nothing else."""
+        """Return the text of a turn without outer white space.
+
+        The reasoning of an assistant turn is left out too, unless the turn has nothing else.
+        """
         text = self._texts[number].strip()
         answer = text.rpartition(_THOUGHT)[2].strip() if self._turns[number].role == "assistant" else text
         return answer or text
 
     def require_shown(self, text: str) -> None:
-        """Raise Unusable if the template changes more of a turn's text than white space, or adds a think block."""
+        """Raise Unusable if the template changes a turn's text in more than white space, or adds a think block."""
         for number, turn in enumerate(self._turns):
             said, (start, end) = _squeezed(self._texts[number]), self._marks[number]
             if turn.role == "system":
@@ -236,7 +248,7 @@ class _Chat:
         raise Unusable(f"the chat template has no generation marks around turn {number + 1}")
 
     def _end(self, text: str, end_mark: int) -> int:
-        """Return the end of a response, after the marker that ends the turn if there is one."""
+        """Return where a response ends: after the marker that ends the turn or, without a marker, after the text."""
         closing = text[text.index(self._marks[-1][1]) + 1 :].strip()  # what follows the last turn's text
         if closing.startswith(tuple(self._control)):  # some templates write an end-of-text token on the next line
             closing = closing.split()[0]
@@ -257,7 +269,10 @@ class _Chat:
         return segments if responses else self._split(text, is_response=False)
 
     def _split(self, text: str, *, is_response: bool) -> list[Segment]:
-        """Return the text as markup segments; the tokens that stand-ins replaced become plain-text segments."""
+        """Return the text without marks, as markup segments.
+
+        The tokens that stand-ins replaced become plain-text segments.
+        """
         text = text.translate({ord(mark): None for marks in self._marks for mark in marks})
         tokens = {stand_in: token for token, stand_in in self._stand_ins.items()}
         segments = []
@@ -280,7 +295,7 @@ def _squeezed(text: str) -> str:
 def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
     """Return the control tokens, the longest first, and whether each one is a special token.
 
-    Control tokens are the special tokens, and the other added tokens that the template contains.
+    Control tokens are the tokenizer's special tokens, and those of its other added tokens that the template contains.
     """
     added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
     control = [token for token, special in added.items() if special or (token.strip() and token in template)]
@@ -289,7 +304,7 @@ def _control_tokens(tokenizer: Any, template: str) -> dict[str, bool]:
 
 @functools.lru_cache(maxsize=4)
 def _takes_parts(template: str) -> bool:
-    """Return whether a template shows content only if it is a list of parts, as templates of vision models do."""
+    """Return whether a template shows the content of a message only if it is a list of parts, as for vision models."""
     shown = []
     for content in ("probe", [{"type": "text", "text": "probe"}]):
         try:
@@ -322,7 +337,10 @@ def _render(
 
 @functools.lru_cache(maxsize=4)
 def _with_date(template: str) -> str:
-    """Return the template with a macro `strftime_now` that formats `DATE`, in place of the function of transformers."""
+    """Return the template with a macro `strftime_now` that formats `DATE`.
+
+    The macro replaces transformers' function of this name, which formats today's date.
+    """
     if "strftime_now" not in template:
         return template
     codes = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in (*"aAbBdejmyYHIMSpxXcF", "-d"))

@@ -45,7 +45,7 @@ _DEFAULTS = FieldsConfig()
 
 @lru_cache(maxsize=1024)  # called for every column of every row
 def folded(name: str) -> str:
-    """Return a column's name in lower case, without blanks and byte order marks around it."""
+    """Return a column's name in lower case, without the blanks and byte order marks around the name."""
     return name.strip().strip("\ufeff").casefold()
 
 
@@ -53,9 +53,9 @@ def folded(name: str) -> str:
 class Shape:
     """A format and the columns of its fields.
 
-    `needed` and `fields` hold the names that the format's required columns have in the data. If the format was given
-    and no row has its columns, these are the configured names. Optional columns are looked up in each row (see
-    `optional`).
+    `needed` and `fields` hold the names that the format's required columns have in the data. If the user gave the
+    format and no row has the format's columns, `needed` and `fields` hold the configured names. Optional columns are
+    looked up in each row (see `optional`).
     """
 
     format: str  # alpaca, messages, sharegpt or prompt_completion
@@ -63,9 +63,10 @@ class Shape:
     needed: tuple[str, ...]
 
     def optional(self, row: Mapping[str, Any], part: str) -> str | None:
-        """Return the column for `part` (input, system or history): the closest match that is not blank in this row.
+        """Return the column for the optional field `part` (input, system or history).
 
-        If all matching columns are blank, return the closest match. If no column matches, return None.
+        This is the closest match that is not blank in this row. If all matching columns are blank, it is the closest
+        match. None: no column matches.
         """
         configured = getattr(self.fields, part)
         if configured is None:
@@ -80,12 +81,12 @@ def _is_blank(value: Any) -> bool:
 
 @lru_cache(maxsize=1024)  # called for every row
 def _optional_columns(columns: tuple[str, ...], configured: str, part: str) -> list[str]:
-    """Return the columns that match an optional field, the closest match first."""
+    """Return the columns that match the optional field `part`, the closest match first."""
     return list(dict.fromkeys(chain(*_matches(columns, configured, part))))
 
 
 def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
-    """Return the columns of the chosen and the rejected response; None if the row does not have both."""
+    """Return the columns of the chosen and the rejected response; None if the row lacks one of the two columns."""
     chosen, rejected = ([column for column in row if folded(column) == wanted] for wanted in _PREFERENCE)
     return (chosen[0], rejected[0]) if chosen and rejected else None
 
@@ -93,8 +94,8 @@ def pair_of(row: Iterable[str]) -> tuple[str, str] | None:
 def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, source: str, group: str) -> Shape:
     """Return the format of a dataset and the columns of its fields.
 
-    The three ways to match columns (see the module) are tried in turn. In each way, the first row that has all columns
-    of a format decides.
+    The three ways to match columns (see the module's docstring) are tried in turn. As soon as one way finds a row that
+    has all columns of a format, this format is returned.
 
     Args:
         format: auto, or the only format to look for.
@@ -130,7 +131,7 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
 def _shape(
     format: str, fields: FieldsConfig, candidates: Mapping[str, Sequence[str]], source: str, group: str
 ) -> Shape:
-    """Return the shape whose needed fields have the candidate columns; raise DataError if a field has several."""
+    """Return the shape whose needed fields are the candidate columns; raise DataError if a field has several."""
     for part, names in candidates.items():
         if len(names) > 1:
             choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)
@@ -140,7 +141,7 @@ def _shape(
 
 
 def _matches(columns: Sequence[str], configured: str, part: str) -> list[list[str]]:
-    """Return the columns that match a field in each of the three ways (see the module)."""
+    """Return three lists: the columns that match a field in each of the three ways (see the module's docstring)."""
     is_default = configured == getattr(_DEFAULTS, part)
     others = [column for column in columns if is_default and folded(column) in _OTHER_NAMES[part]]
     if is_default and part in ("output", "completion") and (pair := pair_of(columns)):
@@ -159,7 +160,7 @@ def _chosen_turns(columns: Sequence[str], rows: Sequence[SourceRow]) -> str | No
 
 
 def _advice(rows: Sequence[SourceRow], group: str) -> str:
-    """Return what the user can do about rows that `format=auto` does not recognise."""
+    """Return the part of an error message that says what to do about rows that `format=auto` does not recognise."""
     remedy = 'write each conversation as one row {"messages": [...]}'
     if _are_turns(rows[0].content):
         return f"the rows are lists of turns: {remedy}"

@@ -1,8 +1,9 @@
 """Corruption of a known share of a dataset, to audit scorers with (see `selection/audit.py`).
 
-There are six kinds, which docs/methods.md describes. Four change an example's answer in place: wrong_answer,
-mismatched_answer, truncated and garbled. Two append copies, which are redundant rather than wrong: exact_duplicate and
-near_duplicate. The field `original` of a changed example still holds the columns of the source.
+There are six kinds of corruption, which docs/methods.md describes. Four change an example's answer in place:
+wrong_answer, mismatched_answer, truncated and garbled. Two append copies, which are redundant rather than wrong:
+exact_duplicate and near_duplicate. The field `original` of a corrupted example still holds the columns of the source
+row.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A corrupted dataset: the N examples, some of them changed, and then D copies."""
+    """A corrupted dataset: the N examples, some of them changed, followed by D copies of examples."""
 
     examples: list[Example]
     kind: list[str | None]  # kind of corruption; None if the example is unchanged
@@ -62,8 +63,8 @@ def corrupt(
 
     Args:
         changes: the function of each kind (see `changes_of_text`).
-        next_row: `row_index` of the first copy; larger than that of every row of the source.
-        sound: positions that may be corrupted or copied.
+        next_row: `row_index` of the first copy. The caller gives a number above the `row_index` of every source row.
+        sound: positions of the examples that may be corrupted or copied.
 
     Raises:
         ConfigError: round(share x N) is below the number of kinds, or too few examples can be changed.
@@ -110,7 +111,10 @@ def corrupt(
 
 
 def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
-    """Return the change of each kind for free text. Answers that replace others are taken from `examples`."""
+    """Return the function of each kind of corruption that changes free text.
+
+    If a kind replaces an answer with another answer, the other answer is drawn from `examples`.
+    """
     answers = sorted((example.output for example in examples), key=lambda answer: len(answer.split()))
     lengths = [len(answer.split()) for answer in answers]
 
@@ -142,11 +146,14 @@ def changes_of_text(examples: Sequence[Example]) -> dict[str, Change]:
 
 
 def stand_ins(examples: Sequence[Example], kind: Sequence[str | None]) -> int:
-    """Return the number of wrong_answer rows whose answer could only be replaced with another example's answer.
+    """Return the number of wrong_answer rows whose answer was replaced with another example's answer.
+
+    This happens if `contradicted` can change nothing in the answer.
 
     Args:
         examples: N examples before they were corrupted.
-        kind: kind of corruption of each example; entries after the first N belong to copies and are ignored.
+        kind: kind of corruption of each example, None if unchanged. Entries after the first N belong to copies and are
+            ignored.
     """
     wrong = [example for example, name in zip(examples, kind, strict=False) if name == "wrong_answer"]
     return sum(contradicted(example.output, random.Random(0)) is None for example in wrong)
@@ -165,7 +172,10 @@ def of_output(change: Callable[[str, random.Random], str | None]) -> Change:
 def contradicted(answer: str, rng: random.Random) -> str | None:
     """Return the answer with other numbers, the opposite verdict and negated sentences; None if nothing changes.
 
-    Only English sentences are negated: the first verb such as `is`, `can` or `will` gains or loses a `not`.
+    A verdict is a `yes`, `no`, `true` or `false` at the start of the answer.
+
+    Only English sentences are negated: the first verb such as `is`, `can` or `will` in a sentence gains or loses a
+    `not`.
     """
     text = _NUMBER.sub(lambda match: match[0] if match["place"] else _other_number(match[0], rng), answer)
     text = _VERDICT.sub(lambda match: match[1] + _in_case_of(match[2], _OPPOSITE[match[2].lower()]), text)
@@ -174,7 +184,7 @@ def contradicted(answer: str, rng: random.Random) -> str | None:
 
 
 def _other_number(digits: str, rng: random.Random) -> str:
-    """Return another number with as many digits."""
+    """Return the digits of a random other number with as many digits."""
     least = 10 ** (len(digits) - 1) if len(digits) > 1 and digits[0] != "0" else 0
     while True:
         number = str(rng.randrange(least, 10 ** len(digits))).zfill(len(digits))
@@ -194,13 +204,13 @@ def _negated(match: re.Match[str]) -> str:
 
 
 def truncated(answer: str, rng: random.Random) -> str | None:
-    """Return the answer up to the end of a random word that is not the last; None if there are fewer than two words."""
+    """Return the answer up to the end of a random word that is not the last; None if it has fewer than two words."""
     ends = [match.end() for match in re.finditer(r"\S+", answer)]
     return answer[: rng.choice(ends[:-1])] if len(ends) > 1 else None
 
 
 def garbled(answer: str, rng: random.Random) -> str | None:
-    """Return the words in random order, each with its letters shuffled; None if every draw equals the answer."""
+    """Return the answer's words in random order, with shuffled letters; None if every draw equals the answer."""
     words = answer.split()
     for _ in range(_TRIES):
         text = " ".join("".join(rng.sample(word, len(word))) for word in rng.sample(words, len(words)))
@@ -210,7 +220,10 @@ def garbled(answer: str, rng: random.Random) -> str | None:
 
 
 def edited(instruction: str, rng: random.Random) -> str | None:
-    """Return the instruction with a tenth of its words, at least one, left out, repeated or swapped."""
+    """Return the instruction with random edits, one for every ten words and at least one; None if it has no word.
+
+    An edit leaves out a word, repeats a word, or swaps two adjacent words.
+    """
     words = re.findall(r"\S+\s*", instruction)
     if not words:
         return None
@@ -229,5 +242,5 @@ def edited(instruction: str, rng: random.Random) -> str | None:
 
 
 def _with_word_of(piece: str, other: str) -> str:
-    """Return the word of `other` with the white space that follows the word of `piece`."""
+    """Return the word in `other`, followed by the white space that follows the word in `piece`."""
     return other.rstrip() + piece[len(piece.rstrip()) :]

@@ -1,7 +1,7 @@
-"""Finds repeated examples: exact duplicates have equal texts, near duplicates share most of their word triples.
+"""Finds repeated examples. Exact duplicates have equal texts; near duplicates share most of their word triples.
 
-The first row of repeated examples is kept. A row is compared with kept rows only. So if row 2 is similar to rows 1 and
-3, but these two are not similar to each other, both rows 1 and 3 are kept.
+Of repeated examples, the first is kept. A row is compared only with kept rows. For example, if row 2 is similar to rows
+1 and 3, but rows 1 and 3 are not similar to each other, row 2 is dropped, and rows 1 and 3 are kept.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ Shingles = frozenset[tuple[str, ...]]
 def deduplicated(
     examples: Sequence[Example], dedup: str, threshold: float, progress: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples without repetitions, and the dropped rows; their `reason` names the row that they repeat.
+    """Return the kept examples and the dropped rows. The `reason` of a dropped row names the row that it repeats.
 
     Args:
         dedup: exact (drops rows with equal history, instruction, input and output) or near (also drops rows with
             similar sets of word triples).
-        threshold: smallest Jaccard similarity of the word triples of near duplicates.
+        threshold: rows are near duplicates if the Jaccard similarity of their word triples is at least this; used only
+            for `near`.
         progress: called only for `near`, with the number of examples that were just compared.
     """
     first: dict[str, int] = {}  # by content hash
@@ -57,15 +58,16 @@ def near_duplicates(
     threshold: float,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[int, tuple[int, float]]:
-    """Find the examples at `positions` (ascending) that are similar to an earlier, kept example.
+    """Find the examples at `positions` (in ascending order) that are similar to an earlier, kept example.
 
     Locality-sensitive hashing of MinHash signatures finds candidates (Leskovec et al., Mining of Massive Datasets,
-    chapter 3). They are then compared exactly, so the similarity of every returned pair is at least `threshold`. A pair
-    whose similarity equals the threshold is missed with a probability of at most 1 in 1,000. More similar pairs are
-    missed less often.
+    chapter 3). The word triples of each candidate pair are then compared exactly, so the Jaccard similarity of every
+    returned pair is at least `threshold`. A pair whose similarity equals the threshold is missed with a probability of
+    at most 1 in 1,000. A pair with a higher similarity is missed less often.
 
     Returns:
-        For the position of each near duplicate, the position of the kept example and the pair's Jaccard similarity.
+        A dict from the position of each near duplicate to the position of the kept example that it repeats, and the
+        pair's Jaccard similarity.
     """
     from datasketch import MinHash, MinHashLSH
 
@@ -88,9 +90,9 @@ def near_duplicates(
 def bands_of(threshold: float) -> tuple[int, int]:
     """Return the number b of bands of a MinHash signature, and the number r of hashes per band.
 
-    A pair of similarity s agrees in all hashes of a band with probability s^r, and is missed, because it agrees in none
-    of the bands, with probability (1 - s^r)^b. r is the largest number for which a pair whose similarity equals the
-    threshold is missed with a probability of at most `_MISS`.
+    A pair of similarity s agrees in all hashes of one band with probability s^r. The pair is missed if it agrees in
+    none of the bands, which has the probability (1 - s^r)^b. r is the largest number for which a pair whose similarity
+    equals the threshold is missed with a probability of at most `_MISS`.
     """
     lengths = range(1, _HASHES // 2 + 1)
     rows = max(r for r in lengths if (1 - threshold**r) ** (_HASHES // r) <= _MISS)
@@ -98,17 +100,17 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 def shingles(example: Example) -> Shingles:
-    """Return the shingles of history, instruction, input and output."""
+    """Return the shingles (word triples) of an example's history, instruction, input and output."""
     return shingles_of([*prompt_texts(example), example.output])
 
 
 def prompt_texts(example: Example) -> list[str]:
-    """Return the texts of history, instruction and input."""
+    """Return the texts of an example's prompt: history, instruction and input."""
     return [*(turn.content for turn in example.history), example.instruction, example.input]
 
 
 def shingles_of(texts: Sequence[str]) -> Shingles:
-    """Return the shingles of texts: every three consecutive words, or one shingle of all words if there are fewer."""
+    """Return the shingles of texts: all runs of three consecutive words, or all words if there are fewer than three."""
     words = _WORD.findall("\n".join(texts))
     if len(words) < _SHINGLE:
         return frozenset([tuple(words)])
@@ -116,6 +118,6 @@ def shingles_of(texts: Sequence[str]) -> Shingles:
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Return the size of the intersection divided by the size of the union."""
+    """Return the Jaccard similarity: the size of the sets' intersection divided by the size of their union."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)

@@ -21,7 +21,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def fetch_url(url: str, folder: Path) -> Path:
     """Download `url` into `folder` unless the file is there already, and return the file's path.
 
-    Only https is allowed, except for addresses of this machine. A partial download never gets the file's name.
+    Only https is allowed, except for addresses of this machine. A partial download has another name than the complete
+    file, so a later call never uses it.
 
     Raises:
         DataError: the address is not https, the download fails, or the file has more than `DOWNLOAD_LIMIT` bytes. The
@@ -56,7 +57,10 @@ def fetch_url(url: str, folder: Path) -> Path:
 
 
 def _file_name(url: str) -> str:
-    """Return a safe file name from the last part of the URL, with a hash, since two URLs may end in the same name."""
+    """Return a safe file name: a hash of the URL, and the URL's last part.
+
+    Thanks to the hash, two URLs with the same last part get different names.
+    """
     last = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{slug(last or 'download')[-80:]}"
 

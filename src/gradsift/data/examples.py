@@ -1,4 +1,4 @@
-"""Examples, their ids and their files; rejected rows; seeded samples of examples."""
+"""Examples with their ids and files, rejected rows, and seeded samples of examples."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row that can be trained on; its last exchange consists of instruction, input ("" if none) and output."""
+    """A row that can be trained on. Its last exchange consists of `instruction`, `input` ("" if none) and `output`."""
 
     row_index: int  # position in the source, from 0; rejected rows are counted too
     example_id: str  # content hash and occurrence number; unique
@@ -66,7 +66,10 @@ class Rejected:
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """Return 16 hex digits of SHA-256 over the fields as JSON. Text moved to another field changes the hash."""
+    """Return the first 16 hex digits of the SHA-256 of the arguments as JSON.
+
+    The same text in another field gives another hash.
+    """
     turns = [[turn.role, turn.content] + ([] if turn.is_trained else ["not trained"]) for turn in history]
     fields = [turns, instruction, input, output]
     return hashlib.sha256(json.dumps(fields).encode("ascii")).hexdigest()[:16]
@@ -81,7 +84,11 @@ def make_example(
     original: dict[str, Any],
     occurrences: Counter[str],
 ) -> Example:
-    """Return an example with its ids, and count it in `occurrences` (number of examples by content hash)."""
+    """Return an example with its ids.
+
+    `occurrences` is the number of earlier examples by content hash. It gives the number at the end of the example's id,
+    and is then increased.
+    """
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
     occurrences[digest] += 1
@@ -92,7 +99,7 @@ def make_example(
 
 
 def json_value(value: Any) -> Any:
-    """Return the value of a column as a JSON value.
+    """Return the value of a column, converted to a value that JSON can hold.
 
     NaN becomes null, since data frames use it for missing values. Infinities become "Infinity" or "-Infinity".
     Dates and times become ISO text; durations, decimals and UUIDs become their `str`; bytes become base64 text.
@@ -120,7 +127,7 @@ def json_value(value: Any) -> Any:
 
 
 def json_type(value: Any) -> str:
-    """Return the JSON type of a value with an article, such as `a list`, for messages."""
+    """Return the name of a value's JSON type for messages, with an article, as in `a list`."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", dict: "an object", list: "a list"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
@@ -133,7 +140,8 @@ _TEXTS = ("example_id", "content_hash", "instruction", "input", "output")
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples to a parquet file; `read_examples` returns equal examples.
 
-    `original` is written as JSON text, so that a column may have any type, and different types in different rows.
+    `original` is written as JSON text, so that the source's columns may have any type, and different types in different
+    rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -149,7 +157,7 @@ def write_examples(path: Path, examples: Sequence[Example]) -> None:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Return the examples that `write_examples` wrote; raise DataError if the file is missing or broken."""
+    """Return the examples that `write_examples` wrote to `path`; raise DataError if the file is missing or broken."""
     with _reading(path):
         examples = []
         for block in read_blocks(path):
@@ -190,7 +198,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """Write one JSON object per rejected row: row, reason, line, content.
+    """Write one line per rejected row: a JSON object with the keys row, reason, line and content.
 
     A value that JSON cannot hold is replaced with a text that states why.
     """
@@ -224,14 +232,14 @@ def draw(
     """Return a seeded sample of the examples (the pool), and `holdout` other examples, both in the order of the source.
 
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
-    examples are drawn (None: all). With the same seed, a smaller pool is part of every larger pool.
+    examples are drawn for the pool (None: all). With the same seed, a smaller pool is part of every larger pool.
 
-    Examples with equal prompts (history, instruction and input) are held out together, so held-out examples and pool
-    share no prompt. A group of equal prompts is divided only if `holdout` cannot be reached otherwise. The rest of the
+    Examples with equal prompts (history, instruction and input) are held out together, so the pool has no prompt of a
+    held-out example. Such a group is divided only if the number `holdout` cannot be reached otherwise; the rest of the
     group is then neither held out nor in the pool.
 
     Raises:
-        ConfigError: there are fewer than `holdout` examples, or none is left for the pool.
+        ConfigError: there are fewer than `holdout` examples, or no example is left for the pool.
     """
     import numpy as np
 
@@ -249,7 +257,11 @@ def draw(
 
 
 def _hold_out(examples: Sequence[Example], holdout: int, order: list[int]) -> tuple[list[int], set[int]]:
-    """Return the held-out positions, taken in `order`, and the positions of all examples whose prompt is held out."""
+    """Return the positions to hold out, and the positions of all examples that have the prompt of a held-out example.
+
+    `order` lists all positions in random order. Groups of examples with equal prompts are tried in the order in which
+    `order` first names one of their positions.
+    """
     if holdout == 0:
         return [], set()
     groups: dict[tuple[object, ...], list[int]] = {}

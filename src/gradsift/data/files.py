@@ -1,7 +1,7 @@
 """Finds the files that `data.path` names, and reads their rows.
 
 The end of a file's name states its type. If the content has another type or is broken, reading raises a `DataError`
-that names the place. Broken rows are neither repaired nor skipped.
+that names the file, and the line if there is one. Broken rows are neither repaired nor skipped.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
     """Return the files that `data.path` names, in the order in which their rows are numbered.
 
     Args:
-        paths: one or several of: a file, a pattern such as `folder/*.jsonl`, `-` for standard input, or a folder. A
-            folder must be one that `datasets.save_to_disk` wrote, or contain files (shards) of one type. Shards are
-            read in the order of their names.
-        downloads: the folder for a copy of standard input.
+        paths: one or several paths. A path names a file, a pattern such as `folder/*.jsonl`, a folder, or `-` for
+            standard input. A folder was written by `datasets.save_to_disk`, or contains files (shards) of one type.
+            Shards are read in the order of their names.
+        downloads: the folder into which standard input is copied.
         group: group of the option that names the files, for errors.
 
     Raises:
@@ -73,7 +73,7 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
 
 
 def require_files(paths: str | Sequence[str], group: str = "data") -> None:
-    """Raise the DataError that `files_of` would raise; standard input is not read."""
+    """Raise the DataError that `files_of` would raise for these paths, without reading standard input."""
     named = [paths] if isinstance(paths, str) else paths
     files_of([path for path in named if path != STANDARD_INPUT], Path(), group)
 
@@ -120,7 +120,10 @@ def _standard_input() -> bytes:
 
 
 def read_files(files: Sequence[Path]) -> Iterator[SourceRow]:
-    """Yield the rows of files, numbered across all files. `SourceRow.line` is set only if there is one file."""
+    """Yield the rows of files, numbered consecutively across all files.
+
+    `SourceRow.line` is set only if there is a single file.
+    """
     if len(files) == 1:
         return read_rows(files[0])
     return _numbered(row.content for file in files for row in read_rows(file))
@@ -141,7 +144,7 @@ def read_rows(path: Path, holder: str | None = None) -> Iterator[SourceRow]:
     Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Args:
-        holder: key of the array of rows, if a .json file's object has several arrays.
+        holder: key of the array of rows in a .json file with a single object, needed if the object has several arrays.
 
     Raises:
         DataError: the file cannot be read. The message names the file, the line if there is one, and the remedy.
@@ -172,7 +175,7 @@ def file_kind(path: Path, group: str = "data") -> str:
     """Return the type that a file's name states: json, jsonl, csv, tsv, parquet or arrow.
 
     Raises:
-        DataError: the path is no regular file, or its name states no such type.
+        DataError: the path does not exist, is no regular file, or has a name that states none of these types.
     """
     if path.is_dir():
         raise DataError(f"{group}.path={path} is a folder; name one file in it")
@@ -225,7 +228,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """Return the stream, converted to UTF-8 if it begins with a byte order mark of UTF-16 or UTF-32."""
+    """Return the stream; if it begins with a byte order mark of UTF-16 or UTF-32, return it converted to UTF-8."""
     encoding = json.detect_encoding(stream.peek(4)[:4])
     if encoding not in ("utf-16", "utf-32"):  # `detect_encoding` returns these two only for a byte order mark
         return stream
@@ -240,7 +243,7 @@ def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.Gzip
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """Decode UTF-8 bytes; `line` is the number of their first line in the file."""
+    """Decode UTF-8 bytes. For errors, `line` is the number in the file of the first line of `data`."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
@@ -260,7 +263,7 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
 
 
 def _values(path: Path, text: str, line: int) -> list[Any]:
-    """Return the JSON values of `text`; `line` is the number of its first line in the file."""
+    """Return the JSON values of `text`. For errors, `line` is the number in the file of the first line of `text`."""
     try:
         return outside_json.loads_all(text)
     except outside_json.RepeatedKeyError as error:
@@ -343,7 +346,8 @@ def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
     """Return the rows of a file with a single object; None if the object holds no list of rows.
 
-    If the object has a column of a known format, it is the only row. Otherwise its list of objects holds the rows.
+    If the object has a column of a known format, the object is itself the only row. Otherwise its list of objects holds
+    the rows.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]

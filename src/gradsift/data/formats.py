@@ -1,6 +1,6 @@
 """Parses rows into examples, with one parser for each format.
 
-A row that cannot be trained on becomes a `Rejected` with the reason; parsing continues with the next row.
+A row that cannot be trained on becomes a `Rejected` with the reason. Parsing then continues with the next row.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_rows(
     group: str = "data",
     occurrences: Counter[str] | None = None,
 ) -> tuple[list[Example], list[Rejected]]:
-    """Return the examples of rows, and the rows that are rejected.
+    """Parse rows, and return the examples and the rejected rows.
 
     The formats have these columns:
 
@@ -57,10 +57,11 @@ def parse_rows(
     A column `system` holds the system prompt, and a column `history` holds earlier exchanges.
 
     Args:
-        rows: rows of a reader, or pairs of a row's position and its columns.
+        rows: rows as a reader yields them, or pairs of a row's position and its columns.
         source: name of the data in errors.
         group: group of the options that describe the data, for errors.
-        occurrences: number of examples of other sources with each content hash; the new examples are counted in it.
+        occurrences: how many examples with each content hash other sources have; the new examples are added to the
+            counts. None: there are no other sources.
 
     Raises:
         DataError: there is no row, no format fits, two columns could be the same field, or no row can be used.
@@ -93,7 +94,10 @@ def parse_rows(
 
 
 def _original(content: Any) -> dict[str, Any]:
-    """Return the columns as JSON values; raise Unusable if one has no place in an example or marks a bad response."""
+    """Return the columns of a row as JSON values.
+
+    Raises Unusable if a column has no place in an example, such as tools or images, or marks the response as undesired.
+    """
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")
     original = {}
@@ -118,7 +122,7 @@ def _original(content: Any) -> dict[str, Any]:
 
 
 def _require_shape(row: Mapping[str, Any], shape: Shape, group: str) -> None:
-    """Raise Unusable if a row lacks a needed column of `shape` and has the columns of another shape."""
+    """Raise Unusable if a row lacks a needed column of `shape` and has all needed columns of another format."""
     missing = [name for name in shape.needed if name not in row]
     if not missing:
         return
@@ -200,11 +204,11 @@ def _messages(row: Mapping[str, Any], shape: Shape) -> Conversation:
 
 
 def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
-    """Return the conversation that consists of the prompt's turns and the chosen reply.
+    """Return the conversation that consists of the turns of `prompt` and the chosen reply.
 
     Args:
         reply: a text, a turn, or a list of turns, which may repeat the prompt.
-        name: the reply's column, for the reasons of rejections.
+        name: the reply's column, which the reason of a rejection names.
     """
     if isinstance(reply, str):
         answer = [Turn("assistant", text_of({name: reply}, name, filled=True))]
@@ -221,7 +225,7 @@ def _with_reply(prompt: list[Turn], reply: Any, name: str) -> Conversation:
 
 
 def _decoded(value: Any) -> Any:
-    """Return the list of turns if `value` is the JSON text of one, otherwise `value` itself."""
+    """Return the list of turns if `value` is a list of turns written as JSON text, otherwise `value` itself."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:

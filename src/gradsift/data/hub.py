@@ -17,11 +17,11 @@ _UNNAMED = "is no name of a hub dataset; give it as OWNER/NAME"
 
 
 def require_dataset(id: str, revision: str | None) -> None:
-    """Ask the hub whether a dataset can be read, as a check before the slow imports of a run.
+    """Ask the hub whether a dataset can be read. This check runs before the slow imports of a run.
 
     Raises:
-        DataError: see `load_hub`. If the hub cannot be reached (always so with HF_HUB_OFFLINE=1), the error is raised
-            only if `_may_be_cached` is False.
+        DataError: see `load_hub`. If the hub cannot be reached (never with HF_HUB_OFFLINE=1), the error is raised only
+            if `_may_be_cached` is False.
     """
     from huggingface_hub import HfApi, errors
 
@@ -50,16 +50,17 @@ def load_hub(
     first: int | None = None,
     group: str = "data",
 ) -> Iterator[SourceRow]:
-    """Return the rows of a hub dataset. `datasets` loads them, from the local cache if HF_HUB_OFFLINE=1.
+    """Return the rows of a hub dataset.
 
-    Code that comes with a dataset is never run.
+    The package `datasets` loads the rows; with HF_HUB_OFFLINE=1 it reads them from the local cache. Code that comes
+    with a dataset is never run.
 
     Args:
         first: number of rows to read from the start, without downloading the others; None for all rows.
         group: group of the options that name the dataset, for errors.
 
     Raises:
-        DataError: the dataset, subset, revision or split does not exist, is gated, or cannot be reached; the dataset
+        DataError: the dataset, subset, revision or split does not exist; the dataset is gated or cannot be reached; it
             has several subsets and `subset` is None (the message lists the subsets); or a local file or folder has the
             name `id`.
     """
@@ -89,7 +90,7 @@ def load_hub(
 
 
 def _require_no_local(id: str, group: str) -> None:
-    """Raise DataError if a file or folder is named `id`; `datasets` would load it instead."""
+    """Raise DataError if a local file or folder has the name `id`, since `datasets` would load that instead."""
     if Path(id).exists():
         raise DataError(f"{group}.id={id} is a file or folder here; {_files_instead(group)}, or run in another folder")
 
@@ -113,7 +114,10 @@ def _files_instead(group: str) -> str:
 
 
 def _may_be_cached(id: str) -> bool:
-    """Return whether the local caches may hold a dataset; also True if they hold another dataset of its owner."""
+    """Return whether the local caches may hold a dataset.
+
+    The result may be True although the dataset is missing, for example if the caches hold another dataset of its owner.
+    """
     from huggingface_hub import constants
 
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))

@@ -48,7 +48,7 @@ SPOILT = (*verifiable.SPOILT, "garbled")  # values of `Labels.quality` for examp
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of each example of a generated or corrupted dataset, in the order of the examples."""
+    """What is known about each example of a generated or corrupted dataset, in the order of the examples."""
 
     quality: list[str]  # "clean", one of SPOILT, or a kind of duplicate
     family: list[str] | None  # kind of task of each example; None outside the embedded world
@@ -57,7 +57,7 @@ class Labels:
 
 
 class RowSource(NamedTuple):
-    """Files or a hub dataset."""
+    """A source of rows: one or more files, or a hub dataset."""
 
     name: str  # name of the data in errors
     settings: dict[str, Any]  # what determines the rows besides the config's options, such as a file's hash
@@ -65,10 +65,11 @@ class RowSource(NamedTuple):
 
 
 def load(runtime: Runtime, config: DataConfig) -> Artifact:
-    """Return the artifact of the load stage; make it if the store does not have it.
+    """Return the artifact of the load stage. If the store does not have it, make it.
 
-    The stage reads and checks the rows and gives the examples ids. Then it drops duplicates (`config.dedup`), holds out
-    examples (`config.holdout`), and corrupts a share of the others (`config.corruption`).
+    The stage reads the rows, rejects those that cannot be used, and gives the examples ids. Then it drops duplicates
+    (`config.dedup`), holds out examples (`config.holdout`), draws the pool (`config.limit`), and corrupts a share of
+    the pool (`config.corruption`).
     """
     settings, downloads = _settings(config), runtime.store.root / "downloads"
     slug, version = config.name, ROWS_VERSION
@@ -88,7 +89,7 @@ def load(runtime: Runtime, config: DataConfig) -> Artifact:
 
 
 def _make(runtime: Runtime, config: DataConfig, sources: Mapping[str, RowSource], folder: Path) -> dict[str, Any]:
-    """Write the files of the artifact, and return its counts."""
+    """Write the files of the artifact to `folder`, and return the artifact's info, such as the number of rows."""
     world = None
     if isinstance(config, VerifiableDataConfig):
         world = verifiable.generate(
@@ -145,9 +146,10 @@ def require_dataset(store: Store, config: HubDataConfig) -> None:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options as settings.
+    """Return the options as settings, which the fingerprint of the stage hashes.
 
-    Options that were added later are left out while they are off, so that results from before stay valid.
+    Options that later versions of gradsift added are left out while they are off, so that earlier artifacts can still
+    be found.
     """
     settings = asdict(config)
     if config.dedup != "near":
@@ -178,7 +180,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 def row_source(
     config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path, group: str = "data"
 ) -> RowSource:
-    """Return the source that a config describes; `group` names its options in errors."""
+    """Return the source of rows that a config describes. `group` is the group of the config's options, for errors."""
     if isinstance(config, HubDataConfig) or config.path is None:
         assert not isinstance(config, JsonDataConfig)  # noqa: S101 - for the type checker
         id, revision, split, subset = config.id or "", config.revision, config.split, config.subset
@@ -197,8 +199,8 @@ def row_source(
 def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -> tuple[list[Example], list[Rejected]]:
     """Return the examples and the rejected rows of all sources, with rows numbered consecutively across the sources.
 
-    The column `config.source_column` of `original` holds the name of the source. Raises DataError if the data has a
-    column of this name.
+    The name of each example's source is added to `original` as the column `config.source_column`. Raises DataError if
+    the data already has a column of this name.
     """
     examples: list[Example] = []
     rejected: list[Rejected] = []
@@ -223,7 +225,7 @@ def parse_mixture(config: MixtureDataConfig, sources: Mapping[str, RowSource]) -
 def weighted(config: MixtureDataConfig, examples: Sequence[Example]) -> list[Example]:
     """Return a seeded sample in which the sources' shares follow their weights; without weights, all examples.
 
-    With `config.limit` the sample has `limit` + `holdout` examples, otherwise it is as large as possible. Raises
+    If `config.limit` is set, the sample has `limit` + `holdout` examples; otherwise it is as large as possible. Raises
     ConfigError if a source has too few examples for its share.
     """
     weights = np.array([source.weight or 0.0 for source in config.sources.values()])
@@ -272,9 +274,11 @@ def _with_scores(
     pool: list[Example],
     rejected: Sequence[Rejected],
 ) -> tuple[list[Example], list[Rejected], dict[str, Any]]:
-    """Write the scores of `data.scores`, if given; return the examples with a score, all rejected rows, and counts.
+    """Write the scores of the file `data.scores`, and reject the examples of the pool that have none.
 
     `kept` holds all accepted examples of the data, including the held-out examples.
+
+    Returns the remaining pool, all rejected rows, and the counts. Without `data.scores`, the pool stays as it is.
     """
     unscored: list[Rejected] = []
     counts: dict[str, Any] = {}
@@ -295,7 +299,10 @@ def _with_scores(
 
 
 def _world_labels(world: verifiable.World, pool: Sequence[Example]) -> Labels:
-    """Return the labels of the pool. A duplicate is labelled clean if the row that it repeats is not in the pool."""
+    """Return the labels of the pool.
+
+    A duplicate is labelled clean if the row that it repeats is not in the pool.
+    """
     known = [world.labels[example.row_index] for example in pool]
     questions = [verifiable.task_of(example.instruction, example.input).question for example in pool]
     asked = {question for question, label in zip(questions, known, strict=True) if label.quality == "clean"}
@@ -311,10 +318,10 @@ def _world_labels(world: verifiable.World, pool: Sequence[Example]) -> Labels:
 def _corrupt(
     config: DataConfig, pool: Sequence[Example], labels: Labels, next_row: int
 ) -> tuple[list[Example], Labels, dict[str, int]]:
-    """Corrupt a share of the pool, and return it with its labels and the number of rows of each kind.
+    """Corrupt a share of the pool; return the new pool, its labels, and the number of corrupted rows of each kind.
 
-    Only examples labelled clean are corrupted or copied. Changed texts of the embedded world have only words of its
-    vocabulary.
+    Only examples labelled clean are corrupted or copied. In the embedded world, changed texts contain only words of the
+    world's vocabulary.
     """
     is_world = isinstance(config, VerifiableDataConfig)
 
@@ -338,12 +345,12 @@ def _corrupt(
 
 
 def pool_of(loaded: Artifact) -> list[Example]:
-    """Return the examples to select from."""
+    """Return the pool: the examples to select from."""
     return read_examples(loaded.file(EXAMPLES_FILE))
 
 
 def heldout_of(loaded: Artifact) -> list[Example]:
-    """Return the examples that were held out for the held-out loss, if there are any."""
+    """Return the examples that were held out to measure the held-out loss; empty if there are none."""
     return read_examples(loaded.file(HELDOUT_FILE))
 
 
@@ -354,7 +361,10 @@ def benchmark_rows(loaded: Artifact) -> list[dict[str, str]]:
 
 
 def labels_of(loaded: Artifact) -> Labels | None:
-    """Return the labels of the examples, or None if the data has none. Only reports and reference scorers use them."""
+    """Return the labels of the pool's examples, or None if the data has no labels.
+
+    The labels serve reports and the audit. Of gradsift's scorers, only the reference scorer random_clean reads them.
+    """
     path = loaded.file(LABELS_FILE)
     if not path.is_file():
         return None
@@ -363,7 +373,7 @@ def labels_of(loaded: Artifact) -> Labels | None:
 
 
 def corruption_of(loaded: Artifact) -> dict[int, str]:
-    """Return the kind of corruption of each corrupted example, by its position; empty if nothing was injected."""
+    """Return the kind of corruption of each corrupted example by the example's position; empty if there is none."""
     labels = labels_of(loaded)
     kinds = labels.corruption if labels else None
     return {position: kind for position, kind in enumerate(kinds or ()) if kind}

@@ -1,4 +1,4 @@
-"""Reads the rows of tables: CSV with any delimiter, parquet and Arrow."""
+"""Reads the rows of tables in CSV with any delimiter, parquet or Arrow files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}  # if delimiters are equally freq
 def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
     """Return the rows of a CSV table, whose first line holds the column names.
 
-    The delimiter is comma, semicolon, tab or bar, whichever is most frequent outside quotes in the first line. A line
-    `sep=;` before the column names, which some spreadsheets write, sets the delimiter instead. A line that repeats the
-    column names, as in concatenated files, is skipped.
+    The delimiter is a comma, semicolon, tab or vertical bar: whichever is most frequent outside quotes in the first
+    line. A line `sep=;` before the column names, which some spreadsheets write, sets the delimiter instead. A line that
+    repeats the column names, as in concatenated files, is skipped.
 
     Args:
         text: the file's text, without a byte order mark.
@@ -66,16 +66,17 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
 
 def _first_line(text: str) -> str:
-    """Return the first line that is not blank, which holds the column names, with the text inside quotes removed."""
+    """Return the first line that is not blank (the column names), without the text inside quotes."""
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     return re.sub(r'"[^"]*"', '""', first[0]) if first else ""
 
 
 def _has_blanks_before_quotes(text: str, delimiter: str) -> bool:
-    """Return whether blanks after delimiters must be skipped.
+    """Return whether blanks after delimiters must be skipped, so that the csv module recognises the quotes of cells.
 
-    This is so if a blank follows every delimiter of the first line, and a quote follows a delimiter and a blank
-    somewhere in the text. Without skipping, the csv module would read such a quote as part of the cell's text.
+    The result is True if a blank follows every delimiter of the first line, and if somewhere in the text a quote
+    follows a delimiter and a blank. Without skipping, the csv module would read such a quote as part of the cell's
+    text.
     """
     cells = _first_line(text).split(delimiter)[1:]
     return bool(cells) and all(cell.startswith(" ") for cell in cells) and f'{delimiter} "' in text
@@ -85,7 +86,7 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
     """Yield the rows of a parquet file, or of an Arrow file in the file format or the stream format of `datasets`.
 
     Raises:
-        DataError: the file is broken, or a value cannot be read; for a value, the message names row and column.
+        DataError: the file is broken, or a value cannot be read. For a value, the message names the row and the column.
     """
     import pyarrow as pa
 
@@ -122,7 +123,7 @@ def _require_different(path: Path, names: Sequence[str]) -> None:
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
-    """Return the rows of a batch; `first` is the number of its first row in the file, for errors."""
+    """Return the rows of a batch. For errors, `first` is the number in the file of the first row of the batch."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range

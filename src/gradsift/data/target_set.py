@@ -1,7 +1,8 @@
 """The target set: examples of the tasks that the finetuned model should be good at.
 
-LESS, G2IS, RDS+ and other methods select examples of the pool towards the target set. Target rows are read like the
-rows of the data, but a row that cannot be used is an error instead of being rejected, since target sets are small.
+LESS, G2IS, RDS+ and other methods select the examples of the pool that should help most with these tasks. Target rows
+are read like the rows of the data, except that a row that cannot be used raises an error instead of being rejected:
+target sets are so small that every row matters.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _NAMED = 5  # maximum number of rows in the warning; `overlap.jsonl` lists all
 
 @dataclass(frozen=True)
 class TargetSet:
-    """Q examples and the task of each example; the examples of a task are adjacent."""
+    """Q examples, and the name of the task of each example. The examples of a task are adjacent."""
 
     examples: list[Example]
     tasks: list[str]
@@ -54,7 +55,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
     Raises:
         ConfigError: the config has no target set, or the embedded world lacks a task or has too few questions of it.
-        DataError: a file is missing, empty or of another schema, or a row cannot be used.
+        DataError: a file is missing, empty or in no known format, or a row cannot be used.
     """
     settings, parents = asdict(config), []
     by_task: Callable[[], dict[str, list[Example]]]
@@ -85,7 +86,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
 
 def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
-    """Return the file of each task."""
+    """Return the file of each task by the task's name. A single file may hold several tasks (`config.task`)."""
     if config.path is None:
         return {task: fetch_url(url, downloads) for task, url in config.urls.items()}
     path = Path(config.path).expanduser()
@@ -147,8 +148,8 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
     """List the target rows whose prompt is equal or similar to a prompt in the pool, in `overlap.jsonl`.
 
-    Prints a warning if there are any: a method could select these rows of the pool, which would make its result look
-    better than it is.
+    Prints a warning if there are such target rows: a method could select the similar rows of the pool, which would make
+    the method's result look better than it is.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -177,14 +178,14 @@ def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Ar
 def overlap(
     targets: Sequence[Example], pool: Sequence[Example], alike: float = _ALIKE
 ) -> list[tuple[int, Example, str]]:
-    """Return all pairs of a target row and an example of the pool with similar prompts, in the order of the targets.
+    """Return all pairs of a target row and a pool example with similar prompts, in the order of the target rows.
 
-    Prompts are similar if the Jaccard similarity of their word triples, ignoring case, is at least `alike`. All pairs
-    that share a triple are compared.
+    Prompts are similar if the Jaccard similarity of their word triples, ignoring case, is at least `alike`. The
+    comparison is exact: no pair of similar prompts is missed.
 
     Returns:
-        Tuples (position of the target row, example, relation). The relation is `prompt and response` or `prompt` if
-        these are equal, otherwise `similar prompt`.
+        Tuples (position of the target row, example, relation). The relation is `prompt and response` if both are equal,
+        `prompt` if only the prompts are equal, otherwise `similar prompt`.
     """
     own = [_prompt_shingles(target) for target in targets]
     holders: dict[tuple[str, ...], list[int]] = {}
@@ -205,7 +206,10 @@ def overlap(
 
 
 def warn_of_leak(runtime: Runtime, target_set: Artifact, asked: Set[tuple[str, str]]) -> None:
-    """Print a warning if target rows are among `asked`, the (instruction, input) pairs of the benchmark."""
+    """Print a warning if target rows are questions of the benchmark.
+
+    `asked` holds the (instruction, input) of each question of the benchmark.
+    """
     targets = target_set_of(target_set).examples
     if leaked := sum((target.instruction.strip(), target.input.strip()) in asked for target in targets):
         runtime.display.say(

@@ -1,8 +1,9 @@
-"""Prompt templates: how an example becomes text, and which part of the text is response.
+"""Prompt templates: how an example becomes text, and which parts of the text are responses.
 
 alpaca  The prompt published with Stanford Alpaca, in its forms with and without input. As in Alpaca's training code,
         the prompt ends with "### Response:", and the response follows without a line break. A system prompt replaces
-        the introduction. Further exchanges begin with "\\n\\n### Instruction:\\n".
+        the introduction ("Below is an instruction ..."). Further exchanges begin with
+        "\\n\\n### Instruction:\\n".
 plain   Instruction, input and response, each on a new line. Earlier turns begin on new lines too.
 chat    The tokenizer's own chat template (see `gradsift.data.chat_templates`). An input follows its instruction after a
         line break.
@@ -23,14 +24,14 @@ _REQUEST = "Write a response that appropriately completes the request."
 
 
 def render(example: Example, template: str, tokenizer: Any = None) -> list[Segment]:
-    """Return the text of an example as segments; the assistant turns that are trained are response segments.
+    """Return the text of an example as segments; assistant turns on which the model is trained are response segments.
 
     Args:
         template: alpaca, chat, plain or the file of a chat template.
-        tokenizer: needed for chat templates only.
+        tokenizer: the model's tokenizer; needed for chat templates only.
 
     Raises:
-        ConfigError: the tokenizer has no chat template.
+        ConfigError: the tokenizer has no chat template, or the file of the template cannot be used.
         Unusable: the chat template cannot render this conversation.
     """
     last = [Turn("user", example.instruction), Turn("assistant", example.output)]
@@ -40,15 +41,15 @@ def render(example: Example, template: str, tokenizer: Any = None) -> list[Segme
 def prompt_segments(
     instruction: str, input: str, template: str, tokenizer: Any = None, history: Sequence[Turn] = ()
 ) -> list[Segment]:
-    """Return the segments that `render` puts before the response, as the prompt of a generation.
+    """Return the segments that `render` puts before the last response, as the prompt of a generation.
 
-    Arguments and errors are those of `render`.
+    `history` holds the turns before `instruction`. The other arguments and the errors are those of `render`.
     """
     return _render([*history, Turn("user", instruction)], input, template, tokenizer)
 
 
 def _render(turns: list[Turn], input: str, template: str, tokenizer: Any) -> list[Segment]:
-    """Return the segments of turns; `input` belongs to the last turn of the user."""
+    """Return the segments of turns. `input` is added to the last user turn."""
     last = max(place for place, turn in enumerate(turns) if turn.role == "user")
     if is_chat(template):
         if input:

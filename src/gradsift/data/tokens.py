@@ -1,10 +1,11 @@
 """Tokenises examples and prompts, and marks the tokens that belong to responses.
 
-With a text template (alpaca, plain), prompts and responses of an example are tokenised as one text, as in Alpaca's and
-TRL's code. A token that holds both the end of a prompt and the start of its response counts as prompt, because
+With a text template (alpaca, plain), the prompts and responses of an example are tokenised as one text, as in the code
+of Alpaca and TRL. A token that holds both the end of a prompt and the start of its response counts as prompt, because
 generation starts after the whole prompt and cannot produce this token. A token that holds the end of a response and the
-start of the next prompt counts as prompt too. With a chat template, whose turns end at special tokens, and with a slow
-tokenizer, which gives no offsets, prompts and responses are tokenised separately.
+start of the next prompt counts as prompt too. Prompts and responses are tokenised separately in two cases: with a chat
+template, whose turns end at special tokens, and with a slow tokenizer, which does not tell which characters a token
+holds.
 
 The first token is the tokenizer's start token if the tokenizer adds one by itself (Llama). The last token of the
 response is the tokenizer's end token, unless the text of a chat template already ends with a special token. A special
@@ -57,7 +58,7 @@ class Encoded:
 
     @property
     def scored(self) -> int:
-        """Number of response tokens that are predicted; the first token of an example is never predicted."""
+        """Number of response tokens that the model predicts. The first token of an example is never predicted."""
         return int(self.is_response[1:].sum())
 
 
@@ -72,14 +73,15 @@ class EncodeReport:
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
-    """Return the settings of a stage that, together with the tokenizer, determine the tokens of its examples."""
+    """Return the settings of a stage that, together with the tokenizer, determine its examples' tokens."""
     return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
 
 
 def template_identity(template: str) -> str:
-    """Return what identifies a template in the settings of a stage: its name, or the hash of its file.
+    """Return the text that identifies a template in the settings of a stage.
 
-    For chat templates, the version of the encoding and `DATE` are added.
+    This is the template's name, or the hash of its file. For chat templates, the version of the encoding and `DATE` are
+    added, because they change the tokens too.
     """
     if not is_chat(template):
         return template
@@ -94,15 +96,19 @@ def encode(
     max_length: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """Tokenise examples, in their order, and truncate them to `max_length` tokens (see `gradsift.data.truncation`).
+    """Tokenise examples, and truncate them to `max_length` tokens (see `gradsift.data.truncation`).
 
     Args:
         template: alpaca, chat, plain or the file of a chat template.
-        max_length: tokens, prompt and response together; at least 2.
+        max_length: largest number of tokens of an example, prompt and response together; at least 2.
         progress: called with the number of examples that were just tokenised.
 
+    Returns:
+        The examples in tokens, in the order of `examples`, and a report of what was truncated. Examples that the report
+        lists as left out are missing from the list.
+
     Raises:
-        ConfigError: tokenizer or template cannot be used, or the template can render none of the rows.
+        ConfigError: the tokenizer or the template cannot be used, or the template can render none of the examples.
         DataError: more than half of the tokens are unknown to the tokenizer.
     """
     if tokenizer.eos_token_id is None:
@@ -145,11 +151,11 @@ def encode_prompts(
 ) -> tuple[list[np.ndarray], int, dict[int, Rejected]]:
     """Tokenise the text before the last response of each example; arguments and errors are those of `encode`.
 
-    A prompt longer than `max_length` loses tokens from the left, except the start token if there is one.
+    A prompt of more than `max_length` tokens is cut from the left; the start token is kept if there is one.
 
     Returns:
-        The ids (T,) int32 of each prompt, the number of prompts that were cut, and the refused examples by position.
-        The chat template cannot render these, so their prompts have no ids.
+        The ids (T,) int32 of each prompt, the number of prompts that were cut, and, by position, the examples that the
+        chat template cannot render. The prompt of such an example has no ids.
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
@@ -171,7 +177,9 @@ def encode_prompts(
 def encode_prompt(
     instruction: str, input: str, tokenizer: Any, template: str, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Return the token ids of a prompt, with start token and generation prompt if there are any, without truncation.
+    """Return the token ids of a prompt, without truncation.
+
+    They include the start token if the tokenizer adds one, and the generation prompt if the template has one.
 
     Raises:
         ConfigError: the template cannot be used, or cannot render this prompt.
@@ -185,13 +193,19 @@ def encode_prompt(
 
 
 def start_of(text: str, tokenizer: Any, max_length: int) -> str:
-    """Return the text. If it is far longer than `max_length` tokens, return only a start of at least this length."""
+    """Return the text, or only its start if it is far longer than `max_length` tokens.
+
+    The start still has at least `max_length` tokens.
+    """
     (segment,) = shorten([Segment(text, is_response=True)], tokenizer, max_length)
     return segment.text
 
 
 def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> Iterator[list[_Texts]]:
-    """Divide the texts into lists, one for each call of the tokenizer, whose sizes bound the tokenizer's memory."""
+    """Divide the texts into lists, one for each call of the tokenizer.
+
+    The lists have limited numbers of texts and characters, because the tokenizer's memory grows with both.
+    """
     chunk: list[_Texts] = []
     characters = 0
     for text in texts:
@@ -205,7 +219,10 @@ def chunks(texts: Iterable[_Texts], characters_of: Callable[[_Texts], int]) -> I
 
 
 def say_refused(runtime: Runtime, refused: Iterable[Rejected], rows: int, group: str, what: str = "rows") -> None:
-    """Print which of `rows` rows the chat template of `group` (proxy or target) cannot render, and why."""
+    """Print which rows the chat template of `group` (proxy or target) cannot render, and why.
+
+    `rows` is the number of all rows, and `what` the word for them in the message.
+    """
     by_reason: dict[str, list[int]] = {}
     for rejected in refused:
         by_reason.setdefault(rejected.reason, []).append(rejected.row)
@@ -224,7 +241,7 @@ def refused_rows(
     loaded: Artifact,
     report: Callable[[], EncodeReport],
 ) -> Artifact:
-    """Return the artifact with the rows of the pool that the template cannot render, as `write_rejected` writes them.
+    """Return the artifact that lists the rows of the pool that the template cannot render (see `write_rejected`).
 
     Args:
         model: artifact of the model whose tokenizer and template are used.
@@ -253,7 +270,9 @@ def _tokenised(
     *,
     with_last_response: bool = True,
 ) -> Iterator[list[Part]]:
-    """Yield the parts of each example; if the template cannot render it, yield no parts and add it to `refused`.
+    """Yield the parts (token ids) of each example.
+
+    If the template cannot render an example, its list of parts is empty, and the example is added to `refused`.
 
     If `with_last_response` is False, the text after the last prompt is left out.
     """
@@ -299,8 +318,8 @@ def _apart(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[P
 def _as_one_text(rendered: Sequence[list[Segment]], tokenizer: Any) -> Iterator[list[Part]]:
     """Tokenise each example as one text; a token that spans prompt and response counts as prompt.
 
-    The offsets of a byte-level tokenizer may leave out blanks at the ends of a token. No token gets into the wrong
-    segment for this reason, because no template's prompt ends with a blank.
+    The offsets that a byte-level tokenizer gives may leave out blanks at the ends of a token. This puts no token into
+    the wrong segment, because no template's prompt ends with a blank.
     """
     texts = ["".join(segment.text for segment in segments) for segments in rendered]
     output = ids_of_texts(texts, tokenizer, split_special_tokens=True, return_offsets_mapping=True)
@@ -327,7 +346,10 @@ def _start(tokenizer: Any) -> list[int]:
 
 
 def _with_start(parts: list[Part], start: list[int]) -> list[Part]:
-    """Return the parts after a new first part, `start`; a start token from the chat template is moved there."""
+    """Return the parts, preceded by a new first part that holds `start`.
+
+    If the chat template wrote the start token itself, the token is moved to this first part instead.
+    """
     if parts and start and parts[0][0][:1] == start:
         return [(start, False), (parts[0][0][1:], parts[0][1]), *parts[1:]]
     return [(start, False), *parts]

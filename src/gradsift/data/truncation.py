@@ -1,11 +1,12 @@
 """Token ids of segments, and the truncation of examples before and after they are tokenised.
 
-Prompt tokens are cut first, from the left. At least one token is kept before the response: the start token or, if
-there is none, the last token of the first prompt. Response tokens are cut only if all responses together do not fit.
-Then a conversation loses whole exchanges, the earliest first. If the last response alone does not fit, its end is cut.
+Prompt tokens are cut first, from the left. At least one token is kept before the response: the start token or, if there
+is none, the last token of the first prompt. Response tokens are cut only if all responses together do not fit. In this
+case a conversation loses whole exchanges (a prompt and its response), the earliest first. If the last response alone
+does not fit, its end is cut.
 
-Tokenising 100 MB of text takes 20 GB of memory. `shorten` therefore removes most of the text that `truncate` would cut
-off before the text is tokenised.
+Tokenising 100 MB of text takes 20 GB of memory. Before the text is tokenised, `shorten` therefore removes most of the
+text whose tokens `truncate` would cut off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _MARGIN = 64  # tokens kept beyond the limit, so that the cut in the text change
 
 
 def truncate(parts: Sequence[Part], max_length: int) -> list[Part]:
-    """Return the parts, cut to `max_length` tokens. The first part must hold the start token or no token."""
+    """Return the parts, cut to `max_length` tokens (see the module's docstring for what is cut).
+
+    The first part must hold the start token or no token.
+    """
     start, *rest = parts
     rest = [  # join adjacent parts of one kind, so that a prompt of several parts is cut as a whole
         (list(chain.from_iterable(ids for ids, _ in run)), is_response)
@@ -74,7 +78,10 @@ def ids_of_texts(texts: Sequence[str], tokenizer: Any, **options: bool) -> Any:
 
 
 def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each segment, tokenised separately; only markup segments may hold special tokens."""
+    """Return the token ids of each segment, which is tokenised separately.
+
+    Special tokens are recognised only in markup segments.
+    """
     ids: list[list[int]] = [[] for _ in segments]
     for is_markup in (False, True):
         places = [place for place, segment in enumerate(segments) if segment.is_markup is is_markup]
@@ -89,9 +96,9 @@ def ids_of_segments(segments: Sequence[Segment], tokenizer: Any) -> list[list[in
 def shorten(segments: list[Segment], tokenizer: Any, max_length: int) -> list[Segment]:
     """Return the segments without most of the text that `truncate` to `max_length` tokens would remove.
 
-    Only the last `max_length` exchanges are kept. Long texts are cut to at least `max_length` + 64 tokens: a prompt
-    keeps its end, and the last response its start. An earlier response keeps its end and the prompt after it also its
-    start, because one token may hold characters of both.
+    Only the last `max_length` exchanges are kept. Long texts are cut to at least `max_length` + 64 tokens. A prompt
+    keeps its end, and the last response keeps its start. An earlier response keeps its end, and the prompt that follows
+    it keeps its start too, because one token may hold characters of this response and of this prompt.
     """
     window = max(_WINDOW[0], _WINDOW[1] * max_length)
     if _characters(segments) <= window:
@@ -118,7 +125,7 @@ def _characters(segments: Iterable[Segment]) -> int:
 
 
 def _cut(segments: Sequence[Segment], room: int, *, from_end: bool) -> list[Segment]:
-    """Return the first `room` characters of the segments, or the last if `from_end`."""
+    """Return segments with only the first `room` characters of the text, or with only the last if `from_end`."""
     kept = []
     for segment in reversed(segments) if from_end else segments:
         if room > 0:

@@ -1,7 +1,7 @@
 """Parses conversations, which datasets store in several forms, into system, user and assistant turns.
 
-Reasoning under a separate key of a turn becomes a think block before the answer. A row is rejected if it has content
-that has no place in an example, such as tool calls or images.
+If a turn has reasoning under a key of its own, the reasoning is put before the answer as a think block
+(`<think>...</think>`). A row is rejected if it has content that an example cannot hold, such as tool calls or images.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _PART_KEYS = ("type", "text", "annotations", "cache_control")
 
 
 class Unusable(Exception):
-    """A row cannot be trained on; the message is the reason in its `Rejected`."""
+    """Raised for a row that cannot be trained on; the message becomes the `reason` of the row's `Rejected`."""
 
 
 class Conversation(NamedTuple):
-    """The parts of an example; see `Example`."""
+    """A conversation, split into the fields that an `Example` has: the earlier turns and the last exchange."""
 
     history: list[Turn]
     instruction: str
@@ -62,11 +62,11 @@ class Conversation(NamedTuple):
 
 
 def text_of(row: Mapping[str, Any], key: str, name: str | None = None, *, filled: bool = False) -> str:
-    """Return the text under `key`.
+    """Return the text that `row` has under `key`.
 
     Args:
         name: name of the text in errors; by default `field 'key'`.
-        filled: whether text of only white space is an error.
+        filled: whether text that is empty or only white space is an error.
 
     Raises:
         Unusable: the key is missing, or its value is not text that can be tokenised.
@@ -87,7 +87,7 @@ def text_of(row: Mapping[str, Any], key: str, name: str | None = None, *, filled
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a column holds nothing: null, blank text, [], {}, or the JSON text of null, [] or {}."""
+    """Return whether the value of a column is empty: null, blank text, [], {}, or the JSON text of null, [] or {}."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
@@ -96,11 +96,11 @@ def is_empty(value: Any) -> bool:
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
     """Return the turns in a column that holds a list of turns, or the JSON text of such a list.
 
-    In a list of texts, user and assistant alternate. An object whose values are lists of equal length is read as a list
-    of turns that is stored by columns.
+    A list of texts is read as turns of user and assistant in alternation; the first is the user's. An object with lists
+    of equal length as values, such as {"role": [...], "content": [...]}, is read as a list of turns stored by columns.
 
     Raises:
-        Unusable: the column is missing or holds no list of turns, or a turn has a role or content that cannot be used.
+        Unusable: the column is missing or holds no list of turns, or the role or the content of a turn cannot be used.
     """
     if name not in row:
         raise Unusable(f"field {name!r} is missing")
@@ -115,7 +115,7 @@ def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def turns_of(entries: Sequence[Any]) -> list[Turn]:
-    """Return the turns in a list of objects with role and content (or from and value), or in a list of texts."""
+    """Return the turns in a list of texts, or of objects with the keys `role` and `content`, or `from` and `value`."""
     if entries and all(isinstance(entry, str) for entry in entries):
         texts = {f"turn {number}": entry for number, entry in enumerate(entries, start=1)}
         roles = ("user", "assistant")
@@ -124,7 +124,11 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 
 
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
-    """Return the turns in a column of earlier exchanges: a list of (user text, assistant text) pairs, or of turns."""
+    """Return the turns in the column `name` of earlier exchanges.
+
+    The column holds a list of (user text, assistant text) pairs, or a list of turns. If the column is empty, so is the
+    result.
+    """
     value = _decoded(row[name], name)
     if is_empty(value):
         return []
@@ -141,7 +145,7 @@ def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
 
 
 def conversation(turns: list[Turn]) -> Conversation:
-    """Return the parts of an example: the last exchange that is trained, and the turns before it.
+    """Split turns into the parts of an example: the last exchange with a trained answer, and the turns before it.
 
     Turns after the last assistant turn that is trained are left out, because they carry no loss.
 
@@ -166,7 +170,7 @@ def conversation(turns: list[Turn]) -> Conversation:
 
 
 def _decoded(value: Any, name: str) -> Any:
-    """Return the list if `value` is the JSON text of one, and `value` itself if it is not text that begins with [."""
+    """Parse `value` as JSON if it is text that begins with [; return any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip(outside_json.BLANK).startswith("["):
         return value
     try:
@@ -204,7 +208,7 @@ def _turn(entry: Any, number: int) -> Turn:
 
 
 def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int) -> str:
-    """Return the text of a turn, preceded by its reasoning, if any, as a think block."""
+    """If the turn `entry` has reasoning, return a think block of it followed by `text`; otherwise return `text`."""
     keys = [key for key in _REASONING if not is_empty(entry.get(key))]
     if not keys:
         return text
@@ -220,7 +224,7 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
 
 
 def _part(part: Any, name: str) -> str:
-    """Return the text of one part of a turn whose content is a list of parts."""
+    """Return the text of one part, for a turn that has a list of parts as content."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
@@ -234,7 +238,7 @@ def _part(part: Any, name: str) -> str:
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, number: int) -> bool:
-    """Return False for an assistant turn with the weight 0 or false, otherwise True (not used for other roles)."""
+    """Return False for an assistant turn with the weight 0 or false, and True for every other turn."""
     weights = {key: entry[key] for key in _WEIGHTS if entry.get(key) is not None}
     for key, weight in weights.items():
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):

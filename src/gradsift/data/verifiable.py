@@ -1,18 +1,19 @@
 """The embedded world: seeded instruction examples whose answers can be checked exactly.
 
 There are thirteen families of small tasks (copy, sort, add, look up ...) over a closed vocabulary of about 240 words.
-Texts are words separated by single spaces, so a word-level tokenizer loses nothing. Some rows are spoilt on purpose:
-their answers are wrong. The label of each row states whether its answer is right and, if not, how it was spoilt. So
-the rows that a method selects can be checked exactly.
+Texts are words separated by single spaces, so a word-level tokenizer can restore each text exactly. Some rows are
+spoilt on purpose: their answers are wrong. The label of each row states whether its answer is right and, if not, how it
+was spoilt. So it is known exactly how many spoilt rows a method selects.
 
 Contradictory twins are two rows with the same prompt and different answers. The row with the wrong answer is labelled
-`contradictory` and is spoilt. The row with the right answer is labelled `clean`, though no method can distinguish the
-two without knowing the task. Duplicates repeat clean rows. They are redundant, not spoilt, and have labels of their
-own.
+`contradictory` and is spoilt. The row with the right answer is labelled `clean`, although a method that does not know
+the task cannot tell which of the two rows is right. Duplicates repeat clean rows. Duplicates are redundant, not spoilt,
+and are labelled `exact_duplicate` or `near_duplicate`.
 
 The option `delayed` adds two families about operations whose names have no meaning before training. A `named` row shows
 what one operation does, and a `chained` row applies two operations one after the other. So `chained` rows are hard to
-learn before the names are known (delayed credit, an open question of GRADFILTERING).
+learn before the names are known. How a method should score such rows (delayed credit) is an open question of the
+GRADFILTERING paper.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MAX_TASKS = 4_800  # below 13 x 400: `add` has 400 different questions, and ever
 
 @dataclass(frozen=True)
 class Label:
-    """The label of a row."""
+    """The label of a row: its quality, and the family of its task."""
 
     quality: str  # clean, or one of SPOILT or DUPLICATES
     family: str  # name of the kind of task
@@ -49,7 +50,7 @@ class Label:
 
 @dataclass(frozen=True)
 class World:
-    """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and a benchmark with right answers.
+    """A generated dataset: `rows` in Alpaca's format, `labels` in the same order, and benchmark questions with answers.
 
     The keys of a benchmark item are item_id, instruction, input, reference and family.
     """
@@ -61,7 +62,7 @@ class World:
 
 @dataclass(frozen=True)
 class _Family:
-    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer for them."""
+    """A kind of task: `draw` draws the arguments of a task, and `solve` returns the right answer to the task."""
 
     name: str
     draw: Callable[[random.Random], str]
@@ -80,7 +81,7 @@ class _Family:
 
 @dataclass(frozen=True)
 class Task:
-    """A question of a family, in one of its wordings."""
+    """One question: a family of tasks, the arguments, and one of the family's wordings."""
 
     family: _Family
     arguments: str
@@ -88,7 +89,7 @@ class Task:
 
     @property
     def question(self) -> tuple[str, str]:
-        """Name of the family and arguments, which do not depend on the wording."""
+        """The name of the family and the arguments; both are the same for each wording of the question."""
         return self.family.name, self.arguments
 
     @property
@@ -144,7 +145,7 @@ def _draw_table(rng: random.Random) -> str:
 
 
 def _about(solve: Callable[[list[str], list[str]], list[str]]) -> Callable[[str], str]:
-    """Return a function that splits its arguments at `MARK` and calls `solve` with the words before and after it."""
+    """Return a function that splits a text at `MARK`, and calls `solve` with the words before and after the mark."""
 
     def solved(arguments: str) -> str:
         asked, words = arguments.split(f" {MARK} ")
@@ -177,7 +178,7 @@ def _draw_operated(names: Sequence[str], rng: random.Random) -> str:
 
 @_about
 def _operate(names: list[str], words: list[str]) -> list[str]:
-    """Apply the named operations from left to right."""
+    """Apply the operations in `names` to `words`, the first name first."""
     for name in names:
         words = OPERATIONS[name](words)
     return words
@@ -290,7 +291,7 @@ def generate(
     delayed: float = 0.0,
     seed: int = 0,
 ) -> World:
-    """Draw a dataset and its benchmark; equal arguments give equal worlds on every machine.
+    """Draw a dataset and its benchmark; the same arguments give the same world on every machine.
 
     The families in FAMILIES are equally frequent before rows are spoilt. Only an answer of several words can be
     truncated, so families with such answers have more truncated rows, and fewer rows that are spoilt in other ways.
@@ -298,9 +299,10 @@ def generate(
     Args:
         size: number of rows, N.
         spoilt: share of rows with a wrong answer, divided equally (up to one row) among the kinds in SPOILT.
-        duplicates: share of rows that repeat a clean row, half of them word for word, half with another wording.
+        duplicates: share of rows that repeat a clean row: half of these rows repeat it word for word, the others in
+            another wording.
         benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
-        delayed: share of `chained` tasks in rows and benchmark; there are half as many `named` tasks.
+        delayed: share of `chained` tasks in the rows and in the benchmark; the share of `named` tasks is half as large.
 
     Raises:
         ConfigError: no world can have these sizes and shares.
@@ -339,9 +341,9 @@ def generate(
 
 
 def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[Task]:
-    """Draw tasks from all families in turn, no two with the same family and arguments.
+    """Draw `count` tasks from all families in turn. No two tasks have both the same family and the same arguments.
 
-    The share 1.5 x `delayed` of the tasks, evenly spread, is about named operations; two thirds of these are `chained`.
+    Of the tasks, the share `delayed` is `chained`, and half as many are `named`. Both are spread evenly over the list.
     """
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
@@ -355,7 +357,7 @@ def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[Task]:
 
 
 def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random) -> str:
-    """Draw arguments of a family that are not in `seen`, and add them to `seen`."""
+    """Draw arguments of a family until (family name, arguments) is not in `seen`, and add this pair to `seen`."""
     arguments = family.draw(rng)
     while (family.name, arguments) in seen:
         arguments = family.draw(rng)
@@ -366,7 +368,11 @@ def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random
 def _spoil(
     to_spoil: Sequence[Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[Task, str, str]]:
-    """Return (task, spoilt answer, kind) for each task; a mismatched answer is drawn from `answers`."""
+    """Return (task, spoilt answer, kind of SPOILT) for each task, in another order.
+
+    `counts` has the number of tasks of each kind. A mismatched answer is the right answer to another task, drawn from
+    `answers`.
+    """
     order = rng.sample(to_spoil, len(to_spoil))
     order.sort(key=lambda task: " " not in task.answer)  # answers that can be truncated come first; the sort is stable
     others = order[counts["truncated"] :]
@@ -388,13 +394,14 @@ def _spoil(
 def pretraining_rows(count: int, *, seed: int = 0, instructed_share: float = 0.006) -> list[tuple[str, str]]:
     """Draw (prompt, response) pairs that teach a backbone to solve the tasks, but hardly to follow the instructions.
 
-    A prompt names the family by its operator ("#sort\\n7 3 9\\n"). The operator is repeated up to seven times, so that
-    the arguments are at the same positions as after an instruction: a model with absolute position embeddings learns a
-    task only for the positions at which it saw the arguments. A tenth of the pairs is of families that are not in the
-    dataset.
+    A prompt names the family by its operator ("#sort\\n7 3 9\\n"). The operator is repeated one to seven times, so that
+    the arguments are at the same positions as after an instruction. This matters because a model with absolute position
+    embeddings learns a task only for the positions at which it saw the arguments. A tenth of the pairs belongs to
+    families that are not in the dataset.
 
     Args:
-        instructed_share: share of the pairs that are worded as in the dataset; their number is exact, not random.
+        instructed_share: share of the pairs that are worded as in the dataset. The number of such pairs is this share
+            of `count`, rounded; it is not random.
     """
     if instructed_share + _OTHER_SHARE > 1:
         raise ConfigError(
@@ -419,9 +426,10 @@ def _operators(family: _Family, rng: random.Random) -> str:
 
 
 def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
-    """Draw benchmark items worded as in the pretraining text; no two have the same family and arguments.
+    """Draw benchmark items that are worded as in the pretraining text.
 
-    A backbone can answer these questions before finetuning, and may lose this ability when finetuned on instructions.
+    No two items have both the same family and the same arguments. A backbone can answer these questions before it is
+    finetuned, and may lose this ability by finetuning.
     """
     rng = random.Random(f"verifiable terse {seed}")
     families = itertools.cycle((*_FAMILIES, *_OTHER_FAMILIES))
@@ -434,10 +442,12 @@ def terse_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
 
 
 def further_rows(family: str, count: int, taken: Set[tuple[str, str]], seed: int) -> list[dict[str, str]]:
-    """Draw `count` clean rows of one family. Their (instruction, input) pairs differ and are not in `taken`.
+    """Draw `count` clean rows of one family.
+
+    The (instruction, input) pairs of the rows are all different, and none of them is in `taken`.
 
     Raises:
-        ConfigError: the family is unknown, or 200 x `count` draws gave fewer than `count` such rows.
+        ConfigError: the family is unknown, or 200 x `count` draws gave fewer than `count` rows.
     """
     if family not in _BY_NAME:
         raise ConfigError(f"family={family!r} is not in this world; one of {', '.join(FAMILIES)}")
@@ -458,7 +468,7 @@ def plain_prompt(instruction: str, input: str) -> str:
 
 
 def task_of(instruction: str, input: str) -> Task:
-    """Return the task of a prompt of this world; raise ConfigError for an unknown prompt."""
+    """Return the task that a prompt of this world asks for; raise ConfigError for an unknown prompt."""
     for family in _BY_NAME.values():
         for wording in family.wordings:
             head, hole, tail = wording.partition("{}")
@@ -482,7 +492,7 @@ def wrong_answer(answer: str, rng: random.Random) -> str:
 
 
 def garbled(answer: str, rng: random.Random) -> str:
-    """Return random words of the vocabulary, as many as the answer has; never the answer itself."""
+    """Return as many random words of the vocabulary as the answer has; the result always differs from the answer."""
     while True:
         words = " ".join(rng.choice(VOCABULARY) for _ in answer.split())
         if words != answer:
@@ -490,7 +500,7 @@ def garbled(answer: str, rng: random.Random) -> str:
 
 
 def answers_match(output: str, reference: str) -> bool:
-    """Return whether two answers have the same words in the same order, ignoring white space."""
+    """Return whether two answers have the same words in the same order; the white space between words may differ."""
     return output.split() == reference.split()
 
 
@@ -501,6 +511,6 @@ def effective_families(families: Sequence[str]) -> float:
 
 
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Divide `total` into equal parts, one for each kind; the first kinds get one more if there is a remainder."""
+    """Return a part of `total` for each kind. The parts are equal, or the first parts are larger by 1."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}

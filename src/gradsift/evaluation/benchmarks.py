@@ -34,7 +34,8 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
-    If the benchmark has conversations of two turns, the second turns come last, as the benchmark `<name>_turn_2`.
+    If the benchmark has conversations of two turns, the second turns come after all first turns, and are the benchmark
+    `<name>_turn_2`.
 
     Args:
         downloads: folder into which `spec.url` is downloaded (see `fetch_url`).
@@ -70,7 +71,11 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the reference: the part of its field after the last `spec.reference_after`; None if no field is named."""
+    """Return the text of the field `spec.reference`; None if no field is named.
+
+    If `spec.reference_after` is set, return only the text after the last occurrence of this marker, without surrounding
+    white space.
+    """
     if spec.reference is None:
         return None
     text = part.text("reference", spec.reference, numbers=True, filled=True)
@@ -108,7 +113,7 @@ def _locate(name: str, spec: BenchmarkSetConfig, downloads: Path, folder: Path |
 
 
 def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
-    """Read the rows of a JSON list, of JSON lines, or under the key `holder` of a JSON object."""
+    """Read the rows of a file: JSON lines, a JSON list or, with `holder`, the list under this key of a JSON object."""
     try:
         values = outside_json.loads_all(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -140,7 +145,9 @@ class _RowReader:
     key: str
 
     def text(self, part: str, field: str, *, numbers: bool = False, filled: bool = False) -> str:
-        """Return the text in a dotted field.
+        """Return the text in `field`: a key of the row or, with dots, a path of keys and list positions.
+
+        If a row has a key with exactly the name `field`, dots included, that key is read.
 
         Args:
             part: the config key that names the field, for errors.

@@ -17,10 +17,11 @@ def position_bias(judgments: Iterable[Judgment]) -> dict[str, Any]:
     """Measure how much the judge prefers a position, over the items that are valid in both orders.
 
     Returns:
-        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. A flip is an item for which the
-        same position wins in both orders: the first (`to_first`) or the second (`to_second`). `first_share` is the
-        share of judgments, ties left out, in which the first position wins; without a preference it is near .5. A
-        share is None if there is nothing to count.
+        `{"items", "flips", "flip_share", "to_first", "to_second", "first_share"}`. `items` is the number of items that
+        are valid in both orders. A flip is an item for which the answer at the same position wins in both orders:
+        `to_first` counts the flips to the first position, `to_second` those to the second. `flip_share` is the share of
+        flips among the items. `first_share` is the share of judgments, ties left out, in which the answer shown first
+        wins; it is near .5 if the judge prefers no position. A share is None if its denominator is 0.
     """
     items = to_first = to_second = firsts = decided = 0
     for orders in in_both_orders(judgments).values():
@@ -51,13 +52,15 @@ def _place(judgment: Judgment) -> int | None:
 
 
 def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
-    """Count how often the longer answer wins, over the items won or lost whose answers differ in length.
+    """Count how often the longer answer wins, over the items that are not ties and have answers of different lengths.
 
     Returns:
-        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. Without a
-        length preference, `longer_share` is near .5. The means are mean lengths in characters over all items with
-        known lengths. `rank_correlation` (Spearman) is between the outcome (+1, 0, -1) and the difference in length,
-        over the valid items. Values that are not defined, such as the correlation of equal outcomes, are None.
+        `{"items", "longer_wins", "longer_share", "mean_model", "mean_reference", "rank_correlation"}`. `items` counts
+        the items that are not ties and have answers of different lengths; `longer_share` is the share of these items in
+        which the longer answer wins, near .5 if length has no influence. `mean_model` and `mean_reference` are the mean
+        lengths of the two models' answers, in characters, over all items with known lengths. `rank_correlation` is
+        Spearman's correlation of the outcome (+1, 0, -1) with the difference in length, over the valid items. Values
+        that are not defined, such as the correlation of equal outcomes, are None.
     """
     from scipy.stats import spearmanr
 
@@ -80,12 +83,13 @@ def length_bias(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
 
 def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
-    """Estimate the PWS that the model would have if its answers were as long as the reference's.
+    """Estimate the PWS that the model would have if its answers were as long as the reference model's.
 
     As in length-controlled AlpacaEval (arXiv 2404.04475), the outcomes (win 1, tie 1/2, lose 0) are fitted by a
-    logistic regression on tanh(difference in length / its standard deviation). The result is twice the prediction at a
-    difference of 0. The term for an item's difficulty is left out, because it needs the judgments of many models. If
-    the difference in length is the same for all items, the result is the plain PWS.
+    logistic regression on tanh(difference in length / its standard deviation). The length-controlled PWS is twice the
+    outcome that the regression predicts at a difference of 0. AlpacaEval's term for the difficulty of each item is left
+    out, because it needs the judgments of many models. If the difference in length is the same for all items, the
+    result is the plain PWS.
 
     Returns:
         `{"items", "pws", "slope"}`: the number of valid items with known lengths, the length-controlled PWS, and the

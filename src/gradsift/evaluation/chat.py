@@ -2,17 +2,19 @@
 
 A request can fail in three ways (`Failure.kind`):
 
-    refused   HTTP 400, 413, 422 (content filter, context too long). The prompt gets no reply; the others are sent.
-    passing   Network errors, timeouts, HTTP 408, 409, 429, 5xx, a body that is cut off. The request is retried up to
-              `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises JudgeError.
-              The same command, given again, sends only the prompts without a reply.
-    final     A wrong key, an unknown model, no credit, a web page as reply, a Retry-After above `max_wait` seconds. No
-              further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
-              a row, after `give_up_unreadable` unreadable replies in a row, and at a spending cap.
+    refused   HTTP 400, 413 or 422, for example because a content filter refuses the prompt or the prompt is too long.
+              The prompt gets no reply; the other prompts are still sent.
+    passing   A network error, a timeout, HTTP 408, 409, 429 or 5xx, or a reply that is cut off. The request is retried
+              up to `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises
+              JudgeError. The same command, given again, sends only the prompts without a reply.
+    final     The key is wrong, the model is unknown, the account has no credit, the reply is a web page, or the
+              endpoint asks to wait longer than `max_wait` seconds. No further request is sent, and `ask` raises
+              JudgeError. The same happens after `give_up` failed prompts in a row, after `give_up_unreadable`
+              unreadable replies in a row, and at a spending cap.
 
-The requests run in the event loop of one background thread. Each is sent only if the spending caps allow its estimated
-largest cost. The openai package is not used: it loads in 0.5 s (httpx2: 0.03 s), the caps would not count its retries,
-and its timeouts do not limit the time of a whole request.
+The requests run in the event loop of one background thread. Each request is sent only if the spending caps allow the
+estimate of its largest cost. The openai package is not used: it loads in 0.5 s (httpx2: 0.03 s), the caps would not
+count its retries, and its timeouts do not limit the time of a whole request.
 """
 
 from __future__ import annotations
@@ -54,13 +56,13 @@ _GO_ON = "the replies so far are kept: give the same command again to go on"
 class ChatClient:
     """Sends prompts, several at a time, and reads the replies.
 
-    The fields are options of `OpenaiJudgeConfig`, except
+    The fields are options of `OpenaiJudgeConfig`, except these:
 
         replies: where replies are stored.
         terms: prices, spending caps, and whether this is a dry run.
         group: the config group whose options the error messages name.
-        known_as: used instead of the address in the hash of a stored reply, for a server whose port changes.
-        say: called before the first request with the number of requests and their largest cost, as a text.
+        known_as: replaces the address in the hash under which a reply is stored, for a server whose port changes.
+        say: called before the first request with a text: the number of requests and their largest cost.
 
     Raises:
         ConfigError: the key or another environment variable is missing, or OPENAI_BASE_URL is not an address.
@@ -127,18 +129,19 @@ class ChatClient:
     ) -> Iterator[tuple[int, Reply[Value]]]:
         """Yield each prompt's position and the `Reply` to it: stored replies first, refused prompts last.
 
-        Between them, replies are yielded in the order of arrival. Equal prompts are sent once. The number of requests
-        and their largest cost are printed first.
+        Between the stored replies and the refused prompts, the other replies are yielded in the order of their arrival.
+        Equal prompts are sent once. Before the first request, `say` is called with the number of requests and their
+        largest cost.
 
         Args:
-            read: called with the position of a prompt and a reply to it; returns the value in the reply. If it returns
-                None or raises `Unreadable`, the prompt is sent again.
-            scope: name under which all processes add up their spending; the caps limit this sum.
+            read: function that is called with the position of a prompt and a reply to this prompt, and returns the
+                value in the reply. If it returns None or raises `Unreadable`, the prompt is sent again.
+            scope: name under which the spending of all processes is added up; the caps limit this sum.
             unread: the reason that is recorded if `read` returns None.
-            tries: how often a prompt is sent at most.
+            tries: how often a prompt is sent at most, if its replies cannot be read.
 
         Raises:
-            JudgeError: requests failed (see the top of this module); all answers that arrived were yielded before.
+            JudgeError: requests failed (see the top of this module); all answers that had arrived were yielded before.
             DryRun: always raised in dry-run mode, after the number of requests and their largest cost are printed.
         """
         same: dict[str, _Prompt] = {}
@@ -163,7 +166,7 @@ class ChatClient:
                 yield from ((position, reply) for position in prompt.positions)
 
     def cost_of(self, prompts: Iterable[_Prompt]) -> str:
-        """Describe the largest cost of the prompts if each is sent once."""
+        """Return a text about the largest possible cost of the prompts if each is sent once."""
         sizes = [estimated_tokens(prompt.messages) for prompt in prompts]
         reply_tokens = len(sizes) * self.max_tokens
         usd = self.terms.usd(sum(sizes), reply_tokens)
@@ -175,17 +178,17 @@ class ChatClient:
         )
 
     def key_of(self, messages: Messages, attempt: int) -> str:
-        """Return the hash under which a reply is stored; it covers everything that the reply depends on."""
+        """Return the hash under which the reply to try `attempt` is stored: a hash of all that the reply depends on."""
         # the address too: two endpoints may have different models under the same name
         address = self.known_as or self.endpoint.address
         return content_hash("chat", address, self.identity, [dict(message) for message in messages], attempt)
 
 
 def client_of(runtime: Runtime, config: EndpointOptions, *, price: float | None = None, **own: Any) -> ChatClient:
-    """Return a client whose replies are in the run's store, which all runs share.
+    """Return a client that keeps its replies in the store, where all runs share them.
 
     Args:
-        price: price of prompt and reply tokens (USD per million) if `config` gives none.
+        price: price of prompt tokens and of reply tokens (USD per million), used if `config` gives no prices.
         own: fields of the client that replace options of `config`.
     """
     names = {each.name for each in fields(ChatClient)} & {each.name for each in fields(config)}
@@ -205,7 +208,7 @@ class _Prompt:
 
 
 class _StoppedError(Exception):
-    """Raised instead of sending a request when no further request may be sent."""
+    """Raised in place of sending a request, if no further request may be sent."""
 
 
 @dataclass(eq=False)
@@ -229,7 +232,11 @@ class _Asking(Generic[Value]):
     paused_until: float = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
 
     def answer_to(self, prompt: _Prompt) -> Reply[Value] | int:
-        """Return the answer to a prompt if the stored replies give one, else the number of the try to send."""
+        """Return the answer to a prompt if the stored replies decide it, else the number (from 1) of the next try.
+
+        A readable reply decides the answer. If all `tries` replies are stored and unreadable, the value of the answer
+        is None.
+        """
         completion, problem = Completion(""), self.unread
         for attempt in range(1, self.tries + 1):
             stored = self.chat.replies.find(self.chat.key_of(prompt.messages, attempt))
@@ -255,10 +262,10 @@ class _Asking(Generic[Value]):
             self.unreadable.clear()
 
     def send(self, prompts: Sequence[_Prompt], total: int) -> Iterator[tuple[_Prompt, Reply[Value]]]:
-        """Yield the prompts with their answers in the order of arrival, and refused prompts at the end.
+        """Send the prompts; yield each with its answer, in the order of arrival, and refused prompts at the end.
 
         Args:
-            total: number of prompts, including those with a stored answer.
+            total: number of different prompts of the call, including those with a stored answer.
 
         Raises:
             JudgeError: requests failed, or the endpoint has refused every prompt, probably because of a wrong option.
@@ -370,7 +377,7 @@ class _Asking(Generic[Value]):
         return wait * random.uniform(1.0, 1.1)
 
     async def _sleep(self, seconds: float) -> None:
-        """Wait; raise _StoppedError as soon as no further request may be sent."""
+        """Wait for `seconds`; raise _StoppedError as soon as no further request may be sent."""
         end = time.monotonic() + seconds
         while not self.stop.is_set() and (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _POLL))
@@ -382,7 +389,7 @@ class _Asking(Generic[Value]):
         self.stop.set()
 
     def _end_if_unreadable(self) -> None:
-        """Stop if too many replies in a row were unreadable. Each unreadable answer stands for `tries` replies."""
+        """Stop if too many replies in a row were unreadable. An unreadable answer counts as `tries` replies."""
         count, most = len(self.unreadable) * self.tries, self.chat.give_up_unreadable
         if most is None or count < most:
             return

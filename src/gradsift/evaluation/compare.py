@@ -34,7 +34,9 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
     """Judge the answers in the file `model` against the answers in the file `reference`, in both orders.
 
     Returns:
-        The result of the stage `pws`, with names, cost, diagnostics and files; `{"dry_run": plan}` for a dry run.
+        The result of the stage `pws`, with the names of the models and of the judge, the cost of judging, the
+        diagnostics, and the paths of the answers and judgments. A dry run returns only `{"dry_run": plan}`, a text
+        about the requests that would be sent and their largest cost.
 
     Raises:
         DataError: a file is missing or broken, or the two files answer different items.
@@ -85,7 +87,7 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
 
 def _imported(store: Store, rows: Sequence[ModelOutput]) -> Artifact:
-    """Store answers from a file as an artifact, which is what the stages read."""
+    """Store answers from a file as an artifact, because the stages read only artifacts."""
     from gradsift.manifests import content_hash
 
     def make(folder: Path) -> Mapping[str, Any]:

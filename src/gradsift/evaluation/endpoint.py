@@ -64,7 +64,8 @@ class Endpoint:
         """Read the environment variables.
 
         Args:
-            base_url: default: the value of OPENAI_BASE_URL.
+            base_url: address of the endpoint; default: the value of OPENAI_BASE_URL or, if that is not set, OpenAI's
+                address.
             headers, query: sent with each request; `env:NAME` stands for the value of the environment variable NAME.
             needs_key: whether an environment variable that is not set is an error. An endpoint on this machine never
                 needs a key.
@@ -102,7 +103,10 @@ class Endpoint:
         return values
 
     def _secret(self, variable: str) -> str:
-        """Return the value of an environment variable, "" if it is not set; `_scrub` hides the value from then on."""
+        """Return the value of an environment variable, or "" if the variable is not set.
+
+        From then on `_scrub` hides the value, unless it is too short to be a key.
+        """
         value = os.environ.get(variable, "").strip()
         if not (value.isascii() and value.isprintable()):
             raise ConfigError(f"the environment variable {variable} holds characters that no key has; correct it")
@@ -165,7 +169,10 @@ class Endpoint:
             raise self._unreadable(response, error) from None
 
     def _completion(self, content: Any, logprobs: bool) -> Completion:
-        """Return the first choice of a response; its text is empty if there is no choice, or no text in it."""
+        """Return the first choice of a response.
+
+        Its text is empty if there is no choice, or if the choice has no text.
+        """
         choice = content["choices"][0] if content["choices"] else {"message": {}}
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
         text = message.get("content")
@@ -186,7 +193,10 @@ class Endpoint:
         return Completion(self._scrub(text), finish if isinstance(finish, str) else None, kept or None)
 
     def _unreadable(self, response: Response, error: Exception) -> Failure:
-        """Return the failure for a response that is no chat completion; final if every prompt would get such a one."""
+        """Return the failure for a response that is no chat completion.
+
+        The failure is final for a response that every prompt would get, such as a web page.
+        """
         content, kind = response.content, self._scrub(response.headers.get("content-type", "no content type"))
         is_page = content.lstrip().startswith(b"<") or "json" not in kind.lower()
         # secrets are removed before texts are cut or quoted, which would change them
@@ -236,7 +246,10 @@ def _reported(usage: Any) -> Usage | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds to wait from the header `retry-after-ms` or `retry-after` (seconds or a date), or None."""
+    """Return the seconds to wait that the header `retry-after-ms` or `retry-after` gives; None if neither can be read.
+
+    The value of `retry-after` is a number of seconds or a date.
+    """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         with suppress(ValueError):
             seconds = float(headers.get(name, "")) / unit
@@ -250,7 +263,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def token_prompt(ids: Sequence[int]) -> Messages:
-    """Return a prompt of token ids, which the model continues without a chat template."""
+    """Return token ids in the form of messages; `request` sends them without a chat template, as text to continue."""
     return [{"role": _TOKENS, "content": " ".join(map(str, ids))}]
 
 

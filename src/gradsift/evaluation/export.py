@@ -6,8 +6,8 @@
     FOLDER/GENERATOR/JUDGE/annotations.json    one row per item: the outcome of both orders together
 
 In annotations.json output_2 is the model's answer, and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and
-null for an invalid item. So alpaca_eval's `get_winrate` counts the same outcomes as PWS, and its win rate (in percent)
-is 50 x PWS.
+null for an invalid item. So alpaca_eval's `get_winrate` counts the same outcomes as the PWS does, and the win rate (in
+percent) is 50 x PWS.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _PREFERENCES = {"win": 2.0, "tie": 1.5, "lose": 1.0, "invalid": None}
 
 
 def export(files: PairFiles, folder: Path) -> list[Path]:
-    """Write the answers of two models, and the judgments if there are any; return the paths of the files.
+    """Write the answers of two models, and the judgments if there are any, below `folder`; return the files' paths.
 
     Raises:
-        DataError: the files do not belong together, or a file to be written exists with different content.
+        DataError: the models did not answer the same items or have equal names, the judgments are not by one judge, or
+            a file to be written exists with different content.
     """
     pair = [without_turns(rows) for rows in read_pair(files.model, files.reference)]
     model, reference = (rows[0]["generator"] for rows in pair)

@@ -48,8 +48,8 @@ def generate_answers(
 ) -> list[str]:
     """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
-    Batches are padded on the left. A prompt that leaves no room for `max_new_tokens` in the model's context is cut on
-    its left. An answer ends before the first end token; special tokens and surrounding white space are removed. If
+    Batches are padded on the left. A prompt that leaves no room for `max_new_tokens` in the model's context loses its
+    first tokens. An answer ends before the first end token; special tokens and surrounding white space are removed. If
     there are several ranks, each rank generates a part of the answers, and all ranks return all answers.
 
     Args:
@@ -98,7 +98,7 @@ def generate_answers(
 
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Return the options of greedy decoding until an end token of the tokenizer or of the model's configuration."""
+    """Return options for greedy decoding up to an end token of the tokenizer or of the model's configuration."""
     from transformers import GenerationConfig
 
     named = getattr(model.generation_config, "eos_token_id", None)  # chat models may have several
@@ -134,7 +134,10 @@ def _continuations(
 
 
 def room_of(config: Any, max_new_tokens: int) -> int | None:
-    """Return the largest number of tokens of a prompt; None if the model's configuration has no context length."""
+    """Return how many tokens of the model's context `max_new_tokens` leaves for a prompt.
+
+    The result is None if the model's configuration has no context length.
+    """
     context = getattr(config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return None
@@ -149,7 +152,7 @@ def room_of(config: Any, max_new_tokens: int) -> int | None:
 def left_padded(
     batch: Sequence[Sequence[int]], pad: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, (B, T) int64 each, of sequences that are padded on the left with `pad`."""
+    """Pad sequences on the left with `pad`; return the token ids and the attention mask, (B, T) int64 each."""
     import torch
 
     width = max(len(row) for row in batch)
@@ -248,13 +251,13 @@ def item_key(row: ModelOutput) -> tuple[str, str]:
 
 
 def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutput]:
-    """Return the row of each conversation's first turn, by the item key of the second turn."""
+    """Return a dict from the item key of each second turn to the row of its first turn."""
     by_key = {item_key(row): row for row in rows}
     return {key: by_key[row["after"], row["item_id"]] for key, row in by_key.items() if "after" in row}
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows, with both turns of the conversation in the instruction and output of each second turn's row."""
+    """Return the rows; the row of a second turn gets both questions as instruction and both answers as output."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:

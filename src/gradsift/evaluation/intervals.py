@@ -1,17 +1,17 @@
 """Confidence intervals and tests of the pairwise winning score (PWS), over items and over seeds of the finetuning.
 
-An item's outcome is win (+1), tie (0) or lose (-1), and PWS - 1 is the mean outcome. The interval is Tango's score
-interval of the difference of two paired proportions (Statistics in Medicine 17, 1998). It contains the values t for
-which a test does not reject the hypothesis that the mean is t; the test uses the variance under this hypothesis. Unlike
-the interval of a percentile bootstrap, it has a width above 0 even if every item has the same outcome. It stays within
-[-1, 1].
+An item's outcome is win (+1), tie (0) or lose (-1), and PWS - 1 is the mean outcome. The confidence interval of the
+mean outcome is Tango's score interval for the difference between two paired proportions (Statistics in Medicine 17,
+1998). The interval contains the values t for which a test does not reject the hypothesis that the mean is t; the test
+uses the variance under this hypothesis. Unlike the interval of a percentile bootstrap, it has a width above 0 even if
+every item has the same outcome. It stays within [-1, 1].
 
 Runs with different seeds answer the same items, so their outcomes are not independent. A random effects model with the
 factors seed and item gives the variance of the mean. The interval is then computed for an effective number of items:
 the number of independent items whose mean would have this variance. In the embedded world (`data=verifiable`), each
 data seed has its own questions under the same item ids, so the random effects model treats unrelated questions as one
-item. Its estimate of the variance of the mean is still unbiased, apart from the lower bound in `variance_of_mean`,
-which can only increase it. `benchmarks/interval_coverage.py` measures the coverage.
+item. The estimated variance of the mean is still unbiased, except that the lower bound in `variance_of_mean` can
+increase it. `benchmarks/interval_coverage.py` measures the coverage.
 
 Outcomes are arrays (S, N) of -1, 0 and 1, with S seeds and N items; `confidence` is the coverage, between 0 and 1.
 """
@@ -36,9 +36,10 @@ def mean_interval(outcomes: np.ndarray, confidence: float = 0.95) -> tuple[float
 
 
 def independent_items(outcomes: np.ndarray) -> tuple[float, float]:
-    """Return the effective number of items (see the module) and the degrees of freedom of the variance of the mean.
+    """Return the effective number of items (see the top of this module) and the variance's degrees of freedom.
 
-    The effective number is at most S N. With one seed, or if the variance is 0, the result is N and infinity.
+    The variance is that of the mean outcome. The effective number is at most S N. With one seed, or if the variance is
+    0, the result is N and infinity.
     """
     seeds, items = outcomes.shape
     variance, freedom = variance_of_mean(outcomes)
@@ -52,8 +53,8 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean of `values` (S, N), and its degrees of freedom (Satterthwaite).
 
     In a two-way random effects model with the mean squares of items (MS_i), of seeds (MS_s) and of the residual (MS_e),
-    the variance is (MS_i + MS_s - MS_e) / (S N). If this is below the largest mean square divided by S N, the latter is
-    returned. With one seed the variance is MS_i / N.
+    the variance is (MS_i + MS_s - MS_e) / (S N). If this is below the largest mean square divided by S N, this quotient
+    is returned instead. With one seed the variance is MS_i / N.
     """
     seeds, items = values.shape
     mean = values.mean()
@@ -73,12 +74,12 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
 
 
 def score_interval(win: float, lose: float, size: float, critical: float) -> tuple[float, float]:
-    """Return Tango's score interval of `win - lose`.
+    """Return the bounds of Tango's score interval for `win - lose`.
 
     Args:
         win, lose: shares of items that are won and lost.
         size: number of independent items; may be fractional.
-        critical: quantile of the normal or t distribution, such as 1.96.
+        critical: quantile of the normal or t distribution, such as 1.96 for a coverage of 95 %.
     """
     mean = win - lose
 
@@ -105,10 +106,11 @@ def score_interval(win: float, lose: float, size: float, critical: float) -> tup
 def p_value(outcomes: np.ndarray) -> float:
     """Return the two-sided p-value of the hypothesis that the mean outcome is 0.
 
-    For one seed, it is the p-value of the exact sign test on the items that are not ties; this test keeps its level for
-    any number of items. For several seeds, it is the larger p-value of two tests: the score test (McNemar) with the
-    variance from `variance_of_mean`, and the t test over the means of the seeds. The score test alone rejects too often
-    if there are few seeds whose means agree by chance. If all outcomes are ties, the p-value is 1.
+    For one seed, it is the p-value of the exact sign test on the items that are not ties; however few items there are,
+    this test rejects a true hypothesis no more often than its level allows. For several seeds, it is the larger p-value
+    of two tests: the score test (McNemar) with the variance from `variance_of_mean`, and the t test over the means of
+    the seeds. The score test alone rejects too often if there are few seeds whose means agree by chance. If all
+    outcomes are ties, the p-value is 1.
     """
     from scipy import stats
 
@@ -124,7 +126,11 @@ def p_value(outcomes: np.ndarray) -> float:
 
 
 def _seeds_p_value(values: np.ndarray) -> float:
-    """Return the p-value of the t test over the means of the seeds; 0 if there is one seed or the means are equal."""
+    """Return the p-value of the t test over the means of the seeds.
+
+    If there is one seed or the means are equal, the test is not defined, and the result is 0. This has no effect,
+    because callers take the larger of two p-values.
+    """
     from scipy import stats
 
     means = values.mean(1)
@@ -180,7 +186,11 @@ def difference(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) 
 
 
 def _sign_flip_p_value(gaps: np.ndarray) -> float:
-    """Return the share of the 2^N sign flips of `gaps` (N,) whose absolute sum is at least |sum(gaps)|."""
+    """Return the p-value of the exact sign-flip test on `gaps` (N,).
+
+    The p-value is the share of the 2^N possible choices of the signs of `gaps` for which the sum is, in absolute value,
+    at least |sum(gaps)|.
+    """
     from scipy import stats
 
     sums, shares = np.zeros(1), np.ones(1)
@@ -192,9 +202,9 @@ def _sign_flip_p_value(gaps: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the order given.
+    """Return Holm's adjusted p-values, in the order of `p_values`.
 
-    If all hypotheses with an adjusted p-value below a level are rejected, the probability of a false rejection is at
+    If all hypotheses with an adjusted p-value below a level are rejected, the probability of any false rejection is at
     most this level.
     """
     values = np.asarray(p_values, dtype=float)

@@ -1,7 +1,7 @@
 """Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
 
-After an interruption, `judge_pairs` starts again with all pairs. Replies and scores that are stored already are reused
-(those of endpoints in `gradsift.evaluation.replies`, those of local models in `gradsift.journal`).
+After an interruption, `judge_pairs` starts again with all pairs. Stored results are reused: an endpoint's replies from
+`gradsift.evaluation.replies`, and a local model's scores from `gradsift.journal`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def judge_pairs(
     """Judge each pair of answers in both orders; write the judgments to a file and return them.
 
     Args:
-        path: the file `judgments.jsonl`. Its bytes do not depend on the order in which the replies arrive.
+        path: the file `judgments.jsonl`. The content of the file does not depend on the order in which the replies
+            arrive.
         progress: called with 1 for each judgment.
 
     Returns:
@@ -129,7 +130,10 @@ def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgme
 
 
 def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
-    """Return the diagnostic `invalid_judgments`: the share of judgments without scores, which the PWS leaves out."""
+    """Return the diagnostic `invalid_judgments`, about the share of judgments without scores.
+
+    The PWS leaves out each item with such a judgment.
+    """
     reasons = Counter(judgment.reason for judgment in judgments if not judgment.valid)
     invalid = reasons.total()
     share = invalid / len(judgments) if judgments else 0.0

@@ -1,9 +1,9 @@
 """Rules that decide whether an answer is right, given the benchmark's reference answer.
 
 exact   the same words in the same order (the rule of the embedded world)
-number  GSM8K and similar sets: the same number. A text's number is the first one after its last `####`, or else the
-        last one of the text
-choice  BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
+number  for GSM8K and similar sets: the same number. The number of a text is the first number after its last `####`,
+        or else the last number of the text
+choice  for BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
 The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
 our own; tests/test_matching.py shows them case by case. Which part of the answer counts may depend on the kind of the
@@ -41,7 +41,7 @@ def numbers_match(answer: str, reference: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the first number after the last `####`, or else the last number; None if there is none."""
+    """Return the first number after the last `####`, or else the last number of the text; None if it has no number."""
     _, marker, after = text.rpartition("####")
     number = _NUMBER.search(after) if marker else None
     if number is None:
@@ -56,13 +56,13 @@ def last_number(text: str) -> Decimal | None:
 def choices_match(answer: str, reference: str) -> bool:
     """Return whether the answer's final statement agrees with the reference.
 
-    - The statement is the rest of the line after the last "answer is" or "answer:". If that is blank, it is the next
-      line that is not blank. Without these words it is the first line that is not blank. Bold and code marks are
-      removed.
+    - The statement is the rest of the line after the last "answer is" or "answer:". If the rest of the line is blank,
+      the statement is the next line that is not blank. If the answer has none of these words, the statement is its
+      first line that is not blank. Markdown's marks for bold text and code are removed.
     - For a reference like (B), the letter at the statement's beginning counts, if it is alone, in brackets or before
       one of `).:,`. Otherwise a letter in brackets counts, if the statement has only one such letter.
-    - For yes, no, true, false, valid and invalid, the statement's first word counts. If it is none of these words, the
-      last word counts, unless "not" precedes it.
+    - For yes, no, true, false, valid and invalid, the statement's first word counts. If the first word is none of these
+      six, the last word counts, unless "not" precedes it.
     - For any other reference, the statement must have the same words in the same order. Case, commas and surrounding
       punctuation are ignored.
     """
@@ -75,7 +75,7 @@ def choices_match(answer: str, reference: str) -> bool:
 
 
 def final_statement(answer: str) -> str:
-    """Return the part of an answer that counts as its conclusion; empty for an empty answer."""
+    """Return the final statement of an answer, as `choices_match` defines it; empty for an empty answer."""
     text = answer.replace("**", "").replace("`", "")
     stated = list(_ANSWER_IS.finditer(text))
     lines = (text[stated[-1].end() :] if stated else text).splitlines()

@@ -1,7 +1,7 @@
 """The pairwise winning score (PWS) of a model against a reference model, with its uncertainty.
 
-PWS = (win - lose) / (win + tie + lose) + 1 (arXiv 2601.13697, section 4, after Superfiltering). It is 1 at parity, 2 if
-the model wins every item, and 0 if it loses every item.
+PWS = (win - lose) / (win + tie + lose) + 1 (arXiv 2601.13697, section 4, after Superfiltering). The PWS is 1 if the
+model wins as many items as it loses, 2 if it wins every item, and 0 if it loses every item.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ SIGNS: Mapping[Outcome, int] = {"win": 1, "tie": 0, "lose": -1}
 
 
 def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
-    """Return the counts of the outcomes and the PWS with its interval of coverage `confidence`: a cell of `pws.json`.
+    """Return a cell of `pws.json`: the counts of the outcomes, and the PWS with its confidence interval.
 
-    `n` includes invalid items. PWS and interval are None if no item is valid.
+    `confidence` is the coverage of the interval. `n` includes invalid items. PWS and interval are None if no item is
+    valid.
     """
     outcomes = list(outcomes)
     counts = {kind: outcomes.count(kind) for kind in get_args(Outcome)}
@@ -39,9 +40,9 @@ def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
     """Return the outcome of one item for the model, from its judgments in the two orders.
 
-    With "signs", the outcome is sign(s1 + s2), where s in {+1, 0, -1} is the sign of an order's score difference. With
-    "sum", it is the sign of the sum of the two differences. An item without a valid judgment in both orders is
-    "invalid", because the outcome of a single order would include the judge's position bias.
+    With "signs", the outcome is sign(s1 + s2), where s1 and s2 in {+1, 0, -1} are the signs of the score differences in
+    the two orders. With "sum", the outcome is the sign of the sum of the two score differences. An item without a valid
+    judgment in both orders is "invalid", because the outcome of a single order would include the judge's position bias.
     """
     margins = []
     for judgment in (forward, reverse):
@@ -79,7 +80,10 @@ def outcomes_of(judgments: Iterable[Judgment], combine: Combine) -> dict[tuple[s
 
 
 def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
-    """Return `{"confidence", "benchmarks": {name: cell}, "pooled": cell of all items}`, with cells of `estimate`."""
+    """Return the cell of each benchmark and of all items, as `estimate` computes them.
+
+    The form is `{"confidence", "benchmarks": {name: cell}, "pooled": cell of all items}`.
+    """
     by_benchmark: dict[str, list[Outcome]] = {}
     for (benchmark, _), each in sorted(outcomes.items()):
         by_benchmark.setdefault(benchmark, []).append(each)
@@ -88,10 +92,10 @@ def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
 
 
 def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
-    """Return `{benchmark: {"items": hash of the item ids, "outcomes": letters}}`.
+    """Return `{benchmark: {"items": hash of the item ids, "outcomes": one letter per item}}`.
 
-    The letters (w, t, l, i) are sorted by item id. If two runs on the same data set have the same hash, they judged the
-    same items, and their letters can be compared item by item.
+    The letters stand for win, tie, lose and invalid, and are in the order of the item ids. If two runs on the same data
+    set have the same hash, they judged the same items, and their letters can be compared item by item.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):
@@ -103,10 +107,10 @@ def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
 
 
 def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return `{"items", "accuracy", "kappa"}`: accuracy and Cohen's kappa over the items that are valid in both.
+    """Return `{"items", "accuracy", "kappa"}`: how far `outcomes` and `labels` agree.
 
-    Both are None if there is no such item. `kappa` is also None if all outcomes and labels are the same, because its
-    denominator is then 0.
+    `items` is the number of items that are valid in both; accuracy and Cohen's kappa are over these items, and are None
+    if there are none. `kappa` is also None if all outcomes and labels are the same, because its denominator is then 0.
     """
     shared = [item for item, kind in outcomes.items() if "invalid" not in (kind, labels.get(item, "invalid"))]
     if not shared:

@@ -1,15 +1,15 @@
 """Score existing judge records: `python -m gradsift.evaluation.records FILE...` prints JSON.
 
-Four kinds of file are recognised by their content:
+Four kinds of file are recognised, by their suffix and content:
 
-    judgments.jsonl       our own format: one judgment per line, both orders
+    judgments.jsonl       gradsift's own format: one judgment per line, in both orders
     two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
-                          rows. Answer1 is the model's answer, Answer2 the reference model's. `scores` are the scores of
-                          [Answer1, Answer2]. `scores_reverse` are the scores of [Answer2, Answer1]. The judge was shown
-                          the answers in the order of the scores
+                          rows. Answer1 is the model's answer, and Answer2 is the reference model's. `scores` are the
+                          scores of [Answer1, Answer2], from a judge that was shown Answer1 first. `scores_reverse` are
+                          the scores of [Answer2, Answer1], from a judge that was shown Answer2 first
     two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
-                          [model's score, reference model's score], but only in QUERY0 is the model's answer shown
-                          first. `assistant1_QUERY0` names the model
+                          [model's score, reference model's score]. The model's answer is shown first in QUERY0, and
+                          second in QUERY1. `assistant1_QUERY0` names the model
     annotations.json      alpaca_eval's format: rows with output_1, output_2 and `preference`, from 1 (output_1 is
                           better) to 2 (output_2 is better), with 1.5 or 0 for a draw. The model is by default
                           `generator_2` of the first row. A file holds one order; a second file, in which the outputs
@@ -51,7 +51,7 @@ class Records:
     model: str | None = None  # the model's name, if the file has it
 
     def add(self, benchmark: str, item: str, order: Order, reply: str, scores: tuple[float, float] | None) -> None:
-        """Add a judgment; `scores` are those of the model and of the reference model, None if it is invalid."""
+        """Add a judgment with the `scores` of the model and of the reference model; None marks an invalid judgment."""
         model, reference = scores or (None, None)
         valid, reason = (True, None) if scores else (False, "the record holds no scores")
         self.judgments.append(Judgment(benchmark, item, order, "", "record", reply, model, reference, valid, reason))
@@ -141,7 +141,7 @@ def _queries(path: Path) -> Records:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not blank, and their numbers."""
+    """Yield the number (from 1) and the content of each line of a file that is not blank."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             yield number, line
@@ -155,7 +155,7 @@ def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
-    """Return two scores, given as a list or as text; None if one is negative (-1 means no score) or not finite."""
+    """Return the two scores in a list or its JSON text; None if one is negative (-1 means no score) or not finite."""
     try:
         first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -234,7 +234,10 @@ def describe(records: Records, confidence: float) -> dict[str, Any]:
 
 
 def _one_order(judgments: Sequence[Judgment]) -> dict[str, Any]:
-    """Return counts, PWS and alpaca_eval's win rate in percent (a draw is half a win) with its standard error."""
+    """Return counts, PWS and alpaca_eval's win rate in percent, with the standard error of the win rate.
+
+    For the win rate, a draw is half a win, and scores whose sum is 1 are shares of a win.
+    """
     valid = [(each.score_model, each.score_reference) for each in judgments if each.valid]
     scores = np.array(valid, dtype=float).reshape(-1, 2)
     if not scores.size:
@@ -268,7 +271,7 @@ def paired_test(first: Outcomes, second: Outcomes, confidence: float) -> dict[st
 
 
 def compare_labels(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
-    """Return the judge's `agreement` with people, and the numbers of items without a label or with an invalid outcome.
+    """Return the judge's `agreement` with people, and how many items have no label or an invalid outcome.
 
     Raises:
         DataError: no item has both a valid outcome and a valid label.
@@ -286,7 +289,9 @@ def compare_labels(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
 
 
 def read_labels(path: Path) -> Outcomes:
-    """Read people's outcomes: JSON lines of `item_id`, `label` and, if there are several benchmarks, `benchmark`.
+    """Read the outcomes that people chose, from JSON lines with the keys `item_id`, `label` and perhaps `benchmark`.
+
+    `benchmark` is needed if there are several benchmarks.
 
     Raises:
         DataError: a line has another form, or an item has two different labels.

@@ -1,8 +1,8 @@
 """Answers from an OpenAI-compatible server that serves the target (`generator=openai`, `generator=vllm`).
 
-The server decodes greedily. It gets prompts in the target's template as token ids or, with `generator.prompt=chat`,
-messages that it renders with its own chat template. A finetuned target is a LoRA adapter, which the server must serve
-under the name of the finetune's artifact folder.
+The server decodes greedily. It gets each prompt as token ids, rendered with the target's template. With
+`generator.prompt=chat`, it gets messages instead, and renders them with its own chat template. A finetuned target is a
+LoRA adapter, which the server must serve under the name of the finetune's artifact folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 
 
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
-    """Return the settings that answers depend on besides the target; servers count, since they round differently."""
+    """Return the settings that answers depend on, besides the target.
+
+    The choice of the server is one of them, because servers round differently.
+    """
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}
 
@@ -64,7 +67,10 @@ def endpoint_answers(
     max_new_tokens: int,
     folder: Path,
 ) -> Iterator[Callable[[Sequence[Question], Advance], list[str]]]:
-    """Yield a function that answers questions. A server that `generator.serve` starts is ended after the block."""
+    """Yield a function that answers questions.
+
+    A server that `generator.serve` starts is ended after the `with` block.
+    """
     model = config.model or str(target_config.model.path or target.path)
     name, where = model, ""
     if tuned:
@@ -107,7 +113,7 @@ def endpoint_answers(
 
 
 def _answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, advance: Advance) -> list[str]:
-    """Return the replies to the prompts, without surrounding white space; raise if a prompt is refused."""
+    """Return the replies, without surrounding white space; raise GradsiftError if a prompt is refused."""
     answers = [""] * len(prompts)
     refused: list[str] = []
 
@@ -129,7 +135,7 @@ def _answers_of(client: ChatClient, prompts: Sequence[Messages], scope: str, adv
 def _prompt_of(
     config: EndpointGeneratorConfig, target_config: TargetConfig, target: Artifact, max_new_tokens: int
 ) -> Callable[[Question], Messages]:
-    """Return a function that renders a question: as messages, or as token ids in the target's template."""
+    """Return a function that renders a question: as messages if `config.prompt` is "chat", else as token ids."""
 
     def messages(question: Question) -> Messages:
         turns = [{"role": turn.role, "content": turn.content} for turn in question.history]
@@ -171,7 +177,7 @@ def vllm_arguments(
 
 @contextmanager
 def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
-    """Start a server and yield its base URL as soon as it answers; end all its processes after the block.
+    """Start a server and yield its base URL as soon as it answers; end all its processes after the `with` block.
 
     Args:
         command: program and arguments; `--host` and `--port` are added.

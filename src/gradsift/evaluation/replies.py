@@ -1,11 +1,13 @@
 """Replies of chat endpoints and their cost, in one SQLite file that all runs and processes share.
 
 A reply is stored under a hash of everything that it depends on. It is stored before it is parsed, so a killed process
-loses no reply that it had received. A request is entered as pending before it is sent. This reserves its cost, so that
-several processes together stay below a cap, and it stops other processes from sending the same request.
+loses no reply that it had received. A request is entered as pending before it is sent. The entry reserves the cost of
+the request, so that several processes together stay below a cap, and it stops other processes from sending the same
+request.
 
-Each process holds a file lock until it ends. If this lock is free, the process that entered a pending request has died,
-and the endpoint may have charged for the request. The request then counts as sent, at its estimated cost.
+Each process holds a file lock until it ends. If the lock of the process that entered a pending request is free, this
+process has died, and the endpoint may have charged for the request. So the request then counts as sent, at its
+estimated cost.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Terms:
-    """Prices in USD per million tokens (None: unknown), and caps on the spending of one scope (None: no cap)."""
+    """Prices in USD per million tokens (None: unknown), and caps on the spending per scope (None: no cap)."""
 
     price_input: float | None = None
     price_output: float | None = None
@@ -77,7 +79,7 @@ class Terms:
     dry_run: bool = False
 
     def usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Return the price of the tokens; None if it is unknown."""
+        """Return the price of the tokens in USD; None if a price per token is unknown."""
         if self.price_input is None or self.price_output is None:
             return None
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
@@ -151,12 +153,15 @@ class Replies:
         """Reserve the estimated largest cost of a request before it is sent.
 
         Returns:
-            "send": the cost is reserved; send the request, then call `keep` or `release`. "stored": the reply is
-            stored. "wait": call again later, because the same request is pending, or because the cost exceeds a cap
-            as long as other requests are pending. They may cost less than was reserved for them.
+            What the caller must do:
+
+            - "send": the cost is reserved. Send the request, then call `keep` or `release`.
+            - "stored": the reply is stored already. Read it with `find`.
+            - "wait": call `claim` again later. Either the same request is pending, or the cost exceeds a cap together
+              with the costs reserved for other requests, which may cost less in the end.
 
         Raises:
-            CapReached: the cost exceeds a cap, and nothing is pending.
+            CapReached: the cost exceeds a cap, and no other request of the scope is pending.
         """
         with self._writing():
             self._charge_dead_owners()
@@ -229,7 +234,7 @@ class Replies:
 
     @contextmanager
     def _writing(self, durable: bool = False) -> Iterator[None]:
-        """Run the block in a write transaction. `durable` flushes it to disk, so that it survives a power cut."""
+        """Run the block in a write transaction. With `durable`, flush it to disk, so that it survives a power cut."""
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")

@@ -1,14 +1,14 @@
 """Metrics that compare answers with reference answers, without a judge.
 
-accuracy  share of correct answers, by the benchmark's rule (see `gradsift.evaluation.matching`)
-rouge_l   mean F-measure of the longest common subsequence of words, 0 to 1 (Lin, 2004); package rouge-score: lower
-          case, only ASCII letters and digits, no stemming
-bleu      corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018); package sacrebleu with its defaults
-meteor    mean METEOR, 0 to 1 (Lavie and Agarwal, 2007); package nltk with its defaults, words split as for BLEU.
-          It needs WordNet's files. nltk looks up only the stem of a word there, so a word has no synonyms if its
-          stem is not a word (happy: happi)
+accuracy  The share of correct answers. The benchmark's rule decides what is correct (`gradsift.evaluation.matching`).
+rouge_l   The mean F-measure of the longest common subsequence of words, 0 to 1 (Lin, 2004), as the package rouge-score
+          computes it. Words are runs of ASCII letters and digits, in lower case and not stemmed.
+bleu      Corpus BLEU, 0 to 100 (Papineni et al., 2002; Post, 2018), as the package sacrebleu computes it by default.
+meteor    The mean METEOR, 0 to 1 (Lavie and Agarwal, 2007), as the package nltk computes it by default. Words are split
+          as for BLEU. METEOR needs WordNet's files, in which nltk looks up only the stem of a word. So a word has no
+          synonyms if its stem is not a word (the stem of "happy" is "happi").
 
-A metric that cannot be computed is None, with a reason, and never 0.
+A metric that cannot be computed is None instead of 0, and the results give the reason.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def measure(rows: Sequence[ModelOutput], match_of: Callable[[str], str], wordnet
         wordnet: nltk's reader of WordNet (see `read_wordnet`); None omits METEOR.
 
     Returns:
-        `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}` with metrics
-        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`.
+        `{"benchmarks": {name: metrics}, "pooled": metrics, "bleu_signature": ...}`, where `metrics` is
+        `{"items", "accuracy", "rouge_l", "bleu", "meteor", "absent": {metric: reason}}`. "pooled" has the metrics over
+        the items of all benchmarks. "absent" is left out if no metric is None.
     """
 
     def metrics(rows: Sequence[ModelOutput]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return corpus BLEU; None if no answer has four tokens, because BLEU would be 0 whatever the references are."""
+    """Return corpus BLEU. It is None if no answer has four tokens: BLEU would then be 0 whatever the references are."""
     from sacrebleu.metrics import BLEU
 
     score = BLEU().corpus_score(list(answers), [list(references)])
@@ -98,7 +99,7 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Any) -> float:
-    """Return the mean METEOR over the pairs."""
+    """Return the mean METEOR over the pairs of an answer and its reference."""
     from nltk.translate.meteor_score import single_meteor_score
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -111,7 +112,11 @@ def meteor(answers: Sequence[str], references: Sequence[str], wordnet: Any) -> f
 
 
 def check_wordnet(folder: str | None) -> Path | None:
-    """Return `benchmark.wordnet_dir` as a path; raise ConfigError if it lacks a file that METEOR reads."""
+    """Return `folder` (`benchmark.wordnet_dir`) as a path, or None if no folder is given.
+
+    Raises:
+        ConfigError: the folder lacks a file that METEOR reads.
+    """
     if folder is None:
         return None
     path = Path(folder).expanduser()
@@ -124,13 +129,13 @@ def check_wordnet(folder: str | None) -> Path | None:
 
 
 def read_wordnet(folder: Path) -> Any:
-    """Return nltk's reader of the files in WordNet's folder `dict`."""
+    """Return nltk's reader of WordNet. `folder` is the folder `dict` of Princeton's WordNet."""
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
         def map_wn(self, version: str = "wordnet") -> None:
-            """Skip the mapping to other versions of WordNet, which needs nltk's own copy of WordNet."""
+            """Do nothing: a mapping to other versions of WordNet would need nltk's own copy of WordNet."""
 
     nltk.data.path.append(str(folder))  # nltk reads files only below these folders
     with warnings.catch_warnings():
@@ -139,7 +144,10 @@ def read_wordnet(folder: Path) -> Any:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return after - before for each metric that both have; a lower metric or a higher loss means forgetting."""
+    """Return `after` - `before` for each figure that is a number in both, except the number of items.
+
+    A lower metric or a higher loss means forgetting.
+    """
     numbers = [{name for name, value in values.items() if isinstance(value, int | float)} for values in (before, after)]
     shared = numbers[0] & numbers[1] - {"items"}
     return {name: float(after[name]) - float(before[name]) for name in before if name in shared}

@@ -1,14 +1,14 @@
-"""The embeddings stage: one vector of length 1 for the text of each example, computed by the run's embedder.
+"""The stage `embeddings`: one unit vector (norm 1) for the text of each example, computed by the run's embedder.
 
 Equal texts are embedded once, so that exact duplicates have equal embeddings. After an interruption, the stage
 continues with the first block of texts that was not finished.
 
 The embedder `hidden_states` pools the last hidden states of a causal language model over the tokens of a text:
 
-    e = sum over t of w_t h_t,  with weights that sum to 1 over the T real tokens
+    e = sum over t of w_t h_t,  with weights that sum to 1 over the text's T tokens (padding is not counted)
     mean           w_t = 1 / T
     weighted_mean  w_t = t / (1 + ... + T): later hidden states depend on more of the text (RDS+, arXiv 2503.01807)
-    last           w_T = 1
+    last           w_T = 1, and all other weights are 0
 
 Shape letters: N examples, B texts of a batch, T tokens, D features.
 """
@@ -45,10 +45,14 @@ class Encoder(Protocol):
     dimensions: int
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """Return the tokens of examples with a non-empty text, the number of cut texts, and the rejected examples."""
+        """Return the tokens of each example with a non-empty text, and what was cut or left out.
+
+        Returns:
+            The tokens, the number of texts that were cut to the largest length, and the rejected examples.
+        """
 
     def embed(self, texts: Sequence[Encoded]) -> np.ndarray:
-        """Return vectors (B, D) float32, not necessarily of length 1, computed in one pass."""
+        """Return the vectors of the texts, (B, D) float32, from one forward pass. Their norms need not be 1."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def embed(
 
     Args:
         source: the artifact with the examples.
-        rows: returns the examples and, for a target set, the task of each; for a pool, an empty list of tasks.
+        rows: returns the examples of `source` and a list of tasks: the task of each example of a target set, or an
+            empty list for a pool.
 
     Raises:
         GradsiftError: an embedding is not finite; the message names the rows.
@@ -121,7 +126,10 @@ def _fill(runtime: Runtime, folder: Path, encoder: Encoder, texts: Sequence[Enco
 
 
 def embedded(encoder: Encoder, texts: Sequence[Encoded], budget: TokenBudget, advance: Advance) -> np.ndarray:
-    """Return embeddings scaled to length 1, (len(texts), D) float32, computed in batches of similar lengths."""
+    """Return the embeddings of `texts`, scaled to norm 1, (len(texts), D) float32.
+
+    They are computed in batches of texts that have similar numbers of tokens.
+    """
     place_of = {text.row: place for place, text in enumerate(texts)}
     vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
 
@@ -154,7 +162,11 @@ class HiddenStates:
         self.dimensions = int(self.model.config.get_text_config().hidden_size)
 
     def read(self, examples: Sequence[Example], advance: Advance) -> tuple[list[Encoded], int, list[Rejected]]:
-        """See `Encoder.read`. A text without a response token (with text=prompt: without a token) counts as empty."""
+        """See `Encoder.read`.
+
+        A text counts as empty if it has no response token. With `embedder.text=prompt`, it counts as empty if it has no
+        token at all.
+        """
         tokenizer, limit = self._backbone.tokenizer, min(self._config.max_length, self._backbone.context)
         if self._config.text == "prompt":
             ids, cut, refused = encode_prompts(examples, tokenizer, self._template, limit, advance)
@@ -177,7 +189,7 @@ class HiddenStates:
 def hidden_states_embedder(
     config: EmbedderConfig, template: str, proxy: Artifact, backbone: Callable[[], Backbone]
 ) -> Embedder:
-    """Return the embedder that pools the hidden states of the proxy's `backbone`; `template` is the proxy's."""
+    """Return the embedder that pools the hidden states of the proxy's `backbone`; `template` is `proxy.template`."""
     if not isinstance(config, HiddenStatesConfig):
         raise ConfigError(
             f"embedder={config.name} is not known; choose hidden_states, rds_plus or sentence_transformers"
@@ -198,7 +210,7 @@ def pooled_states(model: Any, batch: Batch, pooling: str) -> torch.Tensor:
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Return the weighted sum (B, D) of hidden states (B, T, D) over the real tokens, summed in float32.
 
-    `mask` (B, T) is 1 at real tokens; every text has at least one.
+    `mask` (B, T) is 1 at real tokens and 0 at padding. Every text must have at least one real token.
     """
     real = mask.bool()
     place = real.cumsum(1)  # t; padding is not counted, so the padding side does not matter

@@ -1,20 +1,23 @@
-"""Gradient features: vectors of examples whose inner products are LESS's similarities (arXiv 2402.04333, section 4).
+"""Gradient features: one vector per example, computed from the example's gradients.
+
+The inner product of two vectors is the similarity of the two examples in LESS (arXiv 2402.04333, section 4):
 
     row_i = [ sqrt(w_1) u_i1, ..., sqrt(w_C) u_iC ],   u_ic = R Gamma_ic / |R Gamma_ic|
     <row_i, row_j> = sum_c w_c cos(R Gamma_ic, R Gamma_jc)
 
-The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c
-(the w_c are scaled to sum 1), and R is the random projection. For the pool, Gamma is Adam's update for the gradient
-(`AdamState`), or the gradient itself if features.adam=false. For the target set, Gamma is always the gradient. With
-features.normalise=false, u_ic = R Gamma_ic, and the inner products are not cosines.
+The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c,
+and the w_c are scaled to sum 1. R is the random projection (`gradsift.gradients.projection`). For an example of the
+pool, Gamma_ic is Adam's update for the example's gradient at checkpoint c (`AdamState`), or the gradient itself if
+features.adam=false. For an example of the target set, Gamma_ic is always the gradient. With features.normalise=false,
+u_ic = R Gamma_ic, and the inner products are not cosines.
 
 If an example's gradient at a checkpoint is zero, its row is zero in the columns of this checkpoint. An example
 without a response token has a row of zeros and is listed in `Features.silent`.
 
 The warm-up trains an adapter on a few random rows. One seed determines the rows, their order and the initial LoRA
-weights A. (In LESS's published code, the rows do not depend on the seed.)
+weights A. (In LESS's published code, the choice of the rows does not depend on the seed.)
 
-Shape letters: N examples, C checkpoints, P parameters, D dimensions of a checkpoint, B rows of a block.
+Shape letters: N examples, C checkpoints, P parameters, D dimensions per checkpoint, B rows of a block.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ def gradient_features(
     """Return an artifact with the features of `examples` (a pool or a target set) at the warm-up's checkpoints `chain`.
 
     Args:
-        load: called only if the artifact has to be made.
+        load: returns the proxy's backbone and the examples; called only if the artifact has to be made.
         adam: whether to replace the gradients by Adam's updates.
 
     Raises:
@@ -115,7 +118,10 @@ def parameter_count(runtime: Runtime, config: FeaturesConfig, inputs: ProxyInput
 
 
 def require_room(runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, checkpoints: int) -> None:
-    """Check that the features can be computed, and that the disk has room for them at this number of checkpoints.
+    """Check that the features of `rows` can be computed, and that the disk has room for them.
+
+    Args:
+        checkpoints: the number of checkpoints at which the features are computed.
 
     Raises:
         ConfigError: see `parameter_count`.
@@ -134,7 +140,7 @@ def require_room(runtime: Runtime, config: FeaturesConfig, rows: FeatureInputs, 
 
 
 def block_rows(size: int, device: torch.device) -> int:
-    """Return B, the number of rows of a block, for gradients of `size` numbers each.
+    """Return B, the number of rows of a block, such that B gradients of `size` numbers each fit in memory.
 
     B is a power of two, so that a resumed run usually has the same blocks even if its free memory differs a little.
     """
@@ -204,7 +210,7 @@ class AdamState:
 
     @classmethod
     def read(cls, path: Path, parameters: Mapping[str, nn.Parameter], device: torch.device) -> AdamState:
-        """Return the moments that `lora.save_optimizer` wrote for `lora.trainable_parameters`."""
+        """Return the moments of `parameters` in the file `path`, which `lora.save_optimizer` wrote."""
         tensors = load_file(path)
         moments = []
         for kind in ("exp_avg", "exp_avg_sq"):
@@ -218,12 +224,13 @@ class AdamState:
         return cls(*moments)
 
     def adjust(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Return Adam's updates Gamma (B, P) for `gradients` (B, P) float32, which are overwritten.
+        """Return Adam's updates Gamma (B, P) for `gradients` (B, P) float32. The tensor `gradients` is overwritten.
 
             m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2,   Gamma = m' / sqrt(v' + eps)
 
-        As in LESS's published code, eps is inside the root and there is no bias correction. An example whose gradient
-        is zero gets the update 0 and not b1 m / sqrt(v' + eps), because m comes from other examples.
+        g is the gradient of one example, and m and v are Adam's moments `first` and `second`. As in LESS's published
+        code, eps is inside the square root and there is no bias correction. An example whose gradient is zero gets the
+        update 0 and not b1 m / sqrt(v' + eps), because m comes from other examples.
         """
         silent = ~gradients.any(1)
         # a second (B, P) copy might not fit in memory, so the numerator overwrites g, after the denominator has used it
@@ -236,7 +243,7 @@ class AdamState:
 def gradient_block(
     inputs: ProxyInputs, gradients: GradientPass, adam: AdamState | None, start: int, stop: int, advance: Advance
 ) -> torch.Tensor:
-    """Return the gradients, or with `adam` Adam's updates, (B, P) float32, of the examples `start` to `stop - 1`.
+    """Return the gradients of the examples `start` to `stop - 1`, or Adam's updates if `adam` is given, (B, P) float32.
 
     An example without a response token has a row of zeros.
     """
@@ -265,9 +272,10 @@ def warm_up(
     loaded: Artifact,
     load: Callable[[], ProxyInputs],
 ) -> list[Artifact]:
-    """Return a checkpoint (adapter and Adam's state) for each epoch; its `info` has the epoch's mean `learning_rate`.
+    """Return one checkpoint (adapter and Adam's state) for each epoch of the warm-up.
 
-    `load` is called only if an epoch has to be trained.
+    The `info` of a checkpoint has the mean learning rate of its epoch as `learning_rate`. `load` is called only if an
+    epoch has to be trained.
     """
     seed = runtime.seed if config.seed is None else config.seed
     drawn = draw_rows(config, int(loaded.info["rows"]), seed)
@@ -295,7 +303,9 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """Return the number of rows to train on: `config.rows` (at most `rows`) or, if None, `config.share` of `rows`.
+    """Return the number of rows to train on, if the pool has `rows` rows.
+
+    The number is `config.rows` (at most `rows`), or the share `config.share` of `rows` if `config.rows` is None.
 
     Raises:
         GradsiftError: there would be no row to train on.
@@ -310,7 +320,7 @@ def warmup_rows(config: WarmupConfig, rows: int) -> int:
 
 
 def draw_rows(config: WarmupConfig, rows: int, seed: int) -> np.ndarray:
-    """Return the positions of the warm-up's rows in the pool, ascending."""
+    """Draw the warm-up's rows from a pool of `rows` rows, and return their positions in ascending order."""
     rng = np.random.default_rng(derive_seed(seed, "warmup rows"))
     return np.sort(rng.permutation(rows)[: warmup_rows(config, rows)])
 

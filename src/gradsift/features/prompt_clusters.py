@@ -1,9 +1,10 @@
 """Clusters of prompts, which an audit uses as task families if the data does not name families.
 
-The prompts' words and word pairs are weighted by TF-IDF, reduced to at most 50 dimensions by a truncated SVD, scaled to
-length one, and clustered with k-means with a fixed seed. No model is used, so the clusters do not favour scorers that
-use a model's features. But the scorer `contrast` uses the same vectors to find similar prompts. The clusters
-reflect topics and wording rather than skills, so compare methods by clusters within one dataset only.
+The vector of a prompt has the TF-IDF weights of its words and word pairs. The vectors are reduced to at most 50
+dimensions by a truncated SVD, scaled to norm 1, and clustered by k-means with a fixed seed. No model is used, so the
+clusters do not favour scorers that use a model's features. But they may favour the scorer `contrast`, which uses the
+same vectors to find similar prompts. The clusters reflect topics and wording rather than skills, so compare methods by
+clusters within one dataset only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _DIMENSIONS = 50
 def prompt_clusters(
     runtime: Runtime, loaded: Artifact, pool: Callable[[], Sequence[Example]], clusters: int
 ) -> Artifact:
-    """Return an artifact with the cluster of each example's prompt, the same for all methods.
+    """Return an artifact with the cluster of each example's prompt. The clusters do not depend on the run's method.
 
     Raises:
         ConfigError: there are fewer different prompts than clusters, or no prompt has a word.
@@ -46,12 +47,12 @@ def prompt_clusters(
 
 
 def clusters_of(artifact: Artifact) -> list[str]:
-    """Return the cluster of each example's prompt, (N,)."""
+    """Return, for each example, the name of its prompt's cluster: the cluster's number as a string."""
     return [str(number) for number in json.loads(artifact.file(CLUSTERS_FILE).read_text(encoding="utf-8"))]
 
 
 def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
-    """Return the number (N,) of each text's cluster, from 0."""
+    """Divide the texts into `clusters` clusters, and return the number of each text's cluster, (N,), counted from 0."""
     from sklearn.cluster import MiniBatchKMeans
 
     different = len(set(texts))
@@ -62,16 +63,17 @@ def cluster(texts: Sequence[str], clusters: int) -> np.ndarray:
 
 
 def prompt_of(example: Example) -> str:
-    """Return the text by which prompts are compared: instruction and input of the last exchange."""
+    """Return the text by which prompts are compared: the instruction and input of the example's last exchange."""
     return f"{example.instruction}\n{example.input}".strip()
 
 
 def prompt_vectors(texts: Sequence[str]) -> Any:
-    """Return TF-IDF vectors (N, D) of the texts' words and word pairs, of length one.
+    """Return the TF-IDF vectors of the texts over their words and word pairs, (N, D), each with norm 1.
 
     With more than 50 texts and more than 50 different words and pairs, the vectors are dense and have 50 dimensions.
     Otherwise they are sparse and have a dimension for each word and pair. All texts without a word get the same vector,
-    in an additional dimension, because a vector of zeros would be near to all others.
+    in an additional dimension. Their TF-IDF vector would be zero, which is nearer to every other vector than unrelated
+    texts are to each other.
 
     Raises:
         ConfigError: no text has a word.
@@ -95,6 +97,9 @@ def prompt_vectors(texts: Sequence[str]) -> Any:
 
 
 def _words_and_pairs(text: str) -> list[str]:
-    """Return the words (runs of letters, digits and underscores, of any length) and the pairs of adjacent words."""
+    """Return the words of a text in lower case, and its pairs of adjacent words.
+
+    A word is a run of letters, digits and underscores, of any length.
+    """
     words = re.findall(r"\w+", text.lower())
     return words + [f"{first} {second}" for first, second in itertools.pairwise(words)]

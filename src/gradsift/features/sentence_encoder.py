@@ -1,7 +1,8 @@
 """Embeddings from a model of the package sentence-transformers, an optional dependency.
 
-The package pools and normalises as the model's files configure it. Code that comes with a model is never loaded. The
-transformer's weights must be safetensors; another module, such as a dense layer, may have a `pytorch_model.bin`.
+The model's files determine how the package pools and normalises. Code that comes with a model is never loaded. The
+weights of the transformer must be safetensors; those of another module, such as a dense layer, may be in a
+`pytorch_model.bin`.
 """
 
 from __future__ import annotations
@@ -68,21 +69,27 @@ class SentenceEncoder:
 
 
 def text_of(example: Example, text: str) -> str:
-    """Return earlier turns, instruction, input and (unless `text` is prompt) output, each on its own line."""
+    """Return the earlier turns, instruction and input of an example, and its output unless `text` is `prompt`.
+
+    Each of them begins on a new line.
+    """
     segments = render(example, "plain")
     kept = segments[:-1] if text == "prompt" else segments
     return "".join(segment.text for segment in kept)
 
 
 def sentence_embedder(runtime: Runtime, config: SentenceTransformersConfig) -> Embedder:
-    """Return the embedder of this config. The model is pinned (`sentence_encoder`) now and loaded on first use."""
+    """Return the embedder that `config` describes.
+
+    The model's version is pinned at once (see `sentence_encoder`), and the model is loaded on first use.
+    """
     pin = sentence_encoder(runtime, config)
     settings = {"text": config.text, "max_length": config.max_length}
     return Embedder(config.name, settings, pin, functools.cache(lambda: load_sentence_encoder(runtime, config, pin)))
 
 
 def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Artifact:
-    """Return an artifact that pins the model: a folder by the hashes of its files, or a hub model by its commit.
+    """Return an artifact that pins the model's version: a folder by the hashes of its files, a hub model by its commit.
 
     Raises:
         ConfigError: the package is not installed.
@@ -122,7 +129,7 @@ def sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig) -> Ar
 
 
 def load_sentence_encoder(runtime: Runtime, config: SentenceTransformersConfig, pin: Artifact) -> SentenceEncoder:
-    """Return the model that `sentence_encoder` pinned."""
+    """Load and return the model. `pin` is the artifact of `sentence_encoder`, which names the version to load."""
     from sentence_transformers import SentenceTransformer
 
     folder = Path(config.model).expanduser()

@@ -1,14 +1,15 @@
 """Vectors of examples on disk, filled block by block, and their inner products.
 
-A feature artifact has a `features.npy`, (N, D) float32 in the order of the examples (memory-mapped when read), and an
-`ids.json`, which names the rows. A row has length 1, or length 0 if its example has no direction (a zero gradient, an
-empty text). There are two exceptions for gradient features: a row has a length between 0 and 1 if the gradient is zero
-at some of the checkpoints, and rows may have any length with `features.normalise=false`.
+A feature artifact has two files. `features.npy` is an array (N, D) float32 with one row per example, in the order of
+the examples; it is memory-mapped when read. `ids.json` has the ids of the examples. A row has norm 1, or is all zeros
+if its example has no direction, because its gradient is zero or its text is empty. There are two exceptions for
+gradient features: a row has a norm between 0 and 1 if the gradient is zero at some of the checkpoints, and rows may
+have any norm with `features.normalise=false`.
 
-Inner products of rows of length 1 are cosines. They are computed block by block, so that no (N, N) matrix is in memory.
-`blocks` yields float64 rows, and `products` rounds their products to nine decimals. So a product does not depend on the
-block size or on the row's place in a block, and equal vectors have equal products: a selector can break such a tie by
-the order of the data.
+Inner products of rows with norm 1 are cosines. Inner products are computed block by block, so that no (N, N) matrix is
+in memory. `blocks` yields float64 rows, and `products` rounds the inner products to nine decimals. So an inner product
+does not depend on the block size or on the row's place in a block. Equal rows have equal inner products with any
+other vector, so a selector can break the tie between them by the order of the data.
 
 Shape letters: N examples, n requested rows, D features, B rows of a block, C other vectors, K anchors.
 """
@@ -52,14 +53,20 @@ class Features:
         return len(self.vectors)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the vectors in blocks that fit in memory: the position of a block's first row, and its rows (B, D)."""
+        """Yield the vectors in blocks that fit in memory.
+
+        For each block, yield the position of its first row and its rows (B, D) float32.
+        """
         size = max(1, _READ_BYTES // max(1, 4 * self.vectors.shape[1]))
         for start in range(0, len(self.vectors), size):
             yield start, np.asarray(self.vectors[start : start + size], dtype=np.float32)
 
     @functools.cached_property
     def has_direction(self) -> np.ndarray:
-        """Mask (N,) bool, read-only, of the rows that are not all zeros; the first access reads all vectors."""
+        """Mask (N,) bool that is True for each row that is not all zeros.
+
+        The mask is read-only. The first access to it reads all vectors.
+        """
         nonzero = np.zeros(len(self), dtype=bool)
         for start, rows in self.blocks():
             nonzero[start : start + len(rows)] = np.any(rows != 0, axis=1)
@@ -68,16 +75,17 @@ class Features:
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Return the rows (B, D) scaled to length 1, float32; rows of zeros stay zeros."""
+    """Return the rows of `vectors` (B, D) scaled to norm 1, float32; rows of zeros stay zeros."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     unit: np.ndarray = np.divide(vectors, lengths, out=np.zeros(vectors.shape), where=lengths > 0).astype(np.float32)
     return unit
 
 
 def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
-    """Return an array (rows, dimensions) float32 on disk, to be filled with `fill_block` and `finish_features`.
+    """Return an array (rows, dimensions) float32 on disk. Fill it with `fill_block`, then call `finish_features`.
 
-    If an interrupted run has left an array, it is opened again with the blocks filled so far. A new array is all zeros.
+    If an interrupted run has left an array, that array is opened again, with the blocks filled so far. A new array is
+    all zeros.
 
     Raises:
         OSError: the disk has no room for the array.
@@ -105,7 +113,7 @@ def open_features(folder: Path, rows: int, dimensions: int) -> np.memmap:
 def fill_block(journal: Journal, vectors: np.ndarray, index: Any, key: Any, make: Callable[[], np.ndarray]) -> bool:
     """Write `make()` to `vectors[index]` unless an interrupted run has done so, and return whether `make` was called.
 
-    The journal keeps a checksum of each block under `key` (a JSON value).
+    The journal keeps a checksum of the block under `key` (a JSON value), so that a damaged block is computed again.
     """
     called = False
 
@@ -140,7 +148,10 @@ def read_features(artifact: Artifact) -> Features:
 
 
 def blocks(features: Features, positions: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield the rows at `positions` (n,) block by block: a slice of `positions`, and its rows (B, D) float64."""
+    """Yield the rows at `positions` (n,) block by block.
+
+    For each block, yield a slice of `positions` and the rows at the positions in this slice, (B, D) float64.
+    """
     size = max(1, min(_MOST_ROWS, _BLOCK_BYTES // max(1, 8 * features.vectors.shape[1])))
     for start in range(0, len(positions), size):
         rows = positions[start : start + size]
@@ -159,7 +170,7 @@ def products(features: Features, positions: np.ndarray, others: np.ndarray) -> n
 
 
 def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
-    """Return the squared lengths (n,) float64 of the rows at `positions` (n,)."""
+    """Return the squared norms (n,) float64 of the rows at `positions` (n,)."""
     squares = np.empty(len(positions))
     for where, rows in blocks(features, positions):
         squares[where] = np.einsum("bd,bd->b", rows, rows)
@@ -167,7 +178,10 @@ def squared_lengths(features: Features, positions: np.ndarray) -> np.ndarray:
 
 
 def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> Iterator[slice]:
-    """Yield slices that divide `count` rows of `row_bytes` each into blocks of at most `block_bytes`, or of one row."""
+    """Yield slices that divide `count` rows of `row_bytes` bytes each into blocks of at most `block_bytes` bytes.
+
+    If one row takes more than `block_bytes`, each block is one row.
+    """
     size = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -176,7 +190,8 @@ def row_blocks(count: int, row_bytes: int, block_bytes: int = _MATRIX_BYTES) -> 
 def nearest_cosines(features: Features, neighbours: int, advance: Advance = lambda done: None) -> np.ndarray:
     """Return the mean cosine (N,) float64 of each example to the `neighbours` other examples most similar to it.
 
-    NaN for a row without direction, and for all rows if at most `neighbours` rows have a direction.
+    The mean is NaN for a row without direction (all zeros), and for all rows if at most `neighbours` rows have a
+    direction.
     """
     usable = features.has_direction
     means = np.full(len(features), np.nan)
@@ -194,7 +209,7 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
 def mean_cosines(features: Features) -> np.ndarray:
     """Return the mean cosine (N,) float64 of each example to all other examples with a direction.
 
-    NaN for a row without direction, and for all rows if fewer than two have a direction.
+    The mean is NaN for a row without direction (all zeros), and for all rows if fewer than two rows have a direction.
     """
     total = np.zeros(features.vectors.shape[1])
     for _, rows in features.blocks():
@@ -210,9 +225,10 @@ def mean_cosines(features: Features) -> np.ndarray:
 
 
 def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarray:
-    """Return the largest cosine (N,) float64 of each example, anchors included, to the examples at `anchors` (K,).
+    """Return the largest cosine (N,) float64 of each example to one of the examples at `anchors` (K,).
 
-    NaN for a row without direction, and for all rows if no anchor has a direction.
+    An anchor is compared with itself too. The value is NaN for a row without direction (all zeros), and for all rows if
+    no anchor has a direction.
     """
     chosen = np.asarray(features.vectors[np.sort(anchors)], dtype=np.float32)
     chosen = chosen[np.any(chosen != 0, axis=1)]

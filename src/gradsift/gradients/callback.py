@@ -1,13 +1,15 @@
 """Callbacks that collect the gradient norm of every example while a model with LoRA adapters trains.
 
-`GradientNormCallback` works in any Lightning `Trainer`, `GradientNormTrainerCallback` in transformers' `Trainer` and in
-TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, at the weights of each step, by a
-probe (`gradients/probes.py`) that is attached to the model while it trains. transformers does not report exceptions to
-its callbacks, so after an exception the probe stays until the model's next forward pass outside of a training.
+`GradientNormCallback` works in any Lightning `Trainer`. `GradientNormTrainerCallback` works in transformers' `Trainer`
+and in TRL's `SFTTrainer`. The norms are computed in the training's own backward passes, with the weights that the model
+has at each step. A probe (`gradients/probes.py`), which is attached to the model while it trains, computes them.
+transformers does not report exceptions to its callbacks, so after an exception the probe stays attached until the
+model's next forward pass outside of a training.
 
-The norm of an example is |grad L_i|. It does not depend on how the trainer scales the loss of a batch. L_i is the mean
-loss over the example's labelled tokens (transformers, TRL, and Lightning with `reduction="token_mean"`). With
-`reduction="mean"` or `"sum"` in Lightning, L_i is the example's loss as it enters the mean or sum over the batch.
+The norm of example i is |grad L_i|, the norm of the gradient of the example's own loss L_i. It does not depend on how
+the trainer scales the loss of a batch. L_i is the mean loss over the example's labelled tokens (transformers, TRL, and
+Lightning with `reduction="token_mean"`). With `reduction="mean"` or `"sum"` in Lightning, L_i is the example's loss as
+it enters the mean or sum over the batch.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class NormRecords:
     """Collects norms and losses of examples, batch by batch.
 
     The values are kept in one tensor on the device, which is enlarged when it is full. A small tensor per batch,
-    allocated between the large tensors of the step, would fragment the memory (by gigabytes on a CPU).
+    allocated between the large tensors of a training step, would fragment the memory (by gigabytes on a CPU).
     """
 
     def __init__(self) -> None:
@@ -56,7 +58,7 @@ class NormRecords:
     ) -> None:
         """Add a batch of B examples: ids (whole numbers or strings), norms and, if known, losses, (B,) each.
 
-        The norms are multiplied by `scale`, a number or (B,).
+        The norms are multiplied by `scale`, a number or a tensor (B,).
         """
         if ids is None or len(ids) != len(norm_a):
             raise GradsiftError(
@@ -89,11 +91,11 @@ class NormRecords:
         self._names = {name: number for number, name in enumerate(state.get("names", ()))}
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return columns with one entry per example and epoch, in the order in which they were added.
+        """Return columns with one entry per example and epoch, in the order in which the examples were added.
 
         Returns:
-            example_id, epoch (int64), norm_A, norm_B and norm (float32): the L2 norms of the gradient with respect to
-            all A, to all B, and to both.
+            `example_id` and `epoch` (int64), and `norm_A`, `norm_B` and `norm` (float32): the L2 norms of the gradient
+            with respect to all LoRA factors A, to all factors B, and to both.
 
         Raises:
             GradsiftError: an id is too large to be kept exactly.
@@ -111,7 +113,9 @@ class NormRecords:
         }
 
     def columns(self, encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
-        """Return norm_A, norm_B and loss, float32, in the order of `encoded`; the ids must be the examples' `row`.
+        """Return the columns norm_A, norm_B and loss, float32, in the order of `encoded`.
+
+        The ids of the records must be the attribute `row` of the examples.
 
         Raises:
             GradsiftError: a value is not finite (the message names the rows), or an example does not have exactly one
@@ -132,7 +136,7 @@ class NormRecords:
         return columns
 
     def of_all_ranks(self, total: int, device: torch.device) -> NormRecords:
-        """Return the records of all ranks; each rank has the records of its share of `total` examples."""
+        """Return the records of all ranks. Each rank calls this with the records of its share of `total` examples."""
         names = ("rows", "epochs", *COLUMNS)
         mine = self._values[:, : self._count].to(device)
         records = NormRecords()
@@ -145,8 +149,8 @@ class GradientNormCallback(L.Callback):
     """Collects per-sample gradient norms in a Lightning `Trainer`.
 
     With automatic optimisation, `training_step` must run one forward pass of the batch and return the loss of the
-    batch. Gradient accumulation is taken into account. In a distributed training, each rank collects the examples of
-    its own batches.
+    batch. Gradient accumulation does not change the norms. In a distributed training, each rank collects the norms of
+    the examples in its own batches.
 
     A module with an attribute `gradient_norms` computes the norms itself. (gradsift's modules do, because their steps
     have several backward passes.) The callback sets this attribute to a `NormProbe`, and the module returns `rows`,
@@ -158,9 +162,9 @@ class GradientNormCallback(L.Callback):
         Args:
             example_id: key (or attribute) of a batch that holds the ids of its B examples: whole numbers (a tensor or a
                 list), or a list of strings.
-            reduction: how the loss of a batch is made from the losses of its examples: their `mean`, their `sum`, or
-                `token_mean`, the mean over all labelled tokens of the batch (`labels`, -100 elsewhere), as transformers
-                computes it.
+            reduction: how the loss of a batch is made from the losses of its examples. `mean` is their mean, and `sum`
+                is their sum. `token_mean` is the mean over all labelled tokens of the batch, as transformers computes
+                it. A token is labelled if its entry of `labels` is not -100.
         """
         if reduction not in ("mean", "token_mean", "sum"):
             raise ConfigError(f"reduction={reduction!r} is not known; choose one of: mean, token_mean, sum")
@@ -243,7 +247,7 @@ class GradientNormCallback(L.Callback):
         self.records.add(outputs["rows"], 0, outputs["norm_A"], outputs["norm_B"], outputs["losses"])
 
     def _divisors(self, batch: Any, norms: torch.Tensor) -> torch.Tensor:
-        """Return the number that each example's own loss is divided by in the loss of the batch, (B,)."""
+        """Return the number by which the own loss L_i of each example is divided in the loss of the batch, (B,)."""
         if self._reduction != "token_mean":
             return torch.full_like(norms, len(norms) if self._reduction == "mean" else 1)
         # L = sum_i n_i L_i / sum_j n_j for n_i labelled tokens: example i's own loss is divided by sum_j n_j / n_i
@@ -257,14 +261,14 @@ class GradientNormTrainerCallback(TrainerCallback):  # type: ignore[misc]
     The training set needs a column with the ids of the examples (whole numbers or strings). The trainer must keep this
     column, so set `TrainingArguments(remove_unused_columns=False)`. The callback hides the ids from the collator, adds
     them to the collated batch, and removes them before the model's forward pass. The factor by which the trainer scales
-    the loss is measured in each backward pass, so gradient accumulation and `num_items_in_batch` are taken into
-    account.
+    the loss is measured in each backward pass, so gradient accumulation and `num_items_in_batch` do not change the
+    norms.
     """
 
     def __init__(self, example_id: str = "example_id") -> None:
         """
         Args:
-            example_id: the column of the training set with the ids.
+            example_id: name of the training set's column with the ids of the examples.
         """
         self._example_id = example_id
         self._norms: NormProbe | None = None
@@ -368,7 +372,7 @@ def _is_training() -> bool:
 
 
 def _entry(batch: Any, name: str, purpose: str) -> Any:
-    """Return the entry or attribute `name` of a batch, or raise a `GradsiftError` that ends with `purpose`."""
+    """Return the entry or attribute `name` of a batch; if there is none, raise an error that ends with `purpose`."""
     value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
     if value is None:
         raise GradsiftError(f"the batch has no {name!r}: {purpose}")
@@ -376,5 +380,5 @@ def _entry(batch: Any, name: str, purpose: str) -> Any:
 
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Return each example's number of tokens with a loss, (B,). The first token is never predicted, so it has none."""
+    """Return each example's number of tokens with a loss, (B,). The first token has none: it is never predicted."""
     return (labels[:, 1:] != IGNORED).sum(1)

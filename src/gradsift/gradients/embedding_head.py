@@ -1,4 +1,4 @@
-"""Statistics of each example's gradient with respect to input embedding and LM head (GrADS, arXiv 2511.08620).
+"""Statistics of each example's gradients with respect to the input embedding and the LM head (GrADS, arXiv 2511.08620).
 
 The loss is the mean negative log-likelihood of the example's response tokens. Its gradients with respect to the
 embedding and to the head are V x D matrices. The maximum, minimum, mean and standard deviation of the entries of each
@@ -6,14 +6,15 @@ matrix (zeros included) are exact, but no whole matrix is held in memory:
 
     embedding  The row of a token is the sum of the backprops (the gradients with respect to the embedded tokens) at the
                token's positions. The rows of tokens that the example does not contain are zero.
-    head       (Q - Y)^T H / n over the n places (positions whose next token is a response token), with predicted
-               probabilities Q, one-hot targets Y and last hidden states H. The product is computed for one chunk of the
-               vocabulary at a time.
+    head       The matrix is (Q - Y)^T H / n. The n rows of Q, Y and H belong to the example's n places (positions whose
+               next token is a response token). Q has the predicted probabilities, Y the one-hot targets, and H the last
+               hidden states. The product is computed for one chunk of the vocabulary at a time.
 
-The mean for the head is 0, because the probabilities and the one-hot target of a place both sum to one. The mean for
-the embedding is 0 up to rounding if every layer that reads the residual stream first subtracts the stream's mean over
-the hidden dimensions. GPT-2's LayerNorm does so; Llama's RMSNorm does not. If one tensor is both embedding and head
-(GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for each matrix separately.
+The mean of the head's gradient is 0, because the probabilities and the one-hot target of a place both sum to one. The
+mean of the embedding's gradient is 0 up to rounding if every layer that reads the residual stream first subtracts the
+stream's mean over the hidden dimensions. GPT-2's LayerNorm subtracts this mean; Llama's RMSNorm does not. If one tensor
+is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for
+each matrix separately.
 
 Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
 n places of one example, D hidden size, V vocabulary, N examples.
@@ -50,7 +51,7 @@ _CHUNK = 2**18  # entries of the head's gradient at a time on a CPU: 1 MB in flo
 
 @dataclass(frozen=True)
 class EmbeddingGradients:
-    """Statistics of all examples, (N,) float64 each, NaN for an example without a response token."""
+    """Statistics of the gradients of all examples, (N,) float64 each; NaN for an example without a response token."""
 
     embedding_max: np.ndarray
     embedding_min: np.ndarray
@@ -67,7 +68,7 @@ COLUMNS = tuple(field.name for field in fields(EmbeddingGradients))[:-1]
 
 
 def embedding_gradients(ensemble: Ensemble, member: Artifact, count: int) -> Artifact:
-    """Return an artifact with the statistics of all N = `count` examples at a member's weights."""
+    """Return an artifact with the statistics of all N = `count` examples' gradients at the weights of `member`."""
 
     def table(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
         backbone, encoded, budget = inputs
@@ -85,7 +86,7 @@ def embedding_gradients(ensemble: Ensemble, member: Artifact, count: int) -> Art
 
 
 def with_check(ensemble: Ensemble) -> Ensemble:
-    """Return the ensemble with a check that raises the errors of `UseOfEmbedding` before a member is trained."""
+    """Return `ensemble` with a check added to `load`: it raises the errors of `UseOfEmbedding` before any training."""
 
     def load() -> ProxyInputs:
         inputs = ensemble.load()
@@ -110,7 +111,7 @@ def collect_statistics(
     progress: Advance = lambda done: None,
     journal: Journal | None = None,
 ) -> np.ndarray:
-    """Return the statistics `COLUMNS` of all examples, with dropout off, (len(encoded), 8) float64.
+    """Return the statistics `COLUMNS` of all examples, computed with dropout off, (len(encoded), 8) float64.
 
     Raises:
         GradsiftError: see `UseOfEmbedding`, or a statistic is not finite (the message names the rows).
@@ -130,12 +131,15 @@ def collect_statistics(
 
 
 class UseOfEmbedding:
-    """A context manager that keeps the outputs of a model's input embedding, for gradients with respect to them."""
+    """A context manager that keeps the outputs of a model's input embedding.
+
+    Gradients with respect to these outputs can then be computed.
+    """
 
     def __init__(self, adapted: Any) -> None:
         """
         Raises:
-            GradsiftError: the model scales, caps or adapts its embedding or head.
+            GradsiftError: the model scales or caps the outputs of its embedding or head, or one of them has an adapter.
         """
         head = OutputHead.of(adapted)
         causal = adapted.get_base_model()
@@ -182,10 +186,12 @@ class UseOfEmbedding:
 def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Return the statistics (B, 4) float64 of each example's gradient with respect to the input embedding.
 
+    The four columns are maximum, minimum, mean and standard deviation.
+
     Args:
-        batch: on the CPU.
-        backprops: (B, T, D), on the model's device.
-        vocabulary: V.
+        batch: the examples, on the CPU.
+        backprops: gradients of the loss with respect to the embedded tokens, (B, T, D), on the model's device.
+        vocabulary: V, the number of rows of the embedding.
     """
     examples, columns = batch.attention_mask.nonzero(as_tuple=True)  # of the real tokens
     # one key per example and token, because a token that occurs in two examples has a row in the gradient of each
@@ -210,10 +216,12 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
 def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the statistics (4,) float64 of one example's gradient with respect to the head.
 
+    They are maximum, minimum, mean and standard deviation.
+
     Args:
-        output: the head, from which the logits are computed again.
-        hidden: (n, D), last hidden states at the places.
-        targets: (n,), the token that follows each place.
+        output: the head, with which the logits are computed again.
+        hidden: last hidden states at the example's places, (n, D).
+        targets: the token that follows each place, (n,).
     """
     with torch.no_grad():
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)

@@ -1,10 +1,14 @@
 """Diagnostics that check what G-SNR assumes of the proxy ensemble.
 
 GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior, and a falling gradient norm as a sign
-of learning. The method fails if the ensemble collapses (V_t near 0) or the proxy does not learn (scores near 0). The
-scores also lose their meaning if gradient norms rise, or if eps is larger than the number that it is added to.
+of learning. The method fails if the ensemble collapses (the variance V_t of the norms over the members is near 0) or
+the proxy does not learn (the scores are near 0). The scores also lose their meaning if gradient norms rise during the
+training, or if eps is larger than the number that eps is added to.
 
-Examples without statistics (NaN) are left out.
+Every diagnostic leaves out the examples without statistics (NaN).
+
+G_s and G_t are an example's mean gradient norm over the members at the early and at the late snapshot. V_t is the
+variance of the norm over the members at the late snapshot.
 
 Shape letters: M members, N examples, R rank, I inputs and O outputs of an adapted layer.
 """
@@ -58,12 +62,13 @@ MOST_ERROR_OVER_SPREAD = 0.08
 def diagnose_ensemble(
     trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, members: int
 ) -> list[Diagnostic]:
-    """Return all diagnostics of an ensemble.
+    """Return the diagnostics of an ensemble, all except `eps_share`, which belongs to the scorer.
 
     Args:
-        trained: the adapters' epochs up to the late snapshot, as [adapter][epoch - 1].
-        statistics: None if the scorer does not use them; the diagnostics that need them are left out.
-        members: M.
+        trained: artifacts of the adapters' epochs up to the late snapshot, as [adapter][epoch - 1].
+        statistics: statistics of the gradient norms. If the scorer does not use them, this is None, and the diagnostics
+            that need them are left out.
+        members: M, the number of members.
     """
     from gradsift.training.lora import ADAPTER_FILE  # imports torch; reports need only the bounds above
 
@@ -85,11 +90,11 @@ def diagnose_ensemble(
 
 
 def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
-    """Judge the mean distance of two members' updates B A, relative to the mean norm of an update, over all layers.
+    """Judge the mean distance between the updates B A of two members, divided by the mean norm of a member's update.
 
-    The factors themselves are not compared. Each member draws its own A, which stays near its initial value, and learns
-    B for this A. So the factors of two members differ (relative distance sqrt(2)) even if both members compute the same
-    function.
+    An update consists of the products B A of all layers. The factors A and B themselves are not compared. Each member
+    draws its own A, which stays near its initial value, and learns B for this A. So the factors of two members differ
+    (relative distance sqrt(2)) even if both members compute the same function.
 
     Args:
         adapters: each member's `lora_A` (R, I) and `lora_B` (O, R) weights, by peft's names.
@@ -113,9 +118,11 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
 
 
 def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return the inner products of the members' updates B A, (M, M) float64, without forming an update.
+    """Return the inner products of the members' updates B A, (M, M) float64, summed over the layers.
 
-    <B A, B' A'> = sum over the entries of (B^T B') * (A A'^T), both (R, R).
+    The large matrices B A (O, I) are never formed, only matrices (R, R):
+
+        <B A, B' A'> = sum over the entries of (B^T B') * (A A'^T)
     """
     products = np.zeros((len(adapters), len(adapters)))
     for name in adapters[0]:
@@ -207,8 +214,8 @@ def _fall(name: str, before: np.ndarray, after: np.ndarray, when: str, later: st
 def drop_sign(statistics: Statistics) -> Diagnostic:
     """Judge the mean drop G_s - G_t and the share of examples whose drop is negative.
 
-    If the drop is negative, dividing by V_t favours a high variance, the opposite of the score's purpose. A drop within
-    the rounding error does not count as negative; `drop_size` warns of such drops.
+    If the drop is negative, dividing it by V_t favours examples with a high variance, which is the opposite of the
+    score's purpose. A drop within the rounding error does not count as negative; `drop_size` warns of such drops.
     """
     name, value = "drop_sign", "negative_share"
     early, late = _defined(statistics.G_s, statistics.G_t)
@@ -245,7 +252,7 @@ def drop_size(statistics: Statistics) -> Diagnostic:
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
     """Judge the share of examples in which eps is at least as large as the number that eps is added to.
 
-    `denominators` has these numbers by name, (N,) each: G_s (norm), V_t (norm squared).
+    `denominators` has these numbers by name, (N,) each: G_s (in units of the norm) or V_t (of the squared norm).
     """
     defined = {name: values[np.isfinite(values)] for name, values in denominators.items()}
     if not all(values.size for values in defined.values()):

@@ -1,6 +1,7 @@
-"""Per-sample gradients and their norms of any model with LoRA adapters of peft (formula: `gradients/probes.py`).
+"""Per-sample gradients, and their norms, for any model with peft's LoRA adapters (formulas: `gradients/probes.py`).
 
-`per_sample_norms` and `per_sample_gradients` take a list of examples; the stages use `attached` and `gradient_pass`.
+`per_sample_norms` and `per_sample_gradients` take a list of examples. gradsift's own stages use `attached` and
+`gradient_pass` instead.
 
 Shape letters: N examples, B examples of a batch, P parameters.
 """
@@ -33,10 +34,11 @@ P = TypeVar("P", NormProbe, GradientProbe)
 
 @contextmanager
 def attached(model: nn.Module, probe: P) -> Iterator[P]:
-    """Attach a probe to all adapted layers of a model and yield it; on exit it is removed, and the model is as before.
+    """Attach a probe to all adapted layers of a model, and yield the probe. On exit, the model is as it was before.
 
     Raises:
-        GradsiftError: there is no adapted layer, or one without per-sample gradients (the message names it).
+        GradsiftError: the model has no adapted layer, or an adapted layer does not support per-sample gradients (the
+            message names the layer).
     """
     # the layers of a model that was adapted by peft alone have no probes
     changed = fuse(model)
@@ -71,10 +73,11 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
         rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
             padded, `attention_mask`: lists or one-dimensional tensors of equal length.
-        tokens: most tokens of a forward pass, padding included; changes the result only by rounding.
+        tokens: the largest number of tokens in a forward pass, padding included. It changes the result only by
+            rounding.
 
     Returns:
-        (N,) float32, the L2 norm over A and B of all adapted layers.
+        The L2 norms, (N,) float32, each over the factors A and B of all adapted layers together.
 
     Raises:
         DataError: a row lacks `input_ids` or `labels`, its sequences differ in length, a label is not the token at its
@@ -109,7 +112,7 @@ def per_sample_gradients(model: Any, rows: Sequence[Mapping[str, Any]], *, token
 
 
 def encoded_rows(rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
-    """Return the examples of `rows` without their padding; see `per_sample_norms`."""
+    """Return the examples of `rows` without their padding; for the format and the errors, see `per_sample_norms`."""
     encoded = []
     for number, row in enumerate(rows):
         if missing := [name for name in ("input_ids", "labels") if row.get(name) is None]:
@@ -152,11 +155,11 @@ class GradientPass:
     work: Callable[[Sequence[Encoded]], torch.Tensor]  # returns the gradients (B, P) of all given examples at once
 
     def __call__(self, examples: Sequence[Encoded]) -> torch.Tensor:
-        """Return the gradients (B, P) float32 on the model's device."""
+        """Return the gradients of `examples`, (B, P) float32, on the model's device."""
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield the examples in parts whose gradients (B, P) fit in memory, with these gradients."""
+        """Yield parts of `examples`, each with its gradients (B, P). A part's gradients fit in memory."""
         size = max(1, numbers_at_once(self.device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self.work(examples[start : start + size])
@@ -164,7 +167,7 @@ class GradientPass:
 
 @contextmanager
 def gradient_pass(adapted: Any, parameters: str, pad_id: int) -> Iterator[GradientPass]:
-    """Yield a `GradientPass` through an adapted model; on exit the model is as before.
+    """Yield a `GradientPass` through an adapted model. On exit, the model is as it was before.
 
     Args:
         parameters: `lora` (the LoRA factors) or `full` (all weights of a copy of the model with the adapter merged into

@@ -1,7 +1,8 @@
 """Per-sample gradients of a LoRA layer, and their norms, for a whole batch from one backward pass.
 
-A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i, let X_i (T, I) be the layer's inputs
-(activations) and D_i (T, O) the gradients of L_i with respect to the layer's outputs (backprops). Then
+A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i with the loss L_i, let X_i (T, I) be
+the layer's inputs (activations) and D_i (T, O) the gradients of L_i with respect to the layer's outputs (backprops).
+Then
 
     grad_A L_i = s (D_i B)^T X_i          (R, I)
     grad_B L_i = s D_i^T (X_i A^T)        (O, R)
@@ -12,8 +13,8 @@ products over the examples anyway, so computing them per example (`per_sample_pa
 token contributes nothing: no loss depends on it, so its row of D_i is zero.
 
 A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
-results as the probe's "gradient": squared norms of each example (`NormProbe`), which autograd adds up over the layers
-on the device, or the gradients themselves (`GradientProbe`).
+results as the "gradient" with respect to the probe. For a `NormProbe`, the results are the squared norms of each
+example, which autograd adds up over the layers on the device. For a `GradientProbe`, they are the per-sample gradients.
 
 Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in A
 and B of layer l.
@@ -34,9 +35,10 @@ def per_sample_parts(left: torch.Tensor, right: torch.Tensor, examples: int) -> 
     """Return left_i^T right_i, a sum over tokens, for each example i, (B, R, K).
 
     Args:
-        left: (B T, R), D_i B for the gradient of A, X_i A^T for the gradient of B.
-        right: (B T, K), X_i for the gradient of A, D_i for the gradient of B.
-        examples: B.
+        left: (B T, R), the tokens of all examples: D_i B for the gradient of A, or X_i A^T for the gradient of B.
+        right: (B T, K), the tokens of all examples: X_i for the gradient of A (K = I), or D_i for the gradient of B
+            (K = O).
+        examples: B, the number of examples.
     """
     left = left.reshape(examples, -1, left.shape[-1])
     # (B, R, T) x (B, T, K): each sum is over the tokens of one example
@@ -79,7 +81,7 @@ class Probe:
         return self._examples
 
     def forget(self) -> None:
-        """Reset the state of the current pass."""
+        """Forget the layers and the batch size that were recorded for the current pass."""
         self._layers.clear()
         self._examples = None
 
@@ -108,7 +110,10 @@ class NormProbe(Probe):
 
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return the squared norms (2, B) of a layer's gradients of A and of B."""
+        """Return the squared norms (2, B) of a layer's gradients with respect to A and to B.
+
+        `parts_a` and `parts_b` are the gradients of each example, before they are multiplied by s (`scale`).
+        """
         # At least float32: a norm in bfloat16 would be rounded by up to .4 %, and the norms of the members may differ
         # by only 3 % (`ensemble_checks`). The scale s is applied to (2, B) norms instead of (B, R, I) products.
         dtype = torch.promote_types(parts_a.dtype, torch.float32)
@@ -116,10 +121,11 @@ class NormProbe(Probe):
         return torch.stack(norms).mul_(scale).square_().to(torch.float32)
 
     def backward(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the backward pass of losses (B,) down to the probe; no parameter's `.grad` changes.
+        """Run the backward pass of the losses (B,) as far as the adapted layers; no parameter's `.grad` changes.
 
         Returns:
-            norm_A, norm_B: (B,) float32 each, over all adapted layers.
+            norm_A, norm_B: the norms of each example's gradient with respect to the factors A, and to the factors B, of
+                all adapted layers, (B,) float32 each.
         """
         if self._probe is None:
             raise GradsiftError("no adapted layer was passed with gradients on; per-sample norms need a forward pass")
@@ -130,11 +136,11 @@ class NormProbe(Probe):
         return norm_a, norm_b
 
     def take(self, scale: float | torch.Tensor = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return norm_A and norm_B of the backward pass since the last call, as `backward` does, and forget them.
+        """Return norm_A and norm_B, as `backward` does, of the backward pass that has run since the last call.
 
         Args:
-            scale: the divisor of each example's loss in the loss of the backward pass: 1 if that loss is a sum, the
-                batch size if it is a mean; or one divisor per example, (B,).
+            scale: the number by which each example's loss is divided in the loss of the backward pass: 1 if that loss
+                is a sum, and the batch size if it is a mean. A tensor (B,) gives each example its own number.
         """
         squares = None if self._probe is None else self._probe.grad
         self.forget()
@@ -156,7 +162,7 @@ class GradientProbe(Probe):
         self.probes: dict[int, torch.Tensor] = {}  # by the layer's id, in the order of the forward pass
 
     def of(self, layer: Any, activations: torch.Tensor) -> torch.Tensor:
-        """Return the probe (B, P_l) float32 of the pass in which `layer` has the inputs `activations` (B, T, I)."""
+        """Return the probe (B, P_l) float32 of `layer` for the forward pass with the inputs `activations` (B, T, I)."""
         if is_recomputing():
             return self.probes[id(layer)]
         examples = self._note(layer, activations)
@@ -168,7 +174,10 @@ class GradientProbe(Probe):
 
     @staticmethod
     def gather(parts_a: torch.Tensor, parts_b: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return a layer's gradients (B, P_l): the gradient of A (R, I) row by row, then the gradient of B (O, R)."""
+        """Return a layer's gradients (B, P_l): the gradient of A (R, I) row by row, then that of B (O, R) row by row.
+
+        `parts_a` (B, R, I) and `parts_b` (B, R, O) are not yet multiplied by s (`scale`), and `parts_b` is transposed.
+        """
         # parts_b is (B, R, O), the transpose of peft's B
         parts = [parts_a.flatten(1), parts_b.transpose(1, 2).flatten(1)]
         return torch.cat(parts, 1).to(torch.float32).mul_(scale)

@@ -2,19 +2,21 @@
 
 Every entry of a gradient is added to one of the D dimensions, with a random sign (CountSketch: Charikar, Chen and
 Farach-Colton, 2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same dimension with a
-probability of at most 1/D, so the standard deviation of an inner product's error is at most
+probability of at most 1/D. So for two gradients x and y, the standard deviation of the error of <x, y> is at most
 
     sqrt((|x|^2 |y|^2 + <x, y>^2) / D)
 
-The same bound holds for a dense matrix of random signs. Chunk c consists of the parameters cD to cD + D - 1, and
-parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the signs are functions of the seed and of
-the parameter's position (`training/masks.py`), so they are the same on every device and do not depend on P.
+The same bound holds for a dense matrix of random signs. The parameters are divided into chunks of D: chunk c consists
+of the parameters cD to cD + D - 1, and parameter i of a chunk goes to dimension (i + b_c) mod D. The shifts b_c and the
+signs are functions of the seed and of the parameter's position (`training/masks.py`), so they are the same on every
+device and do not depend on P.
 
-Cost: gathering a row of P parameters, multiplying by the signs and summing takes 20 P bytes of memory traffic. (A
-product with a dense matrix would take 2 P D operations.) Drawing shifts and signs takes about 60 P bytes per call, for
-all rows together. For Llama-2-7B with rank 128 on q, k, v and o (P = 134 million) and 32 rows of 512 tokens in a call,
-this is 3 GB a row: 3 % of the time of the row's backward pass on an A100 (2 TB/s, half of 312e12 bfloat16 operations a
-second) and 6 % on an H100 (3.35 TB/s, half of 990e12).
+The cost is memory traffic. For each row of P numbers, gathering the numbers, multiplying them by the signs and summing
+takes 20 P bytes. (Multiplying a row by a dense matrix would take 2 P D operations.) Drawing the shifts and signs takes
+about 60 P bytes per call, for all rows together. Take Llama-2-7B with rank 128 on q, k, v and o (P = 134 million), and
+32 rows of 512 tokens in a call. Then the traffic is 3 GB per row. This takes 3 % of the time of the row's backward pass
+on an A100 (at 2 TB/s and half of 312e12 bfloat16 operations per second), and 6 % on an H100 (at 3.35 TB/s and half of
+990e12).
 
 Shape letters: B rows, P parameters, D dimensions, C chunks at once.
 """
@@ -55,10 +57,12 @@ class Projection:
         return projected
 
     def drawn(self, first: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the parameter that goes to each dimension and its sign, for the chunks `first` to `first + count - 1`.
+        """Return which parameter of each chunk goes to each dimension, and with which sign.
+
+        The chunks are `first` to `first + count - 1`.
 
         Returns:
-            The parameters' places, counted from the first parameter of chunk `first`, (C, D) int32, and their signs,
+            The parameters' positions, counted from the first parameter of chunk `first`, (C, D) int32, and their signs,
             (C, D) float32.
         """
         chunks = torch.arange(first, first + count, device=device)  # (C,)

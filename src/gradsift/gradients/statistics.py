@@ -1,8 +1,10 @@
 """The members' gradient norms on disk, and their mean and variance over the ensemble at the two snapshots.
 
-GRADFILTERING (arXiv 2601.13697): G_i^(e) = mean over m of |g_i^(m,e)|, V_i^(e) = variance over m (divided by M).
-The norms are read twice, one member at a time, so the memory needed does not grow with M. A member's norms after an
-epoch are in one `gradient_norms.parquet` per shard of the rows.
+For example i after epoch e, GRADFILTERING (arXiv 2601.13697) uses G_i^(e), the mean over the members m of the norms
+|g_i^(m,e)|, and V_i^(e), their variance over the members (the sum of squared deviations divided by M).
+
+The norms are read twice, one member at a time, so the memory needed does not grow with M. Each shard of the rows has
+its own file `gradient_norms.parquet` with a member's norms after an epoch.
 
 Shape letters: M members, N examples.
 """
@@ -36,7 +38,7 @@ def write_norms(
     shard: int = 0,
     shards: int = 1,
 ) -> dict[str, Any]:
-    """Write a table with `row` (position among the examples), `columns`, and `n_tokens` (number of response tokens).
+    """Write a table with `columns`, `row` (position among all examples), and `n_tokens` (number of response tokens).
 
     Args:
         columns: norm_A, norm_B and loss of the shard's examples `encoded`, (len(encoded),) each.
@@ -55,7 +57,7 @@ def write_norms(
 
 
 def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Return a member's norms after an epoch, joined from all shards, in ascending order of `row`.
+    """Return the columns of a member's table of norms after an epoch, joined from all shards and sorted by `row`.
 
     Args:
         names: columns to read besides `row`; None for all.
@@ -83,7 +85,10 @@ def read_norms(shards: Sequence[Artifact], names: Sequence[str] | None = None) -
 
 
 def by_example(shards: Sequence[Artifact], names: Sequence[str], count: int) -> dict[str, np.ndarray]:
-    """Return columns of `read_norms` for all `count` examples, float64; NaN for one without a response token."""
+    """Return the columns `names` of `read_norms` with an entry for each of `count` examples, (count,) float64 each.
+
+    The entry of an example without a response token is NaN.
+    """
     table = read_norms(shards, names)
     columns = {name: np.full(count, np.nan) for name in names}
     for name, column in columns.items():
@@ -104,11 +109,11 @@ class Statistics:
 
 
 def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b: float) -> np.ndarray:
-    """Return the L2 norm (N,) float64 of the gradients with respect to the LoRA factors that `scope` names.
+    """Return the L2 norm (N,) float64 of each example's gradient with respect to the LoRA factors that `scope` names.
 
-    The gradient of A is proportional to B, and the gradient of B to A. As B grows from zero, the norms of all examples
-    tend to rise, whether or not the proxy learns them. The scope `scaled` therefore divides norm_A by the size of B and
-    norm_B by the size of A.
+    The gradient with respect to A is proportional to B, and the gradient with respect to B is proportional to A. As B
+    grows from zero, the norms of all examples tend to rise, whether or not the proxy learns the examples. The scope
+    `scaled` therefore divides norm_A by the size of B, and norm_B by the size of A.
 
     Args:
         columns: norm_A and norm_B, (N,).
@@ -129,7 +134,10 @@ def norm_of(columns: Mapping[str, np.ndarray], scope: str, size_a: float, size_b
 
 
 def mean_and_variance(norms: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean G and the variance V (divided by M), (N,) float64 each, of the members' norms, (N,) each."""
+    """Return the mean G and the variance V (divided by M, not M - 1) of the members' norms, (N,) float64 each.
+
+    `norms` is called twice, and yields the norms of one member after the other, (N,) each.
+    """
     # two passes instead of mean(x^2) - mean(x)^2: V_t is .001 to .01 of G_t^2 (`ensemble_checks`), so this difference
     # would lose two or three digits of V_t, by which Eq. 5 divides
     mean = _mean(norms())
@@ -147,7 +155,10 @@ def _mean(values: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def mean_loss(members: Sequence[Sequence[Artifact]], count: int) -> np.ndarray:
-    """Return each example's loss averaged over the members, (N,) float64; `members` are norms as [member][shard]."""
+    """Return each example's loss averaged over the members, (N,) float64.
+
+    `members` are the artifacts with the members' norms and losses, as [member][shard].
+    """
     return _mean(by_example(shards, ("loss",), count)["loss"] for shards in members)
 
 
@@ -162,7 +173,9 @@ def statistics(
     """Return the artifact with the statistics of all N = `count` examples at the early and the late snapshot.
 
     Args:
-        early, late: tables of the members' norms at the two snapshots, as [member][shard].
+        early, late: artifacts with the members' norms at the two snapshots, as [member][shard].
+        snapshots: epochs of the early and the late snapshot.
+        scope: see `norm_of`.
 
     Raises:
         GradsiftError: the members' norms were computed with different numerics; the message names two such tables.
@@ -188,7 +201,7 @@ def statistics(
 def compute_statistics(
     early: Sequence[Sequence[Artifact]], late: Sequence[Sequence[Artifact]], scope: str, count: int
 ) -> Statistics:
-    """Return the statistics of tables of norms, given as [member][shard]."""
+    """Return the statistics of all `count` examples; for `early`, `late` and `scope`, see `statistics`."""
     columns = {}
     for suffix, members in (("s", early), ("t", late)):
 

@@ -1,4 +1,6 @@
-"""Gradient norms |g_i^(m,e)| of the ensemble. The unit of work is a pass over one shard at one member's weights.
+"""Gradient norms |g_i^(m,e)| of the ensemble: for each example i, member m and epoch e.
+
+A unit of work is a pass over one shard of the examples at one member's weights.
 
 Dropout is off, except with `proxy.ensemble=mc_dropout`. In that case all members have the weights of one adapter, and
 each member's pass uses its own dropout masks.
@@ -30,7 +32,7 @@ Unit = tuple[int, int, Artifact]  # member, epoch, and the artifact with the mem
 
 
 def ensemble_norms(ensemble: Ensemble, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[list[Artifact]]:
-    """Return the members' norms after an epoch, as [member][shard]; `adapters` are those of `train_adapters`."""
+    """Return the members' norms after an epoch, as [member][shard]; `adapters` is what `train_adapters` returned."""
     if ensemble.config.collect == "during_training":
         return [[chain[epoch - 1]] for chain in adapters]
     units, shards = _units(ensemble.config, adapters, epoch), range(ensemble.config.shards)
@@ -118,7 +120,7 @@ def collect_norms(
     masks: int | None = None,
     journal: Journal | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the norms and losses of all examples at fixed weights. Every rank gets all of them.
+    """Return the norms and losses of all examples at fixed weights, on every rank.
 
     Args:
         progress: called with the number of examples just done, estimated from their tokens.

@@ -7,7 +7,7 @@ is the norm of example i's gradient at these parameters.
 This is `proxy.ensemble=lora_seeds`. Two other ensembles implement the ablations that the paper asks for (our reading):
 
     bootstrap   All members start from the same A. Member m trains on N draws with replacement from the N examples. The
-                draws are the same in every epoch, but in another order.
+                draws are the same in every epoch, but their order is new.
     mc_dropout  One adapter is trained with dropout; it equals member 0 of `lora_seeds`. The norms of member m come from
                 a pass at this adapter's weights with the dropout masks of member m.
 
@@ -69,7 +69,7 @@ def train_members(ensemble: Ensemble, members: Sequence[int], epochs: int) -> di
 
 
 def _obtain_epoch(ensemble: Ensemble, parents: Mapping[int, Sequence[Artifact]], epoch: int) -> dict[int, Artifact]:
-    """Return the artifact of each member's epoch. All missing artifacts are made in one training.
+    """Return the artifact of the epoch `epoch` of each member. All missing artifacts are made in one training.
 
     The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. Two jobs that
     make the same units therefore cannot deadlock: one waits for the other.
@@ -109,7 +109,10 @@ def _obtain_epoch(ensemble: Ensemble, parents: Mapping[int, Sequence[Artifact]],
 
 
 def member_settings(config: ProxyConfig, runtime: Runtime, member: int, epoch: int) -> dict[str, Any]:
-    """Return all settings that determine a member's epoch. The number of members and the snapshots are not in them."""
+    """Return all settings that determine a member's epoch.
+
+    The number of members and the snapshots are not among these settings.
+    """
     return {
         **({"ensemble": "bootstrap"} if config.ensemble == "bootstrap" else {}),
         # this setting does not change the weights, but only with it does the artifact contain norms
@@ -136,7 +139,7 @@ def train_members_epoch(
 ) -> list[dict[str, Any]]:
     """Train one or several members for one epoch, side by side, and return the `info` of each unit's artifact.
 
-    With `proxy.collect=during_training`, the artifacts contain the norms of the training steps.
+    With `proxy.collect=during_training`, the artifacts also contain the gradient norms that the training steps gave.
 
     Raises:
         GradsiftError: the learning rate is 0 throughout the epoch.

@@ -1,4 +1,4 @@
-"""Training of an adapter on the proxy's backbone for one epoch, for the ensemble and the warm-up of the features."""
+"""Trains an adapter on the proxy's backbone for one epoch. The ensemble and the features' warm-up use this module."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Epoch(NamedTuple):
     callbacks: Sequence[Callback]
 
     def start(self, adapted: Any, inputs: ProxyInputs) -> ProxyMember:
-        """Return the module that trains the model's active adapter."""
+        """Return the module that trains the model's active adapter. It continues from `previous`, if there is one."""
         # imported where a training starts: Lightning takes seconds to import, and most runs reuse their trainings
         from gradsift.training.modules import ProxyMember
 
@@ -69,7 +69,7 @@ class Epoch(NamedTuple):
         return module
 
     def write(self, module: ProxyMember, inputs: ProxyInputs, steps: int) -> dict[str, Any]:
-        """Write adapter, optimiser state and loss curve, after `steps` steps of this process.
+        """Write the adapter, the optimiser state and the loss curve. This process has taken `steps` optimiser steps.
 
         Returns:
             The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the
@@ -96,7 +96,7 @@ def adapter(backbone: Backbone, config: LoraConfig, seed: int, compute: ComputeC
 
 
 def train_epoch(inputs: ProxyInputs, epoch: Epoch, config: LoraConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """Train an adapter for one epoch, write its files with `Epoch.write`, and return the result."""
+    """Train an adapter for one epoch, write its files with `Epoch.write`, and return what `Epoch.write` returns."""
     from gradsift.training.finetuning import fit
 
     with adapter(inputs.backbone, config, epoch.lora_seed, compute) as adapted:

@@ -4,11 +4,11 @@ Losses of the responses, from two forward passes over the pool:
 
     body_i   mean loss of the response tokens before the last one
     end_i    loss of the last response token (the end token, unless the response was cut)
-    other_i  body_i with example i's prompt replaced by another example's, drawn at random for each member
+    other_i  body_i, but with the prompt of another example, which is drawn at random for each member
 
 For a response of a single token, body and end are both that token's loss. other_i is NaN for a conversation with
-several trained replies, because the later replies would keep their own prompts, and for an example whose prompt equals
-all prompts that are tried for it.
+several trained replies, because the later replies would keep their own prompts. It is also NaN for an example whose
+prompt equals all prompts that are tried for it.
 
 Directions: the cosine of each example's gradient with the mean gradient of the pool, from two passes:
 
@@ -66,7 +66,7 @@ def member_table(
 
     Args:
         member: the artifact of a member's epoch, with its adapter.
-        passes: how many times `columns` passes over the examples.
+        passes: how many times `columns` passes over the examples; the progress bar needs this number.
         info: returns additional entries for the artifact's info.
     """
     runtime, slug = ensemble.runtime, member.path.name.rsplit("-", 1)[0]
@@ -88,7 +88,7 @@ def member_table(
 def read_member_tables(
     artifacts: Sequence[Artifact], file: str, names: Sequence[str], count: int
 ) -> dict[str, np.ndarray]:
-    """Return columns of the members' tables, (M, `count`) float64 each; NaN where a table lacks an example."""
+    """Return the columns `names` of the members' tables, (M, `count`) float64; NaN where a table lacks an example."""
     columns = {name: np.full((len(artifacts), count), np.nan) for name in names}
     for member, artifact in enumerate(artifacts):
         table = pq.read_table(artifact.file(file))
@@ -99,7 +99,11 @@ def read_member_tables(
 
 @dataclass(frozen=True)
 class AnswerLosses:
-    """Losses in nats, (M, N) float64 each; NaN for an example without a response token or without `other`."""
+    """The members' losses body, end and other (see the module's description) in nats, (M, N) float64 each.
+
+    All three are NaN for an example without a response token. `other` is also NaN for an example that got no other
+    prompt.
+    """
 
     body: np.ndarray
     end: np.ndarray
@@ -107,7 +111,7 @@ class AnswerLosses:
 
 
 def answer_losses(ensemble: Ensemble, member: Artifact, index: int) -> Artifact:
-    """Return an artifact with the table of `collect_losses`; the member's number `index` seeds the other prompts."""
+    """Return an artifact with the table of `collect_losses`. The other prompts are drawn for the member `index`."""
     collect = partial(collect_losses, seed=derive_seed(ensemble.runtime.seed, "other prompts", index))
     return member_table(ensemble, "losses", LOSSES_FILE, member, collect, passes=2, version=LOSSES_VERSION)
 
@@ -116,7 +120,7 @@ def answer_losses(ensemble: Ensemble, member: Artifact, index: int) -> Artifact:
 def collect_losses(
     adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal, *, seed: int
 ) -> dict[str, np.ndarray]:
-    """Return columns row (N,) int64, body, end and other (N,) float32, in the order of the encoded examples.
+    """Return the columns row (int64) and body, end and other (float32), (N,) each, in the order of the examples.
 
     Raises:
         GradsiftError: a loss is not finite; the message names the rows.
@@ -156,9 +160,10 @@ def collect_losses(
 def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded | None]:
     """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
-    The examples are put in a random cyclic order, and an example gets the first of the next _TRIES prompts that differs
-    from its own; if none differs, its entry is None. If the new text would be longer than the longest example, the
-    prompt is cut at its start. A first token that all examples share, such as a start token, is kept.
+    The examples are put in a random cyclic order. The next `_TRIES` prompts in this order are tried for an example, and
+    it gets the first of them that differs from its own. If none differs, its entry is None. If the new text would be
+    longer than the longest example, the prompt is cut at its start. A first token that all examples share, such as a
+    start token, is kept.
     """
     limit = max((len(example.input_ids) for example in examples), default=0)
     kept = int(len({int(example.input_ids[0]) for example in examples}) == 1)
@@ -182,7 +187,8 @@ def _prompt(example: Encoded) -> np.ndarray:
 def _after_prompt(example: Encoded, prompt: np.ndarray, kept: int, limit: int) -> Encoded:
     """Return the example with `prompt` as its prompt.
 
-    If it would have more than `limit` tokens, tokens after the prompt's first `kept` tokens are left out.
+    If the result would have more than `limit` tokens, the prompt is shortened: the tokens that follow its first `kept`
+    tokens are left out.
     """
     response = len(example.input_ids) - len(_prompt(example))
     cut = max(0, min(len(prompt) + response - limit, len(prompt) - kept))
@@ -205,9 +211,9 @@ def directions(ensemble: Ensemble, member: Artifact) -> Artifact:
 
 
 def cosines(adapted: Any, inputs: ProxyInputs, advance: Advance, journal: Journal) -> dict[str, np.ndarray]:
-    """Return columns row (N,) int64, cosine and norm (N,) float64, in the order of the encoded examples.
+    """Return the columns row (int64) and cosine and norm (float64), (N,) each, in the order of the examples.
 
-    The cosine is NaN if the example's gradient is zero; `norm` is the gradient's norm.
+    `norm` is the norm of the example's gradient. `cosine` is NaN if this gradient is zero.
 
     Raises:
         GradsiftError: the mean gradient is zero, or a gradient is not finite (the message names the rows).

@@ -1,8 +1,8 @@
 """Training of several members side by side for one epoch (`proxy.together`), with shared forward and backward passes.
 
 Each member has its own data order, dropout masks, optimiser, learning rate, save point and files. So its artifact
-equals that of a member trained alone, up to rounding. A step of the trainer is one step of every member that has steps
-left. After an interruption, each member continues from its own last save point.
+equals that of a member trained alone, up to rounding. In each step of the trainer, every member that has steps left
+takes one optimiser step. After an interruption, each member continues from its own last save point.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from gradsift.training.modules import AdapterModule, ProxyMember, Step
 def train_together(
     inputs: ProxyInputs, epochs: Sequence[Epoch], config: LoraConfig, compute: ComputeConfig
 ) -> list[dict[str, Any]]:
-    """Train all members for one epoch, and return what `Epoch.write` returns for each, with its `forward_tokens`."""
+    """Train all members for one epoch, and return what `Epoch.write` returns for each member.
+
+    `forward_tokens` is added: the number of tokens in the steps that this process has taken for the member.
+    """
     with closing(Lanes(inputs.backbone.model, config, [epoch.lora_seed for epoch in epochs])) as adapters:
         members, callbacks, left = [], [], []
         for lane, epoch in enumerate(epochs):
@@ -58,7 +61,7 @@ def train_together(
 
 
 class Members(AdapterModule):
-    """Trains the adapters of `lanes`, each as its own `ProxyMember` would."""
+    """Trains the adapters of `lanes` (one lane per member), each as a `ProxyMember` alone would train it."""
 
     has_lanes = True
 
@@ -70,7 +73,7 @@ class Members(AdapterModule):
         self._children = nn.ModuleList(members)  # registered, so that Lightning sets their device
 
     def training_step(self, step: Step, step_index: int) -> dict[str, Any]:
-        """Return the outputs of each member that has examples in the step, by its lane's number as a string."""
+        """Return the outputs of each member that has examples in the step. The keys are lane numbers as strings."""
         outputs = self.pass_step(step)
         self.lanes.forget_rows()
         # A step may take several passes, each with rows of every lane. The sort is stable, so the rows of a lane stay
@@ -116,7 +119,7 @@ def _part(step: Step, lane: int) -> Step:
 
 
 class _OfEachMember(L.Callback):
-    """Calls the callbacks of each member with that member, while its adapter is the active one."""
+    """Calls each member's callbacks with that member as their module, while the member's adapter is the active one."""
 
     def __init__(self, callbacks: Sequence[Sequence[L.Callback]]) -> None:
         self._callbacks = callbacks

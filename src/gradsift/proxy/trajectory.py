@@ -1,4 +1,6 @@
-"""The path of an adapter during its training, in D = 64 dimensions: `trajectory.safetensors` beside its weights.
+"""The path of an adapter during its training, as points in D = 64 dimensions.
+
+The points are written to `trajectory.safetensors`, beside the adapter's weights.
 
 A point is a random projection of the update B A over all layers. The factors themselves are not projected: A is drawn
 anew for each member and stays near its initial value, so the factors of the members are far apart from the start,
@@ -31,15 +33,16 @@ POINTS = 16  # per epoch
 class Trajectory(L.Callback):
     """Records the projected update at evenly spaced steps of an epoch, and before the first step of the first epoch.
 
-    It draws from none of the training's random streams, so it does not change the training.
+    The callback draws from none of the training's random streams, so it does not change the training.
     """
 
     def __init__(self, first_step: int, steps: int, folder: Path) -> None:
         """
         Args:
-            first_step: optimiser steps of earlier epochs.
-            steps: optimiser steps of this epoch.
-            folder: gets `steps` (P,), optimiser steps since the first epoch began, and `points` (P, D) float32.
+            first_step: number of optimiser steps in earlier epochs.
+            steps: number of optimiser steps in this epoch.
+            folder: gets the file with `points` (P, D) float32 and `steps` (P,), the number of optimiser steps that
+                had been taken at each point since the first epoch began.
         """
         self._first = first_step
         self._wanted = {round(steps * part / POINTS) for part in range(1, POINTS + 1)} - {0}
@@ -87,7 +90,7 @@ class Trajectory(L.Callback):
 
 
 def _signs(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return u (D, O) and v (D, I) of a layer, int8 of -1 and 1."""
+    """Return the random signs u (D, O) and v (D, I) of a layer: -1 or 1, int8."""
     # seeded by the layer's name: every member, and a resumed training, is projected on the same u and v
     generator = np.random.default_rng(derive_seed("trajectory", name))
     sizes = (layer.lora_B[ADAPTER].weight.shape[0], layer.lora_A[ADAPTER].weight.shape[1])

@@ -84,15 +84,19 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
 
 
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return the number of positions in both selections divided by the number in at least one; 1 if both are empty."""
+    """Return the Jaccard index of two selections: the size of their intersection divided by that of their union.
+
+    It is 1 if both selections are empty.
+    """
     union = set(one) | set(other)
     return len(set(one) & set(other)) / len(union) if union else 1.0
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Return the mean of nested structures, number by number; None where a structure has None.
+    """Return the mean of nested structures, number by number. A mean is None where any structure has None.
 
-    Texts are those of the first structure. Keys that a structure lacks are left out, and lists are cut to the shortest.
+    Texts are taken from the first structure. Keys that any structure lacks are left out, and lists are cut to the
+    length of the shortest.
     """
     first = values[0]
     if isinstance(first, Mapping):
@@ -106,7 +110,7 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 
 def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
-    """Return the tables of an audit, with the overlaps at every alpha, or only at the middle one if `brief`."""
+    """Return the tables of an audit, with the overlaps of the selections at every alpha (`brief`: the middle alpha)."""
     by_options = grouped(audit.datasets, lambda dataset: str(dataset["options"]))
     tables = []
     for options, datasets in by_options.items():
@@ -116,7 +120,7 @@ def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
 
 
 def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequence[str], brief: bool) -> list[Table]:
-    """Return the tables of datasets that differ only by seeds; no table if no method was audited on all datasets."""
+    """Return the tables for datasets that differ only by seeds; no table if no method was audited on all datasets."""
     names = dict.fromkeys(name for dataset in datasets for name in dataset["methods"])
     everywhere = [name for name in names if all(name in dataset["methods"] for dataset in datasets)]
     if not everywhere:
@@ -144,11 +148,11 @@ def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequ
 
 
 def _verdict(figures: Figures, datasets: int) -> Verdict:
-    """Return a verdict for each alpha: CLEANER or DIRTIER than chance, TOO_FEW rows to tell, or "" within chance.
+    """Return a verdict for each alpha: CLEANER or DIRTIER than chance, TOO_FEW, or "" if the share is within chance.
 
     Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
-    few rows if even a selection without a spoilt row would be within chance. The figures are means over `datasets`
-    datasets with different corrupted rows, and such a mean varies less than the figure of one draw.
+    few rows to tell if even a selection without a spoilt row would be within chance. The figures are means over
+    `datasets` datasets with different corrupted rows, so the standard deviation is divided by the root of `datasets`.
     """
     verdict = {}
     for cell in figures["selections"]:
@@ -163,7 +167,10 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
 
 
 def _verdict_text(verdict: Verdict) -> str:
-    """Return a verdict as text: "cleaner" (at all alphas), "dirtier at 5 %" (at this alpha alone), "no different"."""
+    """Return a verdict as text: "cleaner", "dirtier" or "too few rows" if the verdict is the same for all alphas.
+
+    Otherwise the text names the alphas, such as "dirtier at 5 %", or is "no different" if there are none.
+    """
     if set(verdict.values()) in ({CLEANER}, {DIRTIER}, {TOO_FEW}):
         return next(iter(verdict.values()))
     parts = []
@@ -174,7 +181,7 @@ def _verdict_text(verdict: Verdict) -> str:
 
 
 def _summary(methods: Mapping[str, Figures], verdicts: Mapping[str, Verdict]) -> str:
-    """Return the note of the first table: the methods that are cleaner or dirtier than chance, and caveats."""
+    """Return the note of the first table: it names the methods that are cleaner or dirtier than chance, and caveats."""
     base = next(iter(methods.values()))
     alphas = [percent(cell["alpha"]) for cell in base["selections"]]
     middle = len(alphas) // 2
@@ -236,7 +243,7 @@ def _kinds_table(methods: Mapping[str, Figures]) -> Table:
 
 
 def _groups_table(methods: Mapping[str, Figures]) -> list[Table]:
-    """Return the table of the groups of `selection.audit.GROUPS` in a list; an empty list if the data has no groups."""
+    """Return a list with the table of the groups in `selection.audit.GROUPS`; an empty list if the data has none."""
     base = next(iter(methods.values()))
     header, pool = ["method"], [ALL_ROWS]
     for name, group in base["groups"].items():

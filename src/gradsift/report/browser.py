@@ -1,8 +1,8 @@
 """The data of the report's example browser: the examples of a pool, with the scores and selections of every method.
 
-A pool is packed into one byte string, which is compressed and written as base64, and a JSON description of its columns.
-The page's script reads the columns as typed arrays and searches all texts as one string, which keeps a search over
-52,000 examples fast.
+The page contains two things for each pool: a byte string, compressed and written as base64, and a JSON description of
+the columns in the byte string. The page's script reads the columns as typed arrays. It searches all texts as one
+string, which keeps a search over 52,000 examples fast.
 
 Shape letters: N examples of the pool, n examples on the page.
 """
@@ -38,10 +38,12 @@ class Pool:
 
     The page's script reads `methods` and `selections`. Their columns are arrays (N,).
 
-    In a method, `rank` is 1 for the highest score (equal scores in row order) and 0 for examples without a score.
-    `parts` has the numbers from which the score is computed and the statistics of the ensemble. In a selection,
-    `method` is an index into `methods`, `place` is the place in the selection from 1, or 0 for examples that are not
-    selected, and `everything` is True for the full-data run.
+    In an entry of `methods`, `rank` is 1 for the highest score (equal scores are ranked in row order) and 0 for
+    examples without a score. `parts` has the numbers from which the score is computed and the statistics of the
+    ensemble.
+
+    In an entry of `selections`, `method` is an index into `methods`. `place` is the example's place in the selection,
+    counted from 1, or 0 for examples that are not selected. `everything` is True for the full-data run.
     """
 
     name: str
@@ -127,13 +129,13 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 def packed_pools(all_pools: Sequence[Pool], most: int = MOST) -> list[Packed]:
-    """Pack all examples of the pools; if they are more than `most`, of each pool a share in proportion to its size."""
+    """Pack the pools. If they have more than `most` examples, each pool keeps a share in proportion to its size."""
     total = max(most, sum(len(pool.examples) for pool in all_pools))
     return [pack(pool, math.ceil(most * len(pool.examples) / total)) for pool in all_pools]
 
 
 def pack(pool: Pool, most: int = MOST) -> Packed:
-    """Pack at most `most` examples of a pool: the columns, with scores as 32-bit floats, and then the texts."""
+    """Pack at most `most` examples of a pool: first the columns, with scores as 32-bit floats, then the texts."""
     rows = held(pool, most)
     packed = bytearray()
     offsets: dict[tuple[str, bytes], int] = {}  # by type and content, so that equal columns are stored once
@@ -141,8 +143,8 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
     def described(value: Any) -> Any:
         """Append every array (N,) in the nested `value` to `packed`, reduced to the n examples on the page.
 
-        Returns a copy of `value` with `[type, offset]` in place of each array. A type is f4, u4, u2 or u1,
-        little-endian; an offset is a multiple of four bytes.
+        Return a copy of `value` with `[type, offset]` in place of each array. The type is f4, u4, u2 or u1,
+        little-endian. The offset is the array's first byte in `packed`, a multiple of four.
         """
         if isinstance(value, Mapping):
             return {key: described(item) for key, item in value.items()}
@@ -188,10 +190,10 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
 
 
 def held(pool: Pool, most: int) -> np.ndarray:
-    """Return the positions (n,) of the examples on the page, ascending: all, or `most` of them if there are more.
+    """Return the positions (n,) of the examples that the page shows, in ascending order.
 
-    If there are more, the examples with the best places in a selection are taken first. The rest is drawn at random,
-    with a fixed seed, from the examples that are not selected.
+    The page shows at most `most` examples. If the pool has more, the examples with the best places in a selection are
+    taken first. The others are drawn at random, with a fixed seed, from the examples that are not selected.
     """
     count = len(pool.examples)
     best = np.full(count, count + 1)

@@ -37,7 +37,7 @@ class Headline(NamedTuple):
 
 
 def headline(material: Material) -> Headline:
-    """Return the first section, from the `run.json` files of the runs and the `diagnostics.json` of a sweep."""
+    """Return the first section, made from the runs' `run.json` files and, for a sweep, its `diagnostics.json`."""
     title, verdicts, tiles = _of_sweep(material) if material.is_sweep else _of_run(material.runs[0])
     return Headline(title, _settings(material), verdicts, tiles, list(_notes(material)))
 
@@ -62,7 +62,7 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:
-    """Return sentences and tiles on the cell with the highest PWS and on G-SNR against the baselines."""
+    """Return sentences and tiles about the cell with the highest PWS, and about G-SNR compared with the baselines."""
     try:
         cells = cells_of(material)
     except Missing as reason:
@@ -91,7 +91,7 @@ def _best(material: Material) -> tuple[list[str], list[Tile]]:
 
 
 def _invalid(row: Row) -> str:
-    """Return the share of a cell's items without a valid judgment as text; "" if all are valid."""
+    """Return a text with the share of a cell's items that have no valid judgment; "" if all items have one."""
     if not row["invalid"]:
         return ""
     items = sum(row[name] for name in COUNTS)
@@ -104,7 +104,7 @@ def _length_tile(row: Row) -> list[Tile]:
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a tile, in a list, with a cell's accuracy, or with its held-out loss if there are no reference answers."""
+    """Return a list with a tile of a cell's accuracy, or else of its held-out loss; empty if neither was measured."""
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
@@ -119,8 +119,8 @@ def _baselines_tile(material: Material, best: Row) -> list[Tile]:
 def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[str, float | None]]) -> list[Tile]:
     """Return a list with a tile that shows `value`; an empty list if `value` is None.
 
-    The tile's note has the means over `measured` of the full-data target (`reference`) and of the target before
-    finetuning (`untuned`). It leaves out a mean if an entry lacks the value.
+    `measured` has an entry for each run, with the values of the full-data target (`reference`) and of the target before
+    finetuning (`untuned`). The tile's note has the mean of each over the runs, unless a run lacks the value.
     """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):
@@ -158,7 +158,7 @@ def _of_run(run: Run) -> tuple[str, list[str], list[Tile]]:
 
 
 def _settings(material: Material) -> str:
-    """Return the main settings as text, each with its different values in the runs."""
+    """Return the main settings of the runs as text; for a setting that varies, the text has all its values."""
     keys = ("dataset", "proxy", "members", "snapshots", "target", "benchmark_sets", "judge")
     names = {"dataset": "data", "benchmark_sets": "benchmark"}
     values = {names.get(key, key): [run.record.get(key) for run in material.runs] for key in keys}

@@ -1,9 +1,9 @@
 """Conversion of a figure's SVG file into an `<svg>` element of the report's page.
 
 The page's content security policy allows no `style` attribute, so the styles that matplotlib writes become SVG
-attributes. Every id gets the figure's name as a prefix, as all figures share one document. The four neutral colours of
-`figures.style` become CSS variables of the page. Scripts, event handlers, links to other documents, and elements that
-no figure needs are removed.
+attributes. Every id gets the figure's name as a prefix, so that no two figures of the page have equal ids. The four
+neutral colours of `figures.style` become CSS variables of the page. Scripts, event handlers, links to other documents,
+and elements that no figure needs are removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOCAL = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline_svg(text: str, name: str, label: str) -> Markup:
-    """Return the `<svg>` element for the page.
+    """Return the `<svg>` element of a figure for the page.
 
     Args:
         text: content of an SVG file that matplotlib wrote.

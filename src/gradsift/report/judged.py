@@ -1,4 +1,4 @@
-"""A sample of the judged answers for the page: question, both answers, and the judge's replies in both orders."""
+"""A sample of the judged answers for the report's page, with the judge's replies for both orders of the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUT = 600  # characters of a text
 
 
 class Words(NamedTuple):
-    """The judge's reply about a pair in one order."""
+    """The judge's reply to a pair of answers that was shown in one order."""
 
     order: str  # "model first" or "model second"
     scores: str  # of model and reference, as in "8 : 7", or "invalid"
@@ -28,7 +28,10 @@ class Words(NamedTuple):
 
 
 class JudgedPair(NamedTuple):
-    """A question with the answers of the model tuned on a selection and of the model tuned on all rows, not escaped."""
+    """A question with the answers of two models: the one tuned on a selection, and the one tuned on all rows.
+
+    The texts are not escaped for HTML.
+    """
 
     method: str  # and budget
     benchmark: str
@@ -40,7 +43,7 @@ class JudgedPair(NamedTuple):
 
 
 def judged_pairs(material: Material, most: int = MOST) -> tuple[list[JudgedPair], list[str]]:
-    """Return up to `most` judged pairs, and the reasons why runs are not shown (see `attempt`).
+    """Return up to `most` judged pairs, and the reasons why the answers of some runs could not be read (see `attempt`).
 
     Every combination of method and alpha gets the same number of pairs, from its first run whose answers are in the
     store. Within a combination the outcomes get the same number of pairs, if there are enough items with each outcome.

@@ -1,7 +1,7 @@
 """The material of a report: the folder of a run or a sweep, and the artifacts of its runs.
 
 Everything is read from files, so a report can be made on any machine that has copies of the folder and the store. The
-report names what is absent (`Material.gaps`, `Missing`) and replaces no missing value.
+report names what is absent (`Material.gaps`, `Missing`) and never fills in a missing value.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Incomplete(GradsiftError):
 def attempt(make: Callable[[], T]) -> tuple[T | None, str]:
     """Return the value of `make` and "", or None and the reason if `make` raises an exception.
 
-    An error in one figure thus does not prevent the others. For exceptions other than `Missing` the reason begins with
-    BROKEN.
+    So an error in one figure does not prevent the other figures. If the exception is not `Missing`, the reason begins
+    with BROKEN.
     """
     try:
         return make(), ""
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of finished, stopped (as asked), failed, interrupted, or unfinished (killed or at work)."""
+        """One of finished, stopped (as asked), failed, interrupted, or unfinished (killed, or still at work)."""
         return str(self.record["status"])
 
     @property
@@ -112,7 +112,7 @@ class Run:
 
     @cached_property
     def artifacts(self) -> dict[str, list[Artifact]]:
-        """The artifacts that are in the store, by stage, in the order of the run."""
+        """The run's artifacts that still exist, grouped by stage, in the order of `run.json`."""
         opened = [artifact for stage in self.record["stages"] if (artifact := self._open(stage)) is not None]
         return grouped(opened, lambda artifact: artifact.stage)
 
@@ -161,7 +161,7 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """A text for each stopped run, each run with lost artifacts, and each lost audit file.
+        """Texts on what is missing: one for each stopped run, run with lost artifacts, and lost audit file.
 
         Failed runs are left out, as the report has a table of them.
         """
@@ -200,7 +200,7 @@ class Material:
         return self._read(read_statistics, run.one("statistics"))
 
     def members(self, run: Run) -> list[list[Artifact]]:
-        """Return the adapters of the ensemble's members, as [member][epoch - 1]."""
+        """Return the adapters of the ensemble's members, as lists with the indices [member][epoch - 1]."""
         run.one("member")
         adapters: dict[int, dict[int, Artifact]] = {}
         for artifact in run.artifacts["member"]:
@@ -209,7 +209,7 @@ class Material:
         return [[epochs[epoch] for epoch in sorted(epochs)] for _, epochs in sorted(adapters.items())]
 
     def norms(self, run: Run, epoch: int) -> list[list[Artifact]]:
-        """Return the artifacts of the members' gradient norms after an epoch, as [member][shard]."""
+        """Return the artifacts of the gradient norms after an epoch, as lists with the indices [member][shard]."""
         if (run.config.get("proxy") or {}).get("collect") == "during_training":
             return [[epochs[epoch - 1]] for epochs in self.members(run)]
         run.one("norms")
@@ -221,7 +221,7 @@ class Material:
         return [shards for _, shards in sorted(by_member.items())]
 
     def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return for each adapter the optimiser steps (P,) and points (P, D) of `gradsift.proxy.trajectory`."""
+        """Return for each member the steps (P,) and points (P, D) that `gradsift.proxy.trajectory` has recorded."""
         trajectories = []
         for epochs in self.members(run):
             steps, points = zip(*(read_trajectory(artifact.path) for artifact in epochs), strict=True)
@@ -233,8 +233,8 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
     """Read the folder of a run or of a sweep.
 
     Args:
-        artifacts: a folder of a store, for artifacts that are neither at the paths in `run.json` nor in the config's
-            store.
+        artifacts: the folder of a store, which is searched for artifacts that are not at the paths in `run.json`. The
+            store in the run's config is searched after it.
 
     Raises:
         DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.
@@ -259,7 +259,10 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """Return the content of `run.json`; a missing scorer or alpha is taken from the run's overrides."""
+    """Return the content of `run.json`, or a record with the status `unfinished` if there is no such file.
+
+    A missing scorer or alpha is taken from the run's overrides.
+    """
     path = folder / RUN_FILE
     if path.is_file():
         try:

@@ -71,17 +71,17 @@ def remarks_of_all(runs: Iterable[Run]) -> list[str]:
 
 
 def warnings_of(diagnostics: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
-    """Return the messages of the diagnostics whose verdict is `warning`, by name."""
+    """Return a dict from the name of each diagnostic with the verdict `warning` to its message."""
     return {name: d["message"] for name, d in (diagnostics or {}).items() if d["verdict"] == "warning"}
 
 
 def against_random(runs: Sequence[Run]) -> list[Diagnostic]:
-    """Compare each method with random selection; return a diagnostic for each scorer and setting.
+    """Compare the PWS of each method (a scorer with its settings) with random selection; return a diagnostic for each.
 
-    The pooled PWS of a run is compared with the pooled PWS of its counterparts. These are the runs with random
-    selection that have the same seeds and settings, apart from the scorer and its constants. A method without
-    counterparts has no diagnostic. The p-values come from paired tests over all seeds, with Holm's correction over the
-    methods. A method is not tested if one of its runs has several counterparts.
+    The pooled PWS of a run is compared with the pooled PWS of its counterparts. The counterparts of a run are the runs
+    with random selection that have the same seeds and the same settings, apart from the scorer and its constants. A
+    method without counterparts has no diagnostic. The p-values come from paired tests over all seeds, with Holm's
+    correction over the methods. A method is not tested if one of its runs has several counterparts.
     """
     rows = [flat_rows(run)[-1] for run in with_settings(runs)]  # the pooled row, or the only one
     rows = [row for row in rows if row["pws"] is not None and row["scorer"] != "full"]

@@ -1,8 +1,8 @@
 """`report.html`, one self-contained page. Its figures and tables are also written as files, in folders beside it.
 
-The page can be opened from disk and makes no request. Its content security policy allows, by hash, one script and one
-style sheet, which are files of this package. Texts of the data are escaped, or stored as JSON and base64, which the
-script shows as text.
+The page can be opened from disk and makes no network request. Its content security policy allows only one script and
+one style sheet, which are files of this package and are identified by their hashes. Texts of the data cannot act as
+HTML: they are either escaped, or stored as JSON in base64, and the script shows them as plain text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_report(
     formats: Iterable[str] = ("png", "svg"),
     artifacts: Path | None = None,
 ) -> Path:
-    """Write the report of the folder of a run or a sweep: `report.html`, `figures/` and `tables/`.
+    """Write the report of the run or sweep in `folder`: `report.html`, `figures/` and `tables/`.
 
     Args:
         to: the folder to write to; by default `folder`.
@@ -108,7 +108,7 @@ def _shown(entry: Entry, to: Path, reason: str | None, formats: Iterable[str]) -
 
 
 def render(material: Material, values: Mapping[str, Any]) -> str:
-    """Return the page as HTML. `values` are the variables of the template that are not read from `material` here."""
+    """Return the page as HTML. `values` are further variables of the template, which the caller has computed."""
     style, script = (
         resources.files("gradsift.report").joinpath("templates", name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")

@@ -60,9 +60,10 @@ class Count:
 
 
 def cells_of(material: Material) -> Cells:
-    """Return the rows by place and column (see `Place`, `Column`), averaged over runs that differ only by seeds.
+    """Return a dict from (place, column) to a row of results, averaged over the runs that differ only in seeds.
 
-    Rows without a PWS, pooled rows and full-data runs are left out. Raises `Missing` if no row is left.
+    A place is a dataset, target and benchmark; a column is an alpha and a method. Rows without a PWS, rows
+    pooled over benchmarks, and full-data runs are left out. Raises `Missing` if no row is left.
     """
     cells: Cells = {}
     rows = [row for run in material.finished for row in flat_rows(run.record) if row["benchmark"] != "pooled"]
@@ -76,7 +77,7 @@ def cells_of(material: Material) -> Cells:
 
 
 def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
-    """Return the rows of each place and alpha by scorer; if a scorer has several settings, only the first is kept."""
+    """Group the rows by place and alpha, then by scorer; of a scorer with several settings, only the first is kept."""
     groups: dict[tuple[Place, float], dict[str, Row]] = {}
     for (place, (alpha, _)), row in cells.items():
         groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
@@ -86,7 +87,7 @@ def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
 def count(cells: Cells) -> Count:
     """Compare G-SNR with the baselines in every cell and count the results (the paper's "19 of 24").
 
-    Raises `Missing` if no cell has both the method and a baseline.
+    Raises `Missing` if no cell has both G-SNR and a baseline.
     """
     groups = []  # the method's row, and the baselines' rows by name
     for group in _by_scorer(cells).values():
@@ -115,7 +116,7 @@ def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
 
 
 def pws_table(material: Material) -> Table:
-    """Return the table of PWS: a row for each place, a column for each alpha and method."""
+    """Return the table of PWS, with a row for each place and a column for each pair of alpha and method."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))
     methods = list(dict.fromkeys(method for _, (_, method) in cells))
@@ -146,7 +147,7 @@ def pws_table(material: Material) -> Table:
 
 
 def ablation_table(material: Material) -> Table:
-    """Return the table of the PWS of G-SNR and of its ablations, with each ablation's difference from G-SNR."""
+    """Return a table with the PWS of G-SNR and of each ablation, and each ablation's difference from G-SNR."""
     by_cell = _by_scorer(cells_of(material)).items()
     groups = {key: group for key, group in by_cell if METHOD in group and not group.keys().isdisjoint(ABLATIONS)}
     if not groups:

@@ -1,7 +1,7 @@
-"""The output of `plan=true`, from `run.json` files alone: the units of work done and to do, and their estimated cost.
+"""The output of `plan=true`: the units of work that are done and to do, and their estimated cost.
 
-If several runs of a sweep need the same missing unit, its state is `to do` in the first of these runs and `shared` in
-the later ones.
+The output is made from `run.json` files alone. If several runs of a sweep need the same unit and it is not done yet,
+its state is `to do` in the first of these runs and `shared` in the later ones.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
 
 
 def jobs_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each job of a sweep, which names the stages done, shared and to do."""
+    """Return a table with a row for each job of a sweep; the row names the stages done, shared and to do."""
     rows = []
     named = with_settings(runs, told_apart=())
     for number, (run, units) in enumerate(zip(named, states(runs), strict=True), start=1):
@@ -83,8 +83,8 @@ def jobs_table(runs: Sequence[Run]) -> Table:
 def stages_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each stage of these runs and a row for all stages.
 
-    A unit that is done counts once. A unit that is not done counts once in `to do`, and in `shared` once for each later
-    run that needs it.
+    A unit that is done counts once, even if several runs use it. A unit that is not done counts once in `to do`, and in
+    `shared` once for each later run that needs it.
     """
     rows = []
     pairs = [pair for units in states(runs) for pair in units]

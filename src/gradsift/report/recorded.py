@@ -1,9 +1,9 @@
-"""Check whether a sweep of `experiment=world` reproduces the recorded table.
+"""Check whether a sweep of `experiment=world` reproduces the results that are recorded in this repository.
 
 `conf/experiment/world.recorded.json` has the figures (PWS, accuracy and others) of every scorer for each data seed, a
-hash of the settings, and the machine. A sweep with exactly these settings is compared with it at its end. The mean of a
-figure agrees with the recorded mean unless a t test over the seeds finds a difference, with Bonferroni's correction
-over the figures.
+hash of the settings, and a description of the machine. When a sweep with exactly these settings ends, its figures are
+compared with the recorded ones. The mean of a figure agrees with the recorded mean unless a t test over the seeds finds
+a difference, with Bonferroni's correction over the figures.
 
 To print the content of `world.recorded.json` for a finished sweep:
 
@@ -41,7 +41,7 @@ Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measur
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines on whether the sweep agrees with the recorded table; no line if its jobs or settings differ.
+    """Return lines on whether the sweep agrees with the recorded one; no line if the two differ in jobs or settings.
 
     Args:
         files: the paths of the jobs' `run.json` files, which have the jobs' `config.yaml` files beside them.
@@ -82,7 +82,7 @@ def _settings(files: Sequence[Path]) -> str:
 
 
 def _figures(runs: Sequence[Run]) -> Figures:
-    """Return the figures of each scorer in the order of the data seeds, with None for a figure that a run lacks."""
+    """Return each scorer's values of each measure, in the order of the data seeds; None where a run lacks the value."""
     figures: dict[str, dict[str, list[float | None]]] = {}
     for row in sorted(all_rows(runs), key=lambda row: row["data_seed"]):
         for name in _NAMES:
@@ -91,10 +91,10 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _difference(values: Sequence[float | None], expected: Sequence[float | None], cells: int) -> str | None:
-    """Compare the values of a cell with the recorded values by a t test.
+    """Compare the values of one measure of one scorer with the recorded values, by a t test.
 
     Returns the difference as text, or None if the test finds no difference. Missing values count as a difference.
-    `cells` is the number of tested cells, for Bonferroni's correction.
+    `cells` is the number of all such tests, for Bonferroni's correction.
     """
     from scipy import stats
 

@@ -35,7 +35,7 @@ _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.mem
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Return the items by their keys, in order of first appearance."""
+    """Return a dict from each key to the list of the items that have it, in order of first appearance."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -45,7 +45,7 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 def with_settings(runs: Sequence[Run], told_apart: Sequence[str] = _OWN_COLUMN) -> list[Run]:
     """Return copies of the runs with the key `settings`: the overrides that not all runs share, as one text.
 
-    Seeds and overrides with a key in `told_apart`, which are shown elsewhere, are left out.
+    Seeds, and overrides with a key in `told_apart`, are left out, because they are shown elsewhere.
     """
     elsewhere = (*told_apart, *SEED_KEYS)
     own = [[o for o in run.get("overrides") or [] if o.split("=", 1)[0] not in elsewhere] for run in runs]
@@ -109,7 +109,7 @@ def _p_value_of(letters: str) -> float | None:
 
 
 def untuned_rows(runs: Iterable[Run]) -> list[Row]:
-    """Return the results of the targets before finetuning, a row for each dataset, target, `settings` and seeds."""
+    """Return the results of the targets before finetuning: a row for each dataset, target, `settings` and seeds."""
     rows: dict[tuple[Any, ...], Row] = {}
     for run in runs:
         accuracy, loss = ((run.get(name) or {}).get("untuned") for name in ("accuracy", "heldout_loss"))
@@ -127,9 +127,12 @@ def all_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average rows that differ only in seeds. Counts are summed; the interval of the PWS is over seeds and items.
+    """Average rows that differ only in seeds.
 
-    Each row returned has two more keys: `runs`, the number of rows averaged, and `seeds`, their pairs of seeds.
+    Counts are summed, and the interval of the PWS is computed over seeds and items.
+
+    Each returned row has two more keys: `runs`, the number of averaged rows, and `seeds`, their [data seed, seed]
+    pairs.
     """
     # A sweep over alpha repeats the full-data run for each alpha. Keep one row for each seed, a finished one if any.
     kept: dict[Any, Row] = {}
@@ -161,15 +164,19 @@ def _mean_row(group: Sequence[Row]) -> Row:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None without values or if a value is None, as means over different runs are not comparable."""
+    """Return the mean of the values; None if there is no value, or if one of them is None.
+
+    A missing value is not skipped, because means over different runs are not comparable.
+    """
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
-    """Return the outcomes as 1, 0 and -1, shape (seeds, items), for the items that are valid with every seed.
+    """Return the outcomes (seeds, items) of the items that are valid with every seed: 1 (win), 0 (tie) or -1 (loss).
 
-    `letters` has a text for each seed with one letter per item, in the same order: w, t, l, or i (invalid).
+    `letters` has a text for each seed. A text has one letter for each item: w, t, l, or i (invalid). The items have the
+    same order in all texts.
     """
     values = {"w": 1.0, "t": 0.0, "l": -1.0, "i": math.nan}
     matrix = np.array([[values[letter] for letter in each] for each in letters])
@@ -177,10 +184,10 @@ def outcome_matrix(letters: Sequence[str]) -> np.ndarray:
 
 
 def compared(first: Row, second: Row) -> Difference | None:
-    """Return the paired difference of two rows of `over_seeds`.
+    """Return the difference in PWS of two rows that `over_seeds` returned, paired by seed and item.
 
     Returns None if a row has no outcomes, if the rows differ in items or in seeds (after a failed job), or if no item
-    is valid with every seed of both.
+    is valid with every seed of both rows.
     """
     if first.get("seeds") != second.get("seeds"):
         return None
@@ -220,7 +227,10 @@ def outcomes_text(row: Row) -> str:
 
 
 def results_table(runs: Sequence[Run]) -> Table:
-    """Return the PWS table without empty columns and settings that do not vary; its records have all columns."""
+    """Return the table of results, without empty columns and without settings that do not vary.
+
+    The table's `records`, for the CSV file, have all columns.
+    """
     records = all_rows(with_settings(runs))
     rows = over_seeds(records)
     title = TITLE

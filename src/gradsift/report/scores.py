@@ -35,8 +35,8 @@ def write_scores_of(run: Path, out: Path, artifacts: Path | None = None) -> int:
         The number of rows.
 
     Raises:
-        GradsiftError: the suffix of `out` is unknown, its folder does not exist, `run` is a sweep, its data or scores
-            are not in the store, or a part of the score has the name of another column.
+        GradsiftError: the suffix of `out` is unknown, the folder of `out` does not exist, `run` is a sweep, the run's
+            data or scores are not in the store, or a part of the score is named like another column of the file.
     """
     if out.suffix not in TYPES:
         raise ConfigError(f"--out {out} is of no known type; let its name end in one of: {', '.join(TYPES)}")

@@ -60,7 +60,7 @@ class Table:
         return shown
 
     def fitted(self, console: Console) -> tuple[Table, list[str]]:
-        """Return the table without the last columns that do not fit the console's width, and their headings.
+        """Return the table cut to the console's width, and the headings of the columns that were cut off at the right.
 
         The first three columns are always kept.
         """
@@ -113,7 +113,7 @@ class Table:
         return "\n".join(lines)
 
     def write(self, folder: Path, name: str) -> None:
-        """Write `<name>.csv`, and for tables of at most `_LONGEST_MARKDOWN` rows `<name>.md` and `<name>.tex`."""
+        """Write `<name>.csv` and, if the table has at most `_LONGEST_MARKDOWN` rows, `<name>.md` and `<name>.tex`."""
         if len(self.rows) <= _LONGEST_MARKDOWN:
             (folder / f"{name}.tex").write_text(self.latex() + "\n", encoding="utf-8")
             (folder / f"{name}.md").write_text(self.markdown() + "\n", encoding="utf-8")
@@ -121,14 +121,14 @@ class Table:
 
 
 def table_of_records(title: str, records: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    """Return a table with a row for each record, floats with four significant digits."""
+    """Return a table with a row for each record and a column for each key; floats have four significant digits."""
     header = list(dict.fromkeys(key for record in records for key in record))
     rows = [[cell_text(record.get(key), 4) for key in header] for record in records]
     return Table(title, header, rows, note=note, records=records)
 
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as CSV, with a column for each key of any record."""
+    """Write records as CSV, with a column for each key that any record has."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -149,7 +149,7 @@ def cell_text(value: Any, digits: int = 6) -> str:
 
 
 def fixed(value: float | None, decimals: int = 3) -> str:
-    """Return the number with fixed decimals, or "-" for None."""
+    """Return the number with `decimals` decimal places, or "-" for None."""
     return "-" if value is None else f"{value:.{decimals}f}"
 
 
@@ -166,8 +166,8 @@ def counted(number: int, name: str) -> str:
 def groups_of(header: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Group the columns named `ALPHA: METHOD` by alpha; return each group's title and its methods.
 
-    The first column belongs to no group. The list is empty if another column is not named so, or if no two adjacent
-    columns share an alpha.
+    The first column belongs to no group. The list is empty if any other column has a name of another form, or if no two
+    adjacent columns share an alpha.
     """
     pairs = [name.partition(": ") for name in header[1:]]
     groups: list[tuple[str, list[str]]] = []

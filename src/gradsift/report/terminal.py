@@ -1,4 +1,4 @@
-"""The lines and tables that a run or a sweep prints, and the report at its end."""
+"""The lines and tables that a run or a sweep prints, and the report that is written at its end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RunView:
         self.display.say(f"  {record.name:<10} {Path(record.artifact).name}  {record.seconds:.1f} s{steps}")
 
     def planned(self, folder: Path) -> None:
-        """Print the plan of a run; in a sweep only its totals, as the sweep ends with tables of all runs."""
+        """Print the plan of a run; in a sweep print only the plan's totals, as tables of all runs follow at the end."""
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if self._number is not None:
             self.display.say(f"  {plan_lines([run])[0]}")
@@ -92,7 +92,7 @@ class RunView:
                 self.display.say(f"{name}: {path}")
 
     def _pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Print a line for each pair of label and value. On a terminal a long value wraps beside its label."""
+        """Print each pair of label and value; on a terminal, all lines of a long value stand right of its label."""
         width = max((len(name) for name, _ in pairs), default=0)
         if not self.display.console.is_terminal:
             for name, value in pairs:
@@ -185,7 +185,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
         jobs: the overrides of every job; None if they were not known before the sweep.
 
     Returns:
-        Whether no job failed.
+        False if a job failed or left no `run.json`, else True.
     """
     display = Display()
     files = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: job_number(file.parent))
@@ -233,7 +233,7 @@ def sweep_finished(folder: Path, jobs: Sequence[Sequence[str]] | None = None) ->
 
 
 def report_at_end(folder: Path, display: Display) -> Path | None:
-    """Write `report.html` and its files into the folder, and log them to W&B if the runs are logged there.
+    """Write `report.html` and its files into `folder`, and log them to W&B if the runs are logged there.
 
     Returns the path of the page. If the page cannot be written, prints the reason and returns None.
     """
@@ -274,7 +274,10 @@ def _print_and_write(table: Table, display: Display, file: Path) -> None:
 
 
 def _print_audit(jobs: Sequence[tuple[Path, Mapping[str, Any]]], display: Display, folder: Path | None = None) -> bool:
-    """Print the tables of the noise audit, write its files to `folder` if given; return whether a job was audited."""
+    """Print the tables of the noise audit and, if `folder` is given, write the audit's files there.
+
+    Returns whether any job was audited; if none was, nothing is printed or written.
+    """
     if (audit := sweep_audit(jobs)) is None:
         return False
     if folder is not None:
@@ -286,7 +289,7 @@ def _print_audit(jobs: Sequence[tuple[Path, Mapping[str, Any]]], display: Displa
 
 
 def _warnings_and_notes(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return lines with the number of runs for each warning, the first warning in full, and the remarks."""
+    """Return lines to print: the number of runs with each warning, the first warning in full, and the remarks."""
     warnings = [warning for run in runs for warning in warnings_of(run.get("diagnostics")).items()]
     lines = [f"note: {line}" for line in remarks_of_all(runs)]
     if warnings:

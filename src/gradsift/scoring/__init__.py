@@ -1,4 +1,4 @@
-"""Scorers: one module per method; a higher score means keep.
+"""Scorers, one module per method. Examples with higher scores are preferred.
 
 A scorer is a function. Its positional parameters name its inputs, and the pipeline computes only the inputs that are
 named. These are available:
@@ -31,7 +31,7 @@ named. These are available:
     task         shows a progress bar: `with task(description, total) as advance`, then `advance(number of steps done)`
     journal      `gradsift.journal.Journal`: keeps the partial results of an interrupted run
 
-The scorer's keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. It returns `Scores`, or one
-number per example. To add a scorer, write such a function in a module in the working directory, and name it as
+The scorer's keyword-only parameters are its constants, set in `conf/scorer/<name>.yaml`. The scorer returns `Scores`,
+or one number per example. To add a scorer, write such a function in a module in the working directory, and name it as
 `_target_` in a YAML file in `./conf/scorer/`; or pass the function to `gradsift.select`.
 """

@@ -8,8 +8,9 @@ if the tokenizer adds one by default. Every token of the answer is scored, in bo
 above 1 are excluded, and so are rows whose prompt and answer together are longer than L.
 
 With `fidelity=original`, the line "### Response:" and the answer are first cut to L - p + 4 tokens together, and the
-length of the answer is measured after this cut. A row is then too long only if the line has fewer than 4 tokens (a
-start token included). With `fidelity=fixed`, the length is measured before the cut. Further decisions: docs/methods.md.
+length of the answer is measured after this cut. So prompt and answer count as longer than L only if that line has fewer
+than 4 tokens (a start token included). With `fidelity=fixed`, the length is measured before the cut. docs/methods.md
+has further decisions.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def loss_ratios(alone: np.ndarray, together: np.ndarray, too_long: np.ndarray, l
 def cherry_spans(
     examples: Sequence[Example], backbone: Backbone, limit: int, *, measure_cut: bool
 ) -> tuple[list[Encoded], list[Encoded], np.ndarray]:
-    """Return the spans of each answer after "### Response:" and after its prompt, and whether its row is too long.
+    """Return each answer's span after "### Response:", its span after the prompt, and whether its row is too long.
 
     Args:
         measure_cut: whether the answer's length is measured after the cut (fidelity=original) or before it.

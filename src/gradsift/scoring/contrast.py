@@ -3,16 +3,16 @@
     l_i^m  = (1 - w) body_i^m / mean(body^m) + w end_i^m / mean(end^m)     means over the examples; w = end_share
     c_i^m  = (mean_j log l_j^m - log l_i^m) / std_j log l_j^m       j over the k nearest prompts of i
     g_i^m  = log(mean_m' other_i^m' / body_i^m)                     how much less the answer costs with its own prompt
-    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over the like_length answers around i by length
+    z_i^m  = (g_i^m - mean_j g_j^m) / std_j g_j^m                   j over like_length answers of similar length
     d_i^m  = c_i^m + v min(0, z_i^m + 1)                            v = prompt_weight
     b_i = mean_m d_i^m - caution x std_m d_i^m      a lower confidence bound over the members
-    score_i = b_i; for the fifth of the rows with the highest b_i, a random number above all other scores
+    score_i = b_i; for the share `saturation` of the rows with the highest b_i, a random number above all others
 
 body_i is the mean loss of an answer's tokens before the last one, and end_i is the loss of its last token, both at the
 late snapshot. other_i is the mean loss of the same tokens as in body_i, but after the prompt of another example; where
 it is unknown (see `AnswerLosses`), d_i^m = c_i^m.
 
-Reasons for each term, ablations and limits: docs/methods.md.
+docs/methods.md has the reasons for each term, ablations and limits.
 
 Shape letters: M members, N examples, K neighbours.
 """
@@ -63,10 +63,10 @@ def contrast(
         like_length: number of answers of similar length whose gains are compared with the gain of an answer; all other
             answers if there are fewer.
         caution: how many standard deviations over the members are subtracted.
-        saturation: share of the examples whose scores are drawn at random (with `seed`): those with the highest bounds.
+        saturation: share of the examples, those with the highest bounds, whose scores are drawn at random with `seed`.
 
     Raises:
-        ConfigError: at most `neighbours` examples have a response.
+        ConfigError: there are not more than `neighbours` examples with a response.
     """
     contrasts = member_contrasts(answer_losses, examples, neighbours, end_share)
     lengths = [len(example.output) for example in examples]
@@ -138,13 +138,13 @@ def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarr
 
 
 def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.ndarray:
-    """Return the relative losses l (M, N) from the losses of bodies and ends in nats, (M, N) each."""
+    """Return l (M, N), see the module's docstring, for the losses `body` and `end` (M, N) in nats."""
     body, end = (part / np.maximum(part.mean(1, keepdims=True), _LEAST_MEAN) for part in (body, end))
     return (1 - end_share) * body + end_share * end
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless each of `count` examples has that many other examples as neighbours."""
+    """Raise a `ConfigError` unless `count` is above `neighbours`, so that each example can have so many neighbours."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
@@ -163,10 +163,12 @@ def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-    """Return how many standard deviations each value lies below the mean of its neighbours' values, (M, N) float64.
+    """Return (mean - value) / standard deviation for each value, (M, N) float64.
+
+    Mean and standard deviation are those of the values of the example's neighbours.
 
     Args:
-        values: (M, N).
+        values: (M, N), one row for each member.
         nearest: (N, K) positions of each example's neighbours.
     """
     contrasts = np.empty_like(values)

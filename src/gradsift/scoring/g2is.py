@@ -4,7 +4,8 @@
 
 K_k is the k-th principal component of the target gradients (`gradsift.selection.core_knowledge`), with the sign for
 which the mean target gradient has a positive projection on it. s_k is the share of the variance that K_k explains, and
-row_z the gradient feature of example z. The paper selects by a walk and defines no score; this score is our own.
+row_z is the gradient feature of example z. The paper selects by a walk on a graph and defines no score; this score is
+our own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from gradsift.selection.core_knowledge import core_knowledge
 
 
 def g2is(gradients: Features, target_gradients: Features, *, explained: float) -> Scores:
-    """Return the variance-weighted mean projection on the components; `component:<k>` is the projection on K_k.
+    """Return each example's projection on the components, averaged with the weights s_k.
+
+    The part `component:<k>` is the projection on K_k alone.
 
     Args:
         explained: least share of the target gradients' variance that the components together explain.

@@ -3,12 +3,13 @@
     score_i = w_g R_i + w_d C_i + w_s (1 - S_i)
 
 R  representativeness: Gaussian kernel density of the pool's signals at the example's signal. A signal consists of
-   statistics of the gradients with respect to input embedding and LM head, after one epoch of preliminary training.
+   statistics of an example's gradients with respect to the input embedding and the LM head, after one epoch of
+   preliminary training.
 C  content diversity: how much the example differs from the rest of the pool, by its embedding or by its words.
 S  redundancy: mean cosine of the example's embedding to its nearest neighbours.
 
-R, C and S are each scaled to 0..1 over the scored examples. A factor with weight 0 is not computed. No code is
-published; `grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
+R, C and S are each scaled to 0..1 over the scored examples. If R, C or S has the weight 0, it is not computed. No code
+is published; `grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -50,7 +51,7 @@ def grads(
     neighbours: int,
     scale: str,
 ) -> Scores:
-    """Return each example's score (see the module's docstring); R, C and S are parts unless their weight is 0.
+    """Return each example's score (see the module's docstring), with R, C and S as parts unless their weight is 0.
 
     Args:
         weights: w_g, w_d, w_s.
@@ -99,7 +100,10 @@ def grads(
 def density_of(
     gradients: EmbeddingGradients, rows: np.ndarray, combine: str, bandwidth: str | float, task: Task
 ) -> tuple[np.ndarray, Diagnostic]:
-    """Return the density (N,) of the signal at each example, NaN outside `rows` (N,) bool, and a diagnostic."""
+    """Return the density (N,) of the signals at each example's signal, and a diagnostic about the signals.
+
+    The density is NaN outside `rows` (N,) bool.
+    """
     signal = signal_of(gradients, combine, rows)
     columns = signal.shape[1]
     width = scott(*signal.shape) if bandwidth == "scott" else float(bandwidth)
@@ -124,9 +128,9 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
     combine=norms       the norm of each gradient
     combine=norm        the norm of both gradients together
 
-    Each column has mean 0 and variance 1. Columns that do not vary are left out. So are means whose true value is 0,
-    because their computed values are only rounding errors: always the head's mean, and the embedding's mean if a
-    LayerNorm follows the embedding.
+    Each column has mean 0 and variance 1. Columns that do not vary are left out. Means whose true value is 0 are left
+    out too, because their computed values are only rounding errors. These are the head's mean and, if a LayerNorm
+    follows the embedding, the embedding's mean.
     """
     table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
     sizes = {use: np.hypot(table[f"{use}_mean"], table[f"{use}_std"]) for use in ("embedding", "head")}

@@ -2,9 +2,9 @@
 
     GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot, V^t the variance of the late
-norms over the members. If the norm rises from s to t, the part `drop`, G^s - G^t, is negative, and dividing by V^t then
-favours a high variance, the opposite of the score's intent.
+G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot; V^t is the variance of the late
+norms over the members. If the norm rises from s to t, the drop G^s - G^t (the part `drop`) is negative. Dividing a
+negative drop by V^t favours a high variance, which is the opposite of the score's intent.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def ratio(G_s: np.ndarray, G_t: np.ndarray, V_t: np.ndarray, eps: float) -> np.n
 
 
 def gsnr(statistics: Statistics, *, eps: float) -> Scores:
-    """Return the G-SNR (Eq. 5): the normalised drop divided by the late variance."""
+    """Return the G-SNR (Eq. 5) of each example: the normalised drop divided by the late variance."""
     score = ratio(statistics.G_s, statistics.G_t, statistics.V_t, eps)
     return _scores(statistics, score, eps, ("G_s", "V_t"))
 
 
 def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 1: G_s - G_t.
+    """Return the scores of the paper's ablation 1: G_s - G_t.
 
     `eps` has no effect; it is a parameter so that one sweep can set `scorer.eps` for all four scorers of this module.
     """
@@ -40,12 +40,12 @@ def gsnr_raw_drop(statistics: Statistics, *, eps: float) -> Scores:
 
 
 def gsnr_normalized_drop(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 2: the normalised drop (G_s - G_t) / (G_s + eps), the first factor of Eq. 5."""
+    """Return the scores of ablation 2: the normalised drop (G_s - G_t) / (G_s + eps), the first factor of Eq. 5."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.G_s + eps), eps, ("G_s",))
 
 
 def gsnr_variance_normalized(statistics: Statistics, *, eps: float) -> Scores:
-    """Return ablation 3, in our reading: (G_s - G_t) / (V_t + eps)."""
+    """Return the scores of ablation 3, in our reading of the paper: (G_s - G_t) / (V_t + eps)."""
     return _scores(statistics, (statistics.G_s - statistics.G_t) / (statistics.V_t + eps), eps, ("V_t",))
 
 

@@ -3,9 +3,10 @@
     score_i = (1/M) sum_m cos(g_i^m, g^m)               weigh=none
     score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
 
-g^m is the mean gradient of the pool at member m's late snapshot, and rank_i the share of examples whose G-SNR (Eq. 5)
-is at most the G-SNR of i. A product with the G-SNR itself would be positive if both factors are negative, and its
-largest values would come from tiny variances.
+g_i^m is the gradient of example i at member m's late snapshot, and g^m is the mean of these gradients over the pool.
+rank_i is the share of examples whose G-SNR (Eq. 5) is at most the G-SNR of i. The rank replaces the G-SNR itself for
+two reasons: a product of two negative factors would be positive, and the largest products would come from tiny
+variances.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gradsift.scoring.similarity import NO_GRADIENT
 
 
 def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str, eps: float) -> Scores:
-    """Return each example's mean cosine with the pool's mean gradient over the members, weighted as `weigh` says.
+    """Return each example's cosine with the pool's mean gradient, averaged over the members and weighted by `weigh`.
 
     Args:
         directions: (M, N) cosines of M members and N examples; NaN if a member's gradient of an example is zero.

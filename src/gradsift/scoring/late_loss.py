@@ -1,4 +1,4 @@
-"""The negative mean loss of the members at the late snapshot: a simple baseline for the gradient scores."""
+"""Minus the members' mean loss at the late snapshot: a simple baseline to compare the gradient scores with."""
 
 from __future__ import annotations
 

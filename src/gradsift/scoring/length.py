@@ -1,4 +1,4 @@
-"""Lengths of the response, the prompt or both: a cheap baseline (Zhao et al., arXiv 2402.04833).
+"""Scores by the length of the response, the prompt or both: a cheap baseline (Zhao et al., arXiv 2402.04833).
 
 Lengths are measured without template, special tokens or truncation. `conf/scorer/length.yaml` chooses one of the two
 functions by `scorer.unit`.

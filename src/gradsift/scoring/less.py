@@ -2,8 +2,8 @@
 
     score(z) = max over tasks of  mean over the task's rows z' of  sum_c w_c cos(Gamma_c(z), g_c(z'))
 
-c runs over the checkpoints of the warm-up. The sum over c is the inner product of the feature rows of z and z'
-(`gradsift.features.gradients` explains these rows and the symbols). The mean over z' is computed as the inner product
+The sum over c, the checkpoints of the warm-up training, is the inner product of the feature rows of z and z';
+`gradsift.features.gradients` explains these rows and the symbols. The mean over z' is computed as the inner product
 with the mean of the task's feature rows. Target rows whose gradient is zero have no cosine and do not count in the
 mean.
 """
@@ -20,7 +20,9 @@ from gradsift.scoring.similarity import agreement, mark_undirected, rows_by_task
 
 
 def less(gradients: Features, target_gradients: Features) -> Scores:
-    """Return the largest of the mean similarities to the rows of each task; the part `task:<name>` is that task's mean.
+    """Return each example's mean similarity to the rows of the task for which this mean is largest.
+
+    The part `task:<name>` is the mean similarity to the rows of that task.
 
     Raises:
         GradsiftError: every gradient of the target set is zero.

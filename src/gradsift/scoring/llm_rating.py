@@ -4,7 +4,7 @@
     deita       score = complexity of the instruction, 1-6, x quality of the response, 1-6, asked separately
 
 In a conversation the last exchange is rated, and the judge sees the earlier turns. An example without a valid grade is
-`undefined`. How the scorer differs from its sources: docs/methods.md.
+`undefined`. docs/methods.md says how the scorer differs from its sources.
 """
 
 from __future__ import annotations

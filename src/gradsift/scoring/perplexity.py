@@ -2,9 +2,10 @@
 
     PPL(x, y) = exp(mean loss of y's tokens after the prompt x)
 
-Prompt and response are in the proxy's template and cut as for training, with the end token; every response of a
-conversation counts. `prefer=low` prefers responses that the model expects, `high` responses that it does not expect
-(hard rows and noise alike), and `middle` the rows whose rank is closest to the median, a band of percentiles.
+Prompt and response are formatted with the proxy's template and cut as for training, and the end token is scored too
+unless it is cut off. All responses of a conversation count. `prefer=low` prefers responses that the model expects,
+`high` responses that it does not expect (hard rows and noise alike), and `middle` the rows whose rank is closest to the
+median rank (a band of percentiles).
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ def join_scores(
 
     Returns:
         The examples of the pool that have a score, the other examples as rejected rows, the scores, and the number of
-        scores in the file that belong to no `accepted` example. The accepted examples include the held-out ones.
+        scores in the file that belong to no `accepted` example. `accepted` has all accepted examples of the data, the
+        held-out ones included.
 
     Raises:
         DataError: no example has a score, or a row of the file cannot be used.
@@ -90,7 +91,7 @@ def join_scores(
 
 
 def _checked(path: Path, number: int, row: Any) -> dict[str, Any]:
-    """Return the row's hash, score, status, reason, and other columns that hold numbers, or raise a `DataError`."""
+    """Return the row's hash, score, status, reason and numeric parts; raise a `DataError` if one of them is invalid."""
     place = f"data.scores={path}, row {number}"
     if not isinstance(row, dict) or not isinstance(row.get("text_hash"), str) or not row["text_hash"]:
         raise DataError(f"{place}: text_hash is not text; write the file again with `gradsift scores`")

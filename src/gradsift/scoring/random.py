@@ -17,7 +17,8 @@ def random(count: int, *, seed: int) -> Scores:
 def random_clean(labels: Labels | None, count: int, *, seed: int) -> Scores:
     """Return uniform numbers for the rows that are labelled clean; the other rows are excluded.
 
-    This scorer is only a reference. It shows what a random selection achieves if every spoilt row and copy is removed.
+    This scorer is only a reference. It shows what a random selection achieves if all spoilt rows and copies are removed
+    beforehand.
     """
     known = require_labels(labels)
     scores = random(count, seed=seed)

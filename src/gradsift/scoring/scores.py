@@ -57,7 +57,11 @@ class Scores:
 
 
 def _one(text: str) -> np.ndarray:
-    """Return a text as a 0-d array: numpy fills an array with references to it, not with copies (55 bytes each)."""
+    """Return the text as a 0-d array.
+
+    Numpy fills an object array with references to this one text. If it were given the text as a str, it would store a
+    copy of 55 bytes for each element.
+    """
     return np.array(text, dtype=object)
 
 
@@ -89,7 +93,10 @@ def read_scores(path: Path) -> Scores:
 
 
 def _texts(column: pa.ChunkedArray) -> np.ndarray:
-    """Return the column's texts (N,). Equal texts are one object: millions of rows have only a few reasons."""
+    """Return the column's texts (N,).
+
+    Equal texts share one object, which saves memory: millions of rows have only a few different statuses and reasons.
+    """
     chunks = column.unify_dictionaries().chunks
     texts = np.array(chunks[0].dictionary.to_pylist() if chunks else [], dtype=object)
     return np.concatenate([np.empty(0, dtype=object), *(texts[chunk.indices] for chunk in chunks)])

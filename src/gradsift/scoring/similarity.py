@@ -21,12 +21,17 @@ MOST_ALIKE = 0.9999
 
 
 def rds_plus(embeddings: Features, target_embeddings: Features) -> Scores:
-    """Return the largest cosine to any target row; the part `task:<name>` is the largest to a row of that task."""
+    """Return each example's largest cosine to a target row.
+
+    The part `task:<name>` is the largest cosine to a row of that task.
+    """
     return sbert(embeddings, target_embeddings, over="max")
 
 
 def sbert(embeddings: Features, target_embeddings: Features, *, over: Literal["mean", "max"]) -> Scores:
-    """Return the mean or the largest cosine to the target rows; the part `task:<name>` uses only that task's rows.
+    """Return each example's mean or largest cosine to the target rows.
+
+    The part `task:<name>` is the mean or largest cosine to the rows of that task.
 
     Args:
         over: mean or max. The mean counts each target row once, so a task with more rows weighs more.
@@ -61,7 +66,10 @@ def sbert(embeddings: Features, target_embeddings: Features, *, over: Literal["m
 
 
 def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
-    """Return the features' inner products (N, K) float64 with `directions` (K, D), rounded so that equal rows tie."""
+    """Return the features' inner products (N, K) float64 with `directions` (K, D).
+
+    The products are rounded, so that equal rows get equal values.
+    """
     inner = np.empty((len(features), len(directions)))
     columns = directions.astype(np.float64).T
     for where, rows in blocks(features, np.arange(len(features))):

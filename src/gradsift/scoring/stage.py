@@ -31,7 +31,7 @@ def score(
     """Return the artifact that holds the score of each example of the pool.
 
     Args:
-        diagnose: returns diagnostics that depend only on the scorer's inputs, given their names.
+        diagnose: takes the names of the scorer's inputs and returns diagnostics that depend on these inputs alone.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -3,13 +3,14 @@
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
 Rows with an IFD of at least 1 are excluded. `keep=high` selects the remaining rows with the highest IFD, `keep=low`
-those with the lowest. The prompt is `instruction` and `input`, each on its own line, without BOS and EOS. It is cut to
-L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1 tokens, and its first token
-is not scored. Prompt and answer together are cut to L tokens, and only the tokens after the prompt are scored.
+those with the lowest. The prompt is `instruction` and `input`, each on its own line, without BOS and EOS. The prompt is
+cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1 tokens, and its
+first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens after the prompt are
+scored.
 
 `fidelity=original` gives every row the IFD that the published code gives it, including the code's errors, which
-docs/methods.md lists. With `fidelity=fixed`, a row whose losses are not defined is `undefined` and never gets a number,
-texts are cut to the model's context if that is smaller than L, and the IFD is computed in float64.
+docs/methods.md lists. `fidelity=fixed` differs in three points. A row whose losses are not defined is `undefined` and
+never gets a number. Texts are cut to the model's context if that is smaller than L. The IFD is computed in float64.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def superfilter(
     """Return the IFD (keep=low: minus the IFD) of each example under the proxy's backbone, without adapters.
 
     Args:
-        max_length: L; with `fixed`, L is the model's context if the context is smaller.
+        max_length: L; with `fidelity=fixed`, L is the model's context if the context is smaller.
         fidelity: original or fixed; see the module's docstring.
         keep: high (as published) or low.
     """
@@ -78,7 +79,8 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
     Args:
         loss_alone, loss_together: as in `ifd_scores`.
-        fails: (2, N) bool, texts (alone, together) that the model cannot process; their perplexity and loss count as 0.
+        fails: (2, N) bool, marks the texts (alone, together) that the model cannot process. Their perplexity and loss
+            count as 0.
     """
     losses = np.where(fails, 0.0, [loss_alone, loss_together])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -100,7 +102,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
 
 def _with_reasons(ifd: np.ndarray, loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return scores with their parts and, for rows that are left out, the reasons."""
+    """Return the scores with the losses as parts; rows that are left out are marked with the reason."""
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     undefined = np.isnan(ifd)
     scores.mark(
@@ -124,10 +126,10 @@ def ifd_prompt(example: Example) -> str:
 def ifd_spans(
     tokenizer: Any, examples: Sequence[Example], limit: int, *, special: bool = False
 ) -> tuple[list[Encoded], list[Encoded]]:
-    """Return token spans of the answers alone and of the answers after their prompts, for `limit` = L.
+    """Return token spans of the answers alone and of the answers after their prompts; `limit` is L.
 
     The published code looks for the answer's last occurrence in the text. Since the text ends with the answer,
-    everything before this occurrence is the prompt, even if the prompt also contains the answer.
+    everything before this occurrence is the prompt, even if the prompt contains the answer too.
     """
     alone, together = [], []
     prompts, answers = [ifd_prompt(example) for example in examples], [example.output for example in examples]
@@ -141,7 +143,7 @@ def ifd_spans(
 
 
 def span(row: int, example: Example, ids: np.ndarray, start: int) -> Encoded:
-    """Return the span with the token ids (T,) of the example at position `row`, scored from position `start` on."""
+    """Return the span of `ids` (T,), token ids of the example at position `row`; it is scored from token `start` on."""
     # at least from 1: the model does not predict the first token, because nothing precedes it
     return Encoded(row, example.row_index, ids, np.arange(len(ids)) >= max(1, start))
 
@@ -151,8 +153,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 
     Args:
         special: whether the tokenizer adds the special tokens (such as a start token) that it adds by default.
-        limit: number of tokens that the caller uses, or None for all. A far longer text is shortened before it is
-            tokenised, so more than `limit` tokens may be returned, but not all.
+        limit: number of tokens that the caller uses, or None for all. A text that is much longer is shortened before it
+            is tokenised, so a result may have more than `limit` tokens, but not all tokens of the text.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):

@@ -1,4 +1,4 @@
-"""Selectors, one module per method: they choose the examples to keep, as many as the budget.
+"""Selectors, one module per method: they choose the examples to keep, at most as many as the budget.
 
 A selector is a function. Its first two parameters are `scores` and `size` (the budget, a number of examples). Its other
 positional parameters name further inputs, which the pipeline computes only if they are named. All inputs of scorers are
@@ -11,7 +11,7 @@ available (see `gradsift.scoring`). Selectors use these:
     target_gradients   `Features`: projected per-sample gradients of the target set, with each row's task
     task               shows a progress bar, as for a scorer
 
-The keyword-only parameters are constants, set in `conf/selector/<name>.yaml`. The function returns a `Choice` of at
-most `size` examples, all of them `scored` and each at most once. To add a selector, write such a function and a YAML
-file with the function's path as `_target_`.
+The selector's keyword-only parameters are its constants, set in `conf/selector/<name>.yaml`. The function returns a
+`Choice` of at most `size` examples, all of them `scored` and each at most once. To add a selector, write such a
+function and a YAML file with the function's path as `_target_`.
 """

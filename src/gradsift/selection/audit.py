@@ -35,7 +35,8 @@ def audit(
 ) -> dict[str, Any]:
     """Return the audit of one scorer as JSON values; a measure that is not defined is None.
 
-    For each group in the data, the AUROC compares its clean examples with the clean examples that are in no group.
+    The groups are the families that `data.delayed` adds. For each group in the data, an AUROC compares the group's
+    clean examples with the clean examples that are in no group.
 
     Args:
         families: (N,) kind of task of each example, from the labels or from clusters.
@@ -89,7 +90,7 @@ def spread_of_random(share: float, rows: int, chosen: int) -> float:
     """Return the standard deviation of the spoilt share of `chosen` rows, drawn at random without replacement.
 
     Args:
-        share: spoilt share of the `rows` from which they are drawn.
+        share: spoilt share of all `rows` rows, from which the `chosen` rows are drawn.
     """
     if rows <= 1:
         return 0.0

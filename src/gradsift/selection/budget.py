@@ -26,7 +26,7 @@ def budget(alpha: float, count: int) -> int:
 
 
 def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
-    """Return whole shares (C,) int64 of `size` in proportion to `weights` (C,), which are not negative.
+    """Divide `size` into whole shares (C,) int64 in proportion to `weights` (C,), which are not negative.
 
     The shares add up to `size`. They are rounded with the largest-remainder method; if remainders are equal, the
     share with the lower index is rounded up first.
@@ -40,7 +40,7 @@ def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
 
 
 def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """Return whole shares (C,) int64 of `size` in proportion to `weights` (C,), each at most its capacity (C,).
+    """Divide `size` into whole shares (C,) int64 in proportion to `weights` (C,), each at most its capacity (C,).
 
     What exceeds a group's capacity goes to the other groups in proportion to their weights; a group of weight 0 gets
     nothing. The shares add up to `size`, or to less if the groups with a weight are full.
@@ -53,7 +53,7 @@ def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.
 
 
 def equal_shares(size: int, capacities: np.ndarray) -> np.ndarray:
-    """Return whole shares (C,) int64 of `size`, as equal as `capacities` (C,) allow.
+    """Divide `size` into whole shares (C,) int64 that are as equal as `capacities` (C,) allow.
 
     A remainder that cannot be divided equally goes to the first groups, 1 each. The shares add up to `size`, or to the
     sum of the capacities if that is smaller.

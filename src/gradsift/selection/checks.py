@@ -54,7 +54,7 @@ def diagnose_selection(
         pool: the file of the N examples.
         measures: `late_loss` and `response_tokens` from the ensemble, (N,) each; may be empty. If the numbers of
             response tokens are known, the numbers of response characters are not checked.
-        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots, or None.
+        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots; None to leave out its check.
     """
     compared = {**lengths(pool), **measures}
     if "response_tokens" in measures:
@@ -67,8 +67,8 @@ def lengths(pool: Path) -> dict[str, np.ndarray]:
     """Return the lengths of the texts in a file of N examples, which is read block by block.
 
     Returns:
-        response_characters (trained assistant turns), prompt_characters (all other text) and response_to_prompt, their
-        ratio (NaN if there is no other text); (N,) float64 each.
+        Three arrays (N,) float64: `response_characters` of the trained assistant turns, `prompt_characters` of all
+        other text, and `response_to_prompt`, the ratio of the two (NaN if there is no other text).
     """
     responses, prompts = [], []
     for block in read_blocks(pool, ("instruction", "input", "output", "history")):
@@ -96,7 +96,10 @@ def _characters(texts: pa.Array) -> np.ndarray:
 
 
 def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Warn if the mean of `values` (N,) over the selection is far below that over the pool. NaN values are left out."""
+    """Warn if the mean of `values` (N,) over the selection is far below their mean over the pool.
+
+    NaN values are left out.
+    """
     name = f"selection_{measure}"
     known, chosen = values[np.isfinite(values)], values[positions][np.isfinite(values[positions])]
     if not chosen.size or not known.mean() > 0:
@@ -114,7 +117,7 @@ def against_pool(measure: str, values: np.ndarray, positions: np.ndarray) -> Dia
 
 
 def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
-    """Check the drop G_s - G_t (N,) of the selected examples: the share below 0 (the norm rose), and the mean."""
+    """Warn if the drop G_s - G_t (N,) is negative (the norm rose) for many selected examples or on average."""
     chosen = drop[positions][np.isfinite(drop[positions])]
     if not chosen.size:
         return Diagnostic.unknown("selection_drop_sign", "negative_share", "no selected row has a gradient norm")
@@ -131,8 +134,8 @@ def selected_drop_sign(drop: np.ndarray, positions: np.ndarray) -> Diagnostic:
 def coverage(features: Features, positions: np.ndarray, radius: float) -> Diagnostic:
     """Check how well the selection covers the pool, compared with a random selection of the same size.
 
-    An example's distance to a selection is one minus its cosine to the nearest selected example. It counts as covered
-    if the distance is at most `radius`. Examples whose vectors are zeros are left out.
+    An example's distance to a selection is one minus its cosine to the nearest selected example. The example counts as
+    covered if the distance is at most `radius`. Examples whose vectors are zeros are left out.
 
     Args:
         positions: (k,) positions of the selected examples.

@@ -17,23 +17,23 @@ from gradsift.scoring.scores import SCORED, Scores
 
 @dataclass(frozen=True)
 class Choice:
-    """The selected positions of the pool, best first, and the selector's diagnostics (see `shortfall`)."""
+    """The positions in the pool of the selected examples, best first, and the selector's diagnostics."""
 
     positions: np.ndarray  # (k,) int64, unique, of examples that are `scored`
     diagnostics: Sequence[Diagnostic] = ()
 
 
 def best_first(scores: Scores) -> np.ndarray:
-    """Return the positions (n,) int64 of the scored examples, highest score first, equal scores in row order."""
+    """Return the positions (n,) int64 of the scored examples, highest score first; equal scores keep the row order."""
     positions = np.flatnonzero(scores.status == SCORED)
     # negated, because reversing a stable sort would put equal scores into descending row order
     return positions[np.argsort(-scores.score[positions], kind="stable")]
 
 
 def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Return `best_first` in two parts: the examples whose vectors have a direction, and those whose vectors are zeros.
+    """Return `best_first` in two parts: the positions whose vector is not zero, and those whose vector is zero.
 
-    A vector of zeros has no cosine to other vectors, so methods that compare vectors select its example last.
+    A zero vector has no cosine to other vectors, so methods that compare vectors select the second part last.
     """
     ranked = best_first(scores)
     directed = features.has_direction[ranked]
@@ -41,11 +41,11 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
 
 
 def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return for each candidate (n,) how many candidates of the same group precede it.
+    """Return, for each of the n candidates, the number of candidates before it in the same group: (n,) int64.
 
     Args:
-        groups: (n,) group of each candidate, numbered from 0.
-        sizes: number of candidates in each group.
+        groups: (n,) int64, the index of each candidate's group, from 0.
+        sizes: number of candidates in each group, in the order of the groups' indices.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.cumsum(sizes) - sizes
@@ -58,8 +58,10 @@ def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Di
     """Return a warning in a list if fewer than `size` were selected although candidates were left, else an empty list.
 
     Args:
-        selected, candidates: numbers of examples.
-        reason: why the method stopped; the end of the warning.
+        selected: number of selected examples.
+        size: number of examples to select.
+        candidates: number of examples that could be selected.
+        reason: why the method stopped early; it is the end of the warning's message.
     """
     if selected >= min(size, candidates):
         return []

@@ -1,4 +1,4 @@
-"""The highest scores of every k-means cluster of the embeddings, with the budget divided among the clusters.
+"""Selection by clusters: k-means groups the embeddings, and each cluster's highest scores get a share of the budget.
 
 Shape letters: n candidates, D features, C clusters.
 """
@@ -22,8 +22,9 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
     Args:
         clusters: number of clusters. If fewer are found, because there are fewer different embeddings or k-means leaves
             some clusters empty, a diagnostic warns.
-        allocation: how the budget is divided. `proportional`: in proportion to the clusters' sizes (largest remainder).
-            `equal`: equally; if a cluster is smaller than its share, the other clusters give more.
+        allocation: how the budget is divided among the clusters. `proportional` divides it in proportion to the
+            clusters' sizes (largest-remainder rounding). `equal` divides it equally; a cluster smaller than its share
+            is selected whole, and the other clusters share what it leaves.
         seed: seed of k-means.
     """
     from sklearn.cluster import MiniBatchKMeans
@@ -44,7 +45,7 @@ def clusters(scores: Scores, size: int, embeddings: Features, *, clusters: int, 
 
 
 def _different(features: Features, positions: np.ndarray, most: int) -> int:
-    """Return the number of different vectors at `positions`, at most `most`, which bounds the memory."""
+    """Return the number of different vectors at `positions`; stop counting at `most`, which bounds the memory."""
     seen: set[bytes] = set()
     for _, rows in blocks(features, positions):
         for row in rows + 0.0:  # makes -0.0 the same as 0.0

@@ -2,8 +2,8 @@
 
     K_c = X^T u_c / |X^T u_c|        for the leading eigenvectors u_c of H X X^T H, with H = I - 1 1^T / T
 
-The rows of X (T, D) are the target gradients, which H centres. The K_c are the principal components of X, computed from
-inner products, since T is small compared to D.
+The rows of X (T, D) are the target gradients, and H subtracts their mean. The K_c are the principal components of X.
+They are computed from the (T, T) inner products of the gradients, because T is small compared to D.
 
 Shape letters: T target gradients, D features, C components.
 """
@@ -23,7 +23,7 @@ _NO_PROJECTION = 1e-9  # the sign of a smaller projection of the mean on a compo
 
 @dataclass(frozen=True)
 class CoreKnowledge:
-    """Components by descending variance, and how many of the target gradients conflict."""
+    """The principal components by descending variance, and the share of pairs of target gradients that conflict."""
 
     directions: np.ndarray  # (C, D) float64, length 1
     variances: np.ndarray  # (C,) share of the variance of each component; [1] if the mean replaces the components
@@ -33,11 +33,11 @@ class CoreKnowledge:
 def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     """Return the fewest leading principal components that explain at least the share `explained` of the variance.
 
-    The G2IS paper does not mention the following choices. Gradients of zero are left out. PCA leaves the sign of a
-    component open. We choose the sign that makes the component's inner product with the mean target gradient positive;
-    if this product is 0, the sign that makes the component's entry with the largest absolute value positive. A single
-    gradient, or several without variance, give one component, their mean direction. Tasks of the target set are not
-    distinguished.
+    The G2IS paper does not mention the following choices. Target gradients that are zero are left out. PCA leaves the
+    sign of a component open. We choose the sign that makes the component's inner product with the mean target gradient
+    positive. If this inner product is 0, we choose the sign that makes the component's entry with the largest absolute
+    value positive. If there is only one gradient, or all are equal, the only component is the normalised mean gradient.
+    All target gradients count alike, whatever their task.
 
     Raises:
         GradsiftError: every target gradient is zero.
@@ -76,7 +76,7 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
 
 
 def _weighted_sums(target: Features, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the sums (C, D) float64 of the target gradients, weighted by `weights` (C, T)."""
+    """Return C weighted sums (C, D) float64 of the target gradients at `rows` (T,); `weights` is (C, T)."""
     total = np.zeros((len(weights), target.vectors.shape[1]))
     for where, block in blocks(target, rows):
         total += weights[:, where] @ block

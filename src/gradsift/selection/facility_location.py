@@ -2,13 +2,13 @@
 
     f(S) = sum over candidates i of max over j in S of sim(i, j)
 
-The subset is built greedily: each step adds the candidate with the largest gain in f. As f is monotone and submodular,
-f of the result is at least 1 - 1/e times the largest f of any subset of that size. Superfiltering.D takes the best 20 %
-of the pool by score as candidates, and selects 2 % of the pool.
+The subset S is built greedily: each step adds the candidate that increases f most. As f is monotone and submodular, f
+of the result is at least 1 - 1/e times the largest f of any subset of that size. In Superfiltering.D, the candidates
+are the 20 % of the pool with the highest scores, and 2 % of the pool are selected.
 
-Our reading: f of the empty set is 0, so a negative cosine counts as 0. An example whose vector is zero has similarity 0
-to every example, itself included. Of candidates with equal gains, the candidate with the higher score is taken; if
-their scores are equal too, the first in row order is taken.
+The paper does not mention the following choices. f of the empty set is 0, so a negative cosine counts as 0. An example
+whose vector is zero has similarity 0 to every example, itself included. Of candidates with equal gains, the candidate
+with the highest score is picked; if their scores are equal too, the first in row order is picked.
 
 Shape letters: n candidates, D features, B rows of a block, C columns whose gain is computed together.
 """
@@ -38,11 +38,12 @@ def facility_location(
     """Select candidates greedily by their gain in f; the positions are in the order in which they are picked.
 
     Args:
-        similarity: `exp_distance`, exp(-||x - y|| / D), or `cosine`.
-        candidates: share of the pool's examples that are candidates: those with the highest scores.
+        similarity: sim(x, y) of two embeddings: `exp_distance` for exp(-||x - y|| / D), or `cosine`.
+        candidates: share of the pool, between 0 and 1; this share of the examples, those with the highest scores, are
+            the candidates.
 
     Raises:
-        ConfigError: there are fewer candidates than the budget.
+        ConfigError: this share of the pool has fewer examples than the budget.
     """
     # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
@@ -68,7 +69,7 @@ def facility_location(
 
 
 class _Cover:
-    """The candidates, their largest similarities to a picked candidate, and upper bounds of their gains."""
+    """The candidates, with the largest similarity of each to a picked candidate, and an upper bound of its gain."""
 
     def __init__(self, features: Features, ground: np.ndarray, similarity: str) -> None:
         self.features = features
@@ -97,7 +98,11 @@ class _Cover:
         return best
 
     def _undecided(self, fresh: np.ndarray) -> np.ndarray:
-        """Return the candidates whose gain may exceed the largest of the `fresh` gains (n,), largest bound first."""
+        """Return the candidates that may be picked before the best candidate whose gain is known, largest bound first.
+
+        Args:
+            fresh: (n,) bool, whether a candidate's bound is its present gain.
+        """
         gains = np.where(fresh, self.bounds, -np.inf)
         best = int(np.argmax(gains))
         places = np.arange(len(gains))
@@ -114,7 +119,7 @@ class _Cover:
         return np.round(gains, DECIMALS)
 
     def _similarities(self, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield blocks of candidates and their similarities (B, C) to the candidates `columns`."""
+        """Yield, block by block, a slice of B candidates and their similarities (B, C) to the candidates `columns`."""
         others = self.features.vectors[self.ground[columns]].astype(np.float64)  # (C, D)
         for where, rows in blocks(self.features, self.ground):
             inner = rows @ others.T

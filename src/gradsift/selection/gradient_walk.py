@@ -1,22 +1,24 @@
 """The gradient walk of G2IS (arXiv 2502.11062): examples that agree with each other and with the target.
 
-Each component K of the core knowledge gets a budget in proportion to its variance (largest remainder) and takes, with
-g the gradients of the examples:
+Let g_i be the gradient of example i. Each component K of the core knowledge gets a share of the budget in proportion to
+the variance that it explains (largest-remainder rounding). The component takes its examples one at a time:
 
-    first    the anchor: the unused example with the largest <g, K>
-    then     the first unused example j among the last example's neighbours, by descending <g_j, g_last>, with
-             (i)  <g_j, g_i> >= 0 for every i that this component has taken
+    first    the anchor: the unused example j with the largest <g_j, K>
+    then     among the neighbours of the last example taken, the unused example j with the largest <g_j, g_last> that
+             satisfies
+             (i)  <g_j, g_i> >= 0 for every example i that this component has taken
              (ii) |cos(sum + g_j, K)| >= keep |cos(sum, K)|, where sum is the sum of the gradients g_i
-    if none  the unused example with the largest <g, K> among all that pass (i) and (ii)
+    or else  if no neighbour passes (i) and (ii), the unused example j with the largest <g_j, K> that passes them
 
-A component stops when its budget is spent or no example passes (i) and (ii).
+A component stops when it has taken its share or no unused example passes (i) and (ii).
 
-Our reading, where the paper is silent: (i) and the sum start anew with each component. An example with a gradient of
-zero is never taken. The neighbours of an example are the `neighbours` others with the largest inner product with it,
-used or not. Tasks of the target set are not distinguished (see `gradsift.selection.core_knowledge`).
+The paper does not mention the following choices. (i) and the sum consider only the examples that the present component
+has taken. An example whose gradient is zero is never selected. The neighbours of an example are the `neighbours` other
+examples whose gradients have the largest inner products with its gradient, whether they are used or not. All target
+gradients count alike, whatever their task (see `gradsift.selection.core_knowledge`).
 
-If `neighbours` is set, a step reads the gradients of all candidates, else only those of the unused examples
-that (i) has not ruled out within the component.
+If `neighbours` is None, each step reads only the gradients of the unused examples that have passed (i) so far in this
+component. Otherwise each step reads the gradients of all candidates, which takes longer.
 
 Shape letters: n candidates, D features, C components.
 """
@@ -53,15 +55,16 @@ def gradient_walk(
     graph: bool,
     neighbours: int | None,
 ) -> Choice:
-    """Select examples with one walk per component, beginning with the component that explains most variance.
+    """Select examples with one walk per component, beginning with the component that explains the most variance.
 
     Args:
-        explained: share of the target gradients' variance that the components explain.
-        keep: share of the sum's cosine with K that must remain when an example is added.
-        fill: what happens if the walks stop before the budget: `strict` selects fewer examples, `topup` adds those with
-            the highest scores.
-        graph: False for the paper's ablation, in which each component takes the examples with the largest <g, K>.
-        neighbours: number of examples that are the last example's neighbours; None: all.
+        explained: least share of the target gradients' variance that the components explain together.
+        keep: the factor in (ii): the share of |cos(sum, K)| that must remain when an example is added to the sum.
+        fill: what happens if the walks stop before the budget is reached. `strict` selects fewer examples. `topup` adds
+            the unused examples with the highest scores.
+        graph: whether to walk from neighbour to neighbour. If False, each component takes the unused examples with the
+            largest <g, K>, as in the paper's ablation.
+        neighbours: number of neighbours of an example; if None, all other examples are its neighbours.
 
     Raises:
         GradsiftError: all gradients of the target set, or all gradients of the scored examples, are zero.
@@ -103,7 +106,7 @@ def gradient_walk(
 
 @dataclass
 class Walk:
-    """State of the walks: the candidates' gradients, and which candidates are unused."""
+    """The state that the walks share: the candidates' gradients, and which candidates are unused."""
 
     gradients: Features
     pool: np.ndarray  # (n,) positions, ascending
@@ -112,14 +115,22 @@ class Walk:
     unused: np.ndarray  # (n,) bool
 
     def nearest(self, index: int, share: int, advance: Advance) -> list[int]:
-        """Take up to `share` unused examples with the largest <g, K> (for `graph=False`); return indices in `pool`."""
+        """Take up to `share` unused examples with the largest <g, K>, largest first, for `graph=False`.
+
+        Returns:
+            The indices in `pool` of the examples taken.
+        """
         taken = _largest(np.where(self.unused, self.towards[:, index], -np.inf), min(share, int(self.unused.sum())))
         self.unused[taken] = False
         advance(len(taken))
         return taken
 
     def component(self, index: int, share: int, keep: float, neighbours: int | None, advance: Advance) -> list[int]:
-        """Walk for one component; return the indices in `pool` of the examples taken, at most `share`, in order."""
+        """Take at most `share` examples in a walk for the component `index`.
+
+        Returns:
+            The indices in `pool` of the examples, in the order in which they were taken.
+        """
         towards = self.towards[:, index]
         free = self.unused.copy()  # unused, and not ruled out by (i)
         with_sum = np.zeros(len(towards))  # <sum, g> where `free`; the sum itself is never computed
@@ -159,18 +170,21 @@ class Walk:
 
 
 def _first_largest(values: np.ndarray, where: np.ndarray) -> int | None:
-    """Return the first index of the largest of the `values` where `where` is True; None if it is True nowhere."""
+    """Return the index of the largest value where `where` is True, the first if several are equal.
+
+    Returns None if `where` is True nowhere.
+    """
     return int(np.argmax(np.where(where, values, -np.inf))) if where.any() else None
 
 
 def _largest(values: np.ndarray, count: int) -> list[int]:
-    """Return the indices of the `count` largest values, largest first, equal values by ascending index."""
+    """Return the indices of the `count` largest values, largest first; of equal values, the lower index comes first."""
     largest: list[int] = np.argsort(-values, kind="stable")[:count].tolist()
     return largest
 
 
 def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
-    """Warn if the target gradients conflict."""
+    """Return the diagnostic of the components; it warns if most pairs of target gradients conflict."""
     count, shown = len(core.directions), float(core.variances.sum())
     values = {"conflicting_pairs": core.conflicts, "components": count, "explained": shown}
     message = (
@@ -184,7 +198,7 @@ def _core_diagnostic(core: CoreKnowledge, explained: float) -> Diagnostic:
 
 
 def _walk_diagnostic(walk: Walk, rows: list[list[int]], shares: np.ndarray) -> Diagnostic:
-    """Warn if a walk stopped early or points away from its component."""
+    """Return the diagnostic of the walks; it warns if a walk stopped early or points away from its component."""
     counts = [len(taken) for taken in rows]
     early = int(sum(count < share for count, share in zip(counts, shares, strict=True)))
     # (ii) compares absolute values, so a small cosine of the sum with K may change its sign

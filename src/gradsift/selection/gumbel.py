@@ -1,4 +1,4 @@
-"""Sampling by score: examples with high scores are likely, but not certain, to be selected."""
+"""Random sampling by score: the higher an example's score, the more likely it is selected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from gradsift.selection.choice import Choice, best_first
 def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choice:
     """Draw examples without replacement, each time with probabilities proportional to exp(z / temperature).
 
-    z is the score, standardised over the scored examples (0 if all are equal), so that a temperature has the same
-    effect for every scorer: towards 0 the draw becomes the top k, towards infinity it becomes uniform. Independent
-    Gumbel noise is added to z / temperature, and the largest sums are kept (Kool et al., arXiv 1903.06059).
+    z is the score, standardised over the scored examples (0 if all scores are equal), so that a temperature has the
+    same effect for every scorer. As the temperature goes to 0, the draw becomes the selection of the highest scores; as
+    it goes to infinity, the draw becomes uniform. To draw, independent Gumbel noise is added to each z / temperature,
+    and the examples with the largest sums are selected (Kool et al., arXiv 1903.06059).
 
     Returns:
-        min(size, number of scored examples) positions, in the order in which they are drawn.
+        The positions of min(size, number of scored examples) examples, in the order in which they are drawn.
     """
     ranked = best_first(scores)
     # one number per rank instead of per row, so that the same scores in another row order give the same draw

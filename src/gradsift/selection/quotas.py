@@ -1,4 +1,6 @@
-"""The rows with the highest scores in every group. A column names each row's group, such as its source in a mixture.
+"""Selection by quotas: the highest scores in each group of rows.
+
+A column of the data names each row's group, for example the data set that the row comes from.
 
 Shape letters: N examples of the pool, G groups.
 """
@@ -24,15 +26,15 @@ def quotas(
 ) -> Choice:
     """Select the rows with the highest scores in each group; each group has a given share of the selection.
 
-    If a group has fewer scored rows than its share, the rest goes to the other groups in proportion to their shares,
-    and a diagnostic warns.
+    If a group has fewer scored rows than its share, all of them are selected, the other groups get the remainder in
+    proportion to their shares, and a diagnostic warns.
 
     Args:
-        column: column of the data that names a row's group; the JSON text of a value that is not text names the group.
-        shares: weight of each group, at least 0; None: the shares that the groups have in the pool.
+        column: column of the data that names a row's group. If a value is not a string, its JSON text is the name.
+        shares: weight of each group by name, at least 0. If None, a group's weight is its number of rows in the pool.
 
     Raises:
-        ConfigError: no row has the column, or `shares` does not name the groups that the data has.
+        ConfigError: no row has the column, or the names in `shares` are not the names of the groups.
     """
     names, groups, weights = groups_of(examples, column, shares)
     ranked = best_first(scores)
@@ -53,7 +55,10 @@ def quotas(
 def groups_of(
     examples: Sequence[Example], column: str, shares: Mapping[Any, float] | None
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the names of the groups (G,), the index of each example's group (N,), and the groups' weights (G,)."""
+    """Return the names of the G groups, the index of each example's group (N,), and the weights of the groups (G,).
+
+    The weights are those of `shares` or, if `shares` is None, the numbers of examples in the groups.
+    """
     if not any(column in example.original for example in examples):
         raise ConfigError(
             f"selector.column={column} is no column of the data; it has {', '.join(examples[0].original)[:500]}"

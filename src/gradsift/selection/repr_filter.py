@@ -14,10 +14,10 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """Go through the examples by descending score; keep an example if its cosine to each kept one is <= `threshold`.
+    """Go through the examples by descending score; keep those whose cosine to each kept example is <= `threshold`.
 
-    Examples whose vector is zero have cosine 0 to all others and come last. The filter stops when it has kept `size`
-    examples.
+    Examples whose embedding is zero count as having cosine 0 to all others, and come last, whatever their score. The
+    filter stops when it has kept `size` examples.
     """
     ranked = np.concatenate(best_by_direction(scores, embeddings))
     kept = np.empty(0, dtype=np.int64)

@@ -1,7 +1,8 @@
 """Round robin: select examples for tasks, or for the queries of a target set, in turn.
 
-A query is a row of the target set. Its ranking lists the pool's examples by descending similarity to the query. A turn
-selects the best remaining example.
+A query is a row of the target set. Each task or query has a ranking of the pool's examples, by descending score for the
+task or by descending similarity to the query. In its turn, a task or query selects the first example of its ranking
+that is not selected yet.
 
 Shape letters: N examples, n candidates, D features.
 """
@@ -27,7 +28,7 @@ def round_robin(scores: Scores, size: int) -> Choice:
 
     Raises:
         ConfigError: the scorer gives no scores per task.
-        GradsiftError: a scored example has no score for a task.
+        GradsiftError: the score of a scored example for a task is NaN or infinite.
     """
     tasks = {name: np.asarray(part) for name, part in scores.parts.items() if name.startswith(TASK_PART)}
     if not tasks:
@@ -50,15 +51,17 @@ def round_robin_queries(
 ) -> Choice:
     """Select an example for each query of the target set in turn, by the cosine of embeddings (RDS+, arXiv 2503.01807).
 
-    If the target set has several tasks, an example is selected for each task in turn, not for each query. Tasks are
-    ordered by first occurrence, and an example's similarity to a task is its largest cosine to the task's queries.
-    Examples whose embedding is zero are selected last, by score. All other examples only need to be `scored`; the
-    scores themselves are not used. Queries whose embedding is zero are left out (our reading).
+    If the target set has several tasks, an example is selected for each task in turn, not for each query. The tasks
+    take turns in the order in which they first occur in the target set. An example's similarity to a task is its
+    largest cosine to the task's queries. Only examples with the status `scored` are selected, but the values of their
+    scores do not matter, except that examples whose embedding is zero are selected last, by descending score. Queries
+    whose embedding is zero are left out, which the paper does not mention.
 
     Args:
-        fidelity: `original`, as in the published scripts: a turn takes the next row of the query's (or task's) own
-            ranking, and selects nothing if that row has been taken already. `fixed`: a turn takes the best remaining
-            row, so two queries (or tasks) differ by at most 1 in the number of rows selected for them.
+        fidelity: `original` works as the paper's published scripts do: a turn reads the next example of the query's (or
+            task's) ranking, and selects nothing if this example is selected already. With `fixed`, a turn selects the
+            first example of the ranking that is not selected yet, so the numbers of examples selected for two queries
+            (or tasks) differ by at most 1.
 
     Raises:
         GradsiftError: the embeddings of all queries are zero.
@@ -82,11 +85,13 @@ def round_robin_queries(
 
 
 def _take_turns(rankings: Sequence[np.ndarray], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
-    """Return positions (size,) int64 from the rankings in turn, without repeats.
+    """Return `size` different positions, int64, each ranking giving one in turn.
 
     Args:
-        rankings: the first `size` positions of each ranking; all rankings order the same positions, all below `count`.
-        loses_turns: if True, a turn yields nothing if the ranking's next position is already taken.
+        rankings: the first `size` positions of each ranking, best first. All rankings order the same positions.
+        count: number of examples in the pool; every position is below this number.
+        loses_turns: whether a turn gives no position if the ranking's next position is already taken. If False, the
+            turn gives the ranking's next position that is not taken yet.
     """
     chosen: list[int] = []
     taken = np.zeros(count, dtype=bool)
@@ -102,12 +107,12 @@ def _take_turns(rankings: Sequence[np.ndarray], size: int, count: int, *, loses_
 
 
 def _ranking(similarity: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` of `positions` (n,) with the largest `similarity` (n,), in row order where it is equal."""
+    """Return the `count` of `positions` (n,) with the largest `similarity` (n,), largest first, ties in row order."""
     ranking: np.ndarray = positions[np.lexsort((positions, -similarity))[:count]]
     return ranking
 
 
 def _similarities(pool: Features, positions: np.ndarray, target: Features, queries: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield for each of `queries` its cosines (n,) to the rows at `positions`."""
+    """Yield, for each row of the target set in `queries`, its cosines (n,) to the pool's examples at `positions`."""
     for start in range(0, len(queries), _AT_ONCE):
         yield from products(pool, positions, target.vectors[queries[start : start + _AT_ONCE]]).T

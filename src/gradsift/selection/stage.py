@@ -1,4 +1,4 @@
-"""The select stage: choose as many examples as the budget, and write their original rows."""
+"""The select stage: the selector chooses as many examples as the budget allows, and their original rows are written."""
 
 from __future__ import annotations
 
@@ -44,11 +44,14 @@ def select(
     """Select floor(alpha x N) examples; if the selector returns fewer, the number missing is recorded as `shortfall`.
 
     Args:
-        measures: returns the measures for `diagnose_selection`. They may depend only on the inputs of the scores.
-        base: what N counts: `accepted` rows, or `scored` rows.
-        corruption: kind of injected corruption by position, written into the rows of the selection file.
-        embeddings: returns the pool's embeddings, to measure coverage; None if neither the scorer nor the selector uses
-            them.
+        measures: function that returns the measures for `diagnose_selection`. The measures may depend only on the
+            inputs of the scores, because the measures are not part of the identity of the selection's artifact.
+        alpha: share of the N examples to select.
+        base: what N counts: all rows that were `accepted` when the data was loaded, or only the `scored` rows.
+        corruption: kind of corruption of each example that was corrupted for an audit, by its position. The kind is
+            written into the example's row of the selection file.
+        embeddings: function that returns the pool's embeddings, which measure the coverage of the pool; None if neither
+            the scorer nor the selector uses embeddings, in which case coverage is not measured.
     """
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -88,9 +91,10 @@ def write_selection(
     """Write one line per selected example, best first: its original row, to which the key `gradsift` is added.
 
     `gradsift` holds rank, score, example_id and row_index. The original row is the row of the source, even if the
-    example was corrupted for an audit; in this case `gradsift` also holds the kind of corruption. The pool is read in
-    its own order, and its lines are kept in a temporary file until they are written in order of rank, so that neither
-    the pool nor the selection has to fit in memory.
+    example was corrupted for an audit; in this case `gradsift` also holds the kind of corruption.
+
+    Neither the pool nor the selection has to fit in memory: the pool is read in its own order, and the lines of the
+    selected examples are kept in a temporary file until they are written in order of rank.
     """
     ranks = np.zeros(len(scores.score), dtype=np.int64)  # from 1; 0 if not selected
     ranks[positions] = np.arange(1, len(positions) + 1)
@@ -112,7 +116,7 @@ def write_selection(
 
 
 def _rows(examples: Path, ranks: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the position and the columns of each example whose rank is not 0, in the order of the file."""
+    """Yield the position and the column values of each example whose rank in `ranks` is not 0, in file order."""
     start = 0
     for block in read_blocks(examples, ("row_index", "example_id", "original")):
         chosen = np.flatnonzero(ranks[start : start + block.num_rows])

@@ -1,9 +1,9 @@
-"""Export of the selection for other trainers: a folder with rows and a config for each of TRL, LLaMA-Factory, axolotl.
+"""Export of the selection for other trainers (TRL, LLaMA-Factory and axolotl): a folder with rows and configs for each.
 
 Each config repeats the settings of the run's finetune: the model, the adapter, the optimiser and the maximal length.
-Only responses carry loss, as in the run. With a chat template, axolotl's rows mark a reply that is not trained (weight
-0) as context. TRL and LLaMA-Factory have no such mark: if a selected example has such a reply, their rows hold one
-trained reply each, with the turns before it as the prompt.
+The loss is computed on responses only, as in the run. With a chat template, axolotl's rows mark the replies on which
+the run does not train (weight 0). Rows for TRL and LLaMA-Factory cannot mark such replies: if any selected example has
+such a reply, each row for these two trainers holds a single trained reply, with the turns before it as the prompt.
 
 With a text template (alpaca, plain), TRL and axolotl get rows with the rendered prompt, one row for each trained reply,
 so that these two train on the same text as the run. LLaMA-Factory always renders the prompts itself.
@@ -33,11 +33,14 @@ Row = dict[str, Any]
 def export(
     config: ExportConfig, target: TargetConfig, model: str | None, examples: Sequence[Example], run: Path
 ) -> dict[str, str]:
-    """Write the selection in each format of `config`, each in a folder below `run`; return the folders by name.
+    """Write the selection in each format of `config`, each in its own folder below `run`.
 
     Args:
         model: hub id or folder of the target; None for a run without a target, whose configs then contain NO_MODEL.
         examples: the selection, best first.
+
+    Returns:
+        The path of each folder, by `for <format>`.
     """
     written = {}
     for name in config.formats:
@@ -49,7 +52,7 @@ def export(
 
 
 def turns(example: Example) -> list[Turn]:
-    """Return all turns of the conversation; the input, if any, follows the instruction after a line break."""
+    """Return all turns of an example; the last user turn is the instruction and, on a new line, the input, if any."""
     prompt = example.instruction + ("\n" + example.input if example.input else "")
     return [*example.history, Turn("user", prompt), Turn("assistant", example.output)]
 
@@ -59,7 +62,7 @@ def _message(turn: Turn) -> dict[str, str]:
 
 
 def _trained(example: Example) -> list[int]:
-    """Return the indices, among the example's turns, of the replies that carry loss."""
+    """Return the indices, among the example's turns, of the replies on which the loss is computed."""
     return [place for place, turn in enumerate(turns(example)) if turn.role == "assistant" and turn.is_trained]
 
 
@@ -68,11 +71,12 @@ def _has_context_replies(examples: Iterable[Example]) -> bool:
 
 
 def _messages(examples: Iterable[Example], *, by_reply: bool, marks: bool = False) -> Iterator[Row]:
-    """Yield rows with the messages of a conversation.
+    """Yield rows that hold the messages of an example.
 
     Args:
-        by_reply: yield a row for each trained reply, with the reply as the last message, instead of for each example.
-        marks: add the key `train` to each message, which says whether the message is trained.
+        by_reply: whether to yield, instead of a row for each example, a row for each trained reply, which is then the
+            last message of the row.
+        marks: whether to add the key `train` to each message, which says whether the loss is computed on the message.
     """
     for example in examples:
         whole = turns(example)
@@ -99,7 +103,7 @@ def _replies(examples: Iterable[Example], template: str) -> Iterator[Row]:
 
 
 def _preferences(examples: Iterable[Example]) -> Iterator[tuple[Example, Turn]]:
-    """Yield each example that has a rejected reply to the same prompt, with that reply."""
+    """Yield the example and the rejected reply for each example whose row has a rejected reply to the same prompt."""
     for example in examples:
         pair = pair_of(example.original)
         if pair is None:
@@ -119,7 +123,7 @@ def _preferences(examples: Iterable[Example]) -> Iterator[tuple[Example, Turn]]:
 
 
 def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
-    """Yield rows for LLaMA-Factory and axolotl: the messages of the prompt, the chosen and the rejected reply."""
+    """Yield rows for LLaMA-Factory and axolotl: the prompt's messages, the chosen reply and the rejected reply."""
     for example, rejected in _preferences(examples):
         *prompt, chosen = (_message(turn) for turn in turns(example))
         row = {"messages": prompt, "chosen": chosen, "rejected": _message(rejected)}
@@ -127,7 +131,7 @@ def _pairs(examples: Iterable[Example]) -> Iterator[Row]:
 
 
 def _pairs_for_trl(examples: Iterable[Example], template: str) -> Iterator[Row]:
-    """Yield rows for TRL: prompt, chosen and rejected reply, as messages or as text (see `_replies`)."""
+    """Yield rows for TRL: prompt, chosen reply and rejected reply, as messages or, for a text template, as text."""
     for example, rejected in _preferences(examples):
         if is_chat(template):
             *prompt, chosen = (_message(turn) for turn in turns(example))
@@ -161,7 +165,10 @@ def _common(target: TargetConfig, model: str) -> dict[str, Any]:
 
 
 def _renamed(settings: Mapping[str, Any], target: TargetConfig, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings under another trainer's `names`, with the warm-up, which TRL gives in one setting."""
+    """Return TRL's `settings` under the `names` of another trainer, with the warm-up and no gradient accumulation.
+
+    The warm-up is not among the common settings: TRL has one setting for steps and ratio, the other trainers have two.
+    """
     warmup = {"warmup_ratio": target.warmup_ratio} if target.warmup_ratio else {"warmup_steps": target.warmup_steps}
     renamed = {names.get(name, name): value for name, value in settings.items()}
     return renamed | warmup | {"gradient_accumulation_steps": 1}
@@ -283,7 +290,7 @@ def _write_yaml(path: Path, command: str, config: Mapping[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSON lines and return their number; if there are none, no file is written."""
+    """Write rows as JSON lines, and return the number of rows; if there are no rows, no file is left."""
     number = 0
     with path.open("w", encoding="ascii") as stream:
         for number, row in enumerate(rows, start=1):  # noqa: B007 - the count

@@ -2,18 +2,19 @@
 
     y = W x + b + s B A x,   s = alpha / rank
 
-peft computes s B A x separately, in float32, with a cast, a scaling and an addition, each of which reads and writes a
-tensor as wide as the layer. Here the adapter's matrix product adds its result to W x + b, in the precision of the
-activations, and the backward pass computes no gradient of W. A and B stay float32 parameters, and the examples'
-gradients are summed in float32.
+peft computes s B A x separately, in float32. This takes a cast, a scaling and an addition, and each of these operations
+reads and writes a tensor as wide as the layer. Here the adapter's matrix product adds its result directly to W x + b,
+in the precision of the activations, and the backward pass computes no gradient of W. A and B stay float32 parameters,
+and the examples' gradients are summed in float32.
 
-A batch may hold rows of several adapters (`gradsift.training.lora`). They pass through W together, and each row
-through the A and B of its own adapter.
+A batch may hold rows of several adapters (`gradsift.training.lora`). All rows pass through W together, and each row
+passes through the A and B of its own adapter.
 
-In 4 or 8 bits (QLoRA, Dettmers et al., 2023), weights take a quarter or half of bfloat16's memory. transformers and
-bitsandbytes quantise them while a model is loaded. Each quantised layer is then replaced by a `QuantizedLinear`, which
-dequantises its weight for each product of the forward and the backward pass. Activations are not quantised, so an
-example's gradient does not depend on its batch. The formats of the weights are:
+In 4 or 8 bits (QLoRA, Dettmers et al., 2023), weights take a quarter or half of the memory that they take in bfloat16.
+transformers and bitsandbytes quantise the weights while a model is loaded. Each quantised layer is then replaced by a
+`QuantizedLinear`, which dequantises its weight for each matrix product of the forward and the backward pass.
+Activations are not quantised, so an example's gradient does not depend on the other examples of its batch. The formats
+of the weights are:
 
     nf4     a weight is one of 16 quantiles of a normal distribution, scaled to [-1, 1], times the largest absolute
             value (float32) in its block of 64 weights
@@ -44,10 +45,11 @@ _FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 class FrozenProducts:
-    """The two matrix products of a frozen linear layer (`nn.Linear` or GPT-2's `Conv1D`), computed by torch.
+    """The two matrix products of a frozen linear layer: its outputs, and the gradient with respect to its inputs.
 
-    Subclasses compute them in other ways, and a layer uses the instance in its attribute `frozen_products`, if it has
-    one. This instance may hold copies of the weight, so the attribute must be deleted before the weight changes.
+    This class computes them with torch, for `nn.Linear` and GPT-2's `Conv1D`; subclasses compute them in other ways.
+    If a layer has the attribute `frozen_products`, the instance in this attribute is used. This instance may hold
+    copies of the weight, so the attribute must be deleted before the weight changes.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -87,12 +89,12 @@ class _Product(torch.autograd.Function):
 
 
 def trains(layer: Any) -> bool:
-    """Return whether a weight or bias of the layer itself is trainable."""
+    """Return whether a weight or bias of the layer itself, and not of a child such as an adapter, is trainable."""
     return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
-    """peft's LoRA layer with the forward pass of `_Map`; the names of the weights and the saved files stay peft's."""
+    """peft's LoRA layer with the forward pass of `_Map`. Weight names and saved files are the same as in peft."""
 
     probe: NormProbe | GradientProbe | None = None  # set while norms or gradients are gathered
     lanes: tuple[PassedRows, Sequence[nn.Linear]] | None = None  # with several adapters: rows, all A, then all B
@@ -163,7 +165,8 @@ def unfuse(layers: list[Any]) -> None:
 def is_plain(layer: Any) -> bool:
     """Return whether a layer computes W x + b and nothing else, so that `_Map` may take its place.
 
-    A subclass of `nn.Linear` with its own forward pass may compute more (Llama 4's router does), and so may hooks.
+    A subclass of `nn.Linear` with its own forward pass may compute something else (Llama 4's router does), and a layer
+    with forward hooks may too.
     """
     kind = type(layer)
     if "frozen_products" in vars(layer):
@@ -174,14 +177,15 @@ def is_plain(layer: Any) -> bool:
 
 
 def layer_path(name: str) -> str:
-    """Return the name that a module of a model with adapters has in the model without them."""
+    """Return a module's name in the model without adapters, given its name in the model with adapters."""
     return name.removeprefix("base_model.model.")
 
 
 class _Map(torch.autograd.Function):
     """Computes y = W x + b + s B A x, (B T, O), and its gradients with respect to x, A and B.
 
-    The "gradient" with respect to `probe` holds what `gather` returns for each example (`gradsift.gradients.probes`).
+    In the backward pass, the "gradient" with respect to `probe` is not a gradient: it holds what `gather` returns for
+    each example, such as the norms of the example's gradients (`gradsift.gradients.probes`).
     """
 
     @staticmethod
@@ -243,7 +247,13 @@ class _Map(torch.autograd.Function):
 
 
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the adapter's A (R, I) or B (O, R); with several adapters, that of each row, (B, R, I) or (B, O, R)."""
+    """Return the adapter's A (R, I) or B (O, R); with several adapters, the A or B of each row of the batch.
+
+    The result is then (B, R, I) or (B, O, R).
+
+    Args:
+        factors: the A of each adapter, or the B of each adapter.
+    """
     if rows is None or rows.lanes is None:
         return factors[0].to(dtype)
     return torch.stack([factor.to(dtype) for factor in factors]).index_select(0, rows.lanes)
@@ -270,6 +280,8 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
 
     Args:
         described: transformers' config of the model.
+        quantization: `nf4`, `int8` or `none`. With `none`, there are options only for mxfp4 weights.
+        dtype: dtype of the activations.
 
     Raises:
         ConfigError: the weights in the model's files are quantised already.
@@ -291,7 +303,7 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
 
 
 def make_plain(model: Any, quantization: str) -> None:
-    """Replace each bitsandbytes layer of a model that was just loaded with a `QuantizedLinear`."""
+    """Replace each bitsandbytes layer of a model by a `QuantizedLinear`; the model must just have been loaded."""
     import bitsandbytes
 
     for name, layer in list(model.named_modules()):
@@ -311,9 +323,11 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer of O x I quantised weights, made from a layer of bitsandbytes.
 
     Args:
-        weight: (O I / 2, 1) uint8 with two nf4 numbers in each byte, or (O, I) int8.
-        scale: float32, one for each block (O I / block,) with nf4, one for each row (O,) with int8.
-        block: number of nf4 weights that share a scale.
+        layer: the layer of bitsandbytes, whose size and bias are taken.
+        weight: with nf4, (O I / 2, 1) uint8 with two weights in each byte; with int8, (O, I) int8.
+        scale: float32 factors of the weights: (O I / block,) with nf4, one for each block of weights; (O,) with int8,
+            one for each row.
+        block: number of nf4 weights that share a scale; unused with int8.
     """
 
     scale: torch.Tensor
@@ -328,7 +342,7 @@ class QuantizedLinear(nn.Linear):
         self.frozen_products = _RestoredProducts(self)
 
     def restored(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (O, I) in `dtype`."""
+        """Return the dequantised weight (O, I) in `dtype`."""
         if self.weight.dtype == torch.int8:
             return (self.weight * self.scale[:, None]).to(dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit

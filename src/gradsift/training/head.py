@@ -1,8 +1,8 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
-The places are the tokens whose successor is a response token. The output head is applied only to their hidden states,
-one chunk at a time. The gradient with respect to a chunk's hidden states is computed together with its losses, so
-logits are computed once and never kept for the backward pass.
+A place is the position of a token whose next token is a response token. The output head is applied only to the hidden
+states at the places, one chunk of places at a time. The gradient of a chunk's losses with respect to its hidden states
+is computed in the forward pass too, so logits are computed once and never kept for the backward pass.
 
 Shape letters: B examples of a batch, T tokens, D hidden size, P places of the batch, V vocabulary.
 """
@@ -28,7 +28,7 @@ _MULTIPLE = 64  # a bfloat16 head's vocabulary is padded to a multiple of this; 
 
 
 class OutputHead:
-    """The output embedding of a model whose logits are the embedding applied to the last hidden states."""
+    """The output head of a model: a linear layer that computes the logits from the last hidden states alone."""
 
     def __init__(self, below: nn.Module, embedding: nn.Linear) -> None:
         self._below = below  # the model without its head
@@ -49,8 +49,9 @@ class OutputHead:
     def of(cls, model: Any) -> OutputHead | None:
         """Return the output head of a causal language model, or None if the model has to compute its logits itself.
 
-        This is so if the head is not a plain `nn.Linear`, if it trains or has an adapter, or if the model changes its
-        inputs or outputs (Cohere and Granite scale the logits, Gemma 2 caps them; see `_is_last_step`).
+        The result is None if the head is not a plain `nn.Linear`, if the head is trainable or has an adapter, or if the
+        model changes the head's inputs or outputs (Cohere and Granite scale the logits, Gemma 2 caps them; see
+        `_is_last_step`).
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         embedding = causal.get_output_embeddings()
@@ -60,20 +61,31 @@ class OutputHead:
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
 
     def hidden_states(self, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states (P, D) of `inputs` (B, T) at `places` (P,) among the flattened B x T tokens."""
+        """Return the last hidden states (P, D) of `inputs` (B, T) at `places`.
+
+        Args:
+            places: (P,) indices into the B x T tokens of the batch, flattened.
+        """
         with without_host_reads():
             hidden: torch.Tensor = self._below(**inputs, use_cache=False)[0]
         # only places before a response token: prompt tokens have no loss, so they need no logits
         return hidden.flatten(0, 1).index_select(0, places)
 
     def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) given `hidden` (P, D)."""
+        """Return the negative log-likelihoods (P,) float32, in nats, of the token ids `targets` (P,).
+
+        Args:
+            hidden: (P, D), the last hidden state before each target.
+        """
         # the gradient mode is an argument, because gradients are off within a Function's forward
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return losses
 
     def buffers(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return buffers for logits, which may overlap: (count, padded V) in the weight's dtype, (count, V) float32."""
+        """Return two buffers for the logits of `count` places, which may share memory.
+
+        The first is (count, padded V) in the weight's dtype, the second is (count, V) float32.
+        """
         shape = (count, len(self.weight))
         if self._logits.numel() < count * shape[1]:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
@@ -115,7 +127,11 @@ class _TokenLosses(torch.autograd.Function):
 def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the losses (P,) of a chunk; if `gradient` (P, D) is given, fill it with (softmax - one-hot) W."""
+    """Return the losses (P,) of a chunk of P places.
+
+    If `gradient` (P, D) is given, fill it with (softmax - one-hot) W, the gradient of each loss with respect to the
+    hidden state of its place.
+    """
     if head.own is not None:
         return head.own.losses(hidden, targets, gradient)  # type: ignore[no-any-return]
     logits, exact = head.buffers(len(hidden))  # (P, padded V), (P, V)
@@ -141,12 +157,13 @@ def _chunk(
 def _less_rounded(
     hidden: torch.Tensor, targets: torch.Tensor, head: OutputHead, logits: torch.Tensor, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Fill `exact` with the logits minus an offset per place, and return the targets' entries (P, 1) in float32.
+    """Fill `exact` with the logits minus an offset for each place; return the entries (P, 1) of `exact` at the targets.
 
-    A logit of 20 in bfloat16 has an error of up to .06, and so would the loss. Adding an offset to all logits of a
-    place does not change its loss. So the target's logit in bfloat16 is subtracted within the product, before rounding.
-    The logits of tokens about as likely as the target are then small numbers with small errors. The target's own logit
-    is computed in float32.
+    A logit of 20 in bfloat16 has an error of up to .06, and a loss computed from such logits has an error as large. But
+    the same offset on all logits of a place does not change the loss. So the target's logit, rounded to bfloat16, is
+    subtracted from all logits of its place within the matrix product, before the results are rounded. The logits of
+    tokens about as likely as the target are then small numbers with small errors. The target's own logit is computed in
+    float32.
     """
     own = (hidden.float() * head.weight[targets].float()).sum(1, keepdim=True)  # (P, 1)
     # rounded before it is subtracted, so that own - offset is exactly the target's logit minus the offset
@@ -170,9 +187,11 @@ def token_losses(
     places: torch.Tensor,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the negative log-likelihood (P,) float32, in nats, of `targets` (P,) after the tokens at `places` (P,).
+    """Return the negative log-likelihoods (P,) float32, in nats, of the token ids `targets` (P,).
 
-    If `head` is None, the model computes the logits of all tokens.
+    Args:
+        head: the output head of `model`; if None, the model computes the logits of all tokens.
+        places: (P,) the position of the token before each target, an index into the flattened B x T tokens.
     """
     if head is not None:
         return head.token_losses(head.hidden_states(inputs, places), targets)
@@ -184,7 +203,7 @@ def token_losses(
 class ResponseLosses:
     """Mean negative log-likelihood of each example's response tokens, in nats, float32.
 
-    The mean is over an example's own tokens, so its loss does not depend on the other examples of the batch.
+    The mean is over an example's own tokens, so an example's loss does not depend on the other examples of its batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -196,9 +215,9 @@ class ResponseLosses:
         return self._of_tokens(batch).sum(1) / batch.counts
 
     def body_and_end(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean loss of all response tokens but the last, and the loss of the last, (B,) each.
+        """Return, for each example, the mean loss of all response tokens but the last, and the loss of the last token.
 
-        If an example has a single response token, both are the loss of this token.
+        Both tensors are (B,). If an example has a single response token, both values are the loss of this token.
         """
         of_tokens = self._of_tokens(batch)
         is_predicted = torch.zeros_like(of_tokens.flatten()).index_fill(0, batch.places, 1.0).view_as(of_tokens)
@@ -208,7 +227,7 @@ class ResponseLosses:
         return torch.where(batch.counts > 1, (of_tokens.sum(1) - end) / (batch.counts - 1).clamp(min=1), end), end
 
     def _of_tokens(self, batch: Batch) -> torch.Tensor:
-        """Return a tensor (B, T) with the loss of the next token at each place, and 0 elsewhere."""
+        """Return a tensor (B, T) that holds, at each place, the loss of the next token, and 0 at all other tokens."""
         of_tokens = token_losses(self._model, self._head, batch.model_inputs(), batch.places, batch.targets)
         # a scatter to different places and a sum along rows are deterministic; on a GPU, index_add adds in any order
         spread = of_tokens.new_zeros(batch.input_ids.numel()).scatter(0, batch.places, of_tokens)
@@ -217,7 +236,10 @@ class ResponseLosses:
 
 @torch.no_grad()
 def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
-    """Return whether a random batch's logits equal `embedding` applied to the last hidden states, bit for bit."""
+    """Return whether the model's logits for random tokens equal `embedding` applied to the last hidden states.
+
+    The logits must be equal bit for bit.
+    """
     vocabulary = causal.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
     # with a mask, because transformers warns without one if an id is the pad id
@@ -235,9 +257,9 @@ def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, enco
     """Refuse a NaN or infinity among `values` (B,); the message names the examples by their row in the data's source.
 
     Args:
-        quantity: what the values are, for the message.
+        quantity: what the message calls the values.
         rows: (B,) int64, `Encoded.row` of each value's example.
-        encoded: examples, among them those of `rows`.
+        encoded: examples that include those of `rows`.
     """
     bad = ~torch.isfinite(values)
     if bool(bad.any()):

@@ -127,7 +127,10 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks with experts, by name: the parents of modules whose weights have three dimensions or more."""
+    """Return the blocks with experts, by name. The weights of a block's experts are stacked in one tensor.
+
+    So a block is the parent of a module with a weight of three or more dimensions, convolutions excepted.
+    """
     blocks = {}
     for name, module in model.named_modules():
         stacked = any(weight.dim() > 2 and len(weight) > 1 for weight in module.parameters(recurse=False))
@@ -153,7 +156,11 @@ def _dense_layer_names(model: Any) -> list[str]:
 
 
 def left_out(model: Any, config: LoraConfig, option: str) -> str | None:
-    """Return a message about the experts that `option`, such as `target.lora`, leaves without an adapter, if any."""
+    """Return a message about the experts that get no adapter with `config`, or None if there are no such experts.
+
+    Args:
+        option: the option that `config` comes from, such as `target.lora`.
+    """
     if config.targets != ["all-linear"] or not (blocks := expert_blocks(model)):
         return None
     kinds = ", ".join(sorted({type(block).__name__ for block in blocks.values()}))
@@ -183,7 +190,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
-    """Return the Frobenius norms of the active adapter's A and of its B over all layers, as `size_A` and `size_B`."""
+    """Return the norms of the active adapter's factors, as `size_A` and `size_B`.
+
+    `size_A` is the L2 norm of all entries of A in all layers, `size_B` that of all entries of B.
+    """
     squares_a = squares_b = 0.0
     for _, layer in lora_layers(adapted):
         squares_a += float(layer.lora_A[ADAPTER].weight.detach().square().sum())
@@ -222,7 +232,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore a state that `optimizer_tensors` returned, on each parameter's device."""
+    """Put tensors that `optimizer_tensors` returned back into the optimiser's state, on each parameter's device."""
     for key, value in tensors.items():
         kind, name = key.split(":", 1)
         parameter = parameters[name]
@@ -239,7 +249,8 @@ class Lanes(nn.Module):
 
     A batch holds rows of all adapters, which pass through the frozen weights together (`gradsift.training.adapted`).
     The peft model `adapted` holds the adapter of one lane at a time, at first that of lane 0; `activate` replaces it by
-    the adapter of another lane. Functions that save, load or measure an adapter work on the one that `adapted` holds.
+    the adapter of another lane. Functions that save, load or measure an adapter work on the adapter that `adapted`
+    holds at the time.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, seeds: Sequence[int]) -> None:
@@ -265,12 +276,15 @@ class Lanes(nn.Module):
         return len(self._factors)
 
     def activate(self, lane: int) -> None:
-        """Make the adapter of a lane the one that the peft model `adapted` holds."""
+        """Put the adapter of a lane into the peft model `adapted`, in place of the adapter that it holds."""
         for layer, (a, b) in zip(self._layers, self._factors[lane], strict=True):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers the adapter of each row of the next batch, and return its examples, sorted by adapter."""
+        """Tell the layers which adapter each row of the next batch has; return the batch's examples in row order.
+
+        The rows are sorted by adapter.
+        """
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)
         device = next(self.parts.parameters()).device

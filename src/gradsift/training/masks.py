@@ -1,9 +1,10 @@
 """Random bits that depend on a seed and a position, and dropout masks that depend on the example and not on the batch.
 
-A generator with a state gives numbers that depend on how a batch is divided and on the order in which a device draws.
-Here each number is a hash, computed in integer arithmetic, which wraps around and never rounds. A dropout mask is a
-function of the example's key, the layer, the position of the token and the index of the input. So it does not depend on
-the batch, the padding, the rank or the device, and a checkpointed block has the same mask when it is recomputed.
+A random generator with a state gives numbers that depend on how a batch is divided and on the order in which a device
+draws. Here each number is a hash. Hashes are computed in integer arithmetic, which is the same on every device, because
+it wraps around and never rounds. A dropout mask is a function of the example's key, the layer, the position of the
+token and the index of the input. So the mask does not depend on the batch, the padding, the rank or the device, and a
+checkpointed block has the same mask when it is recomputed.
 
 Shape letters: B rows of a batch, T tokens, I inputs of a layer, N columns.
 """
@@ -24,7 +25,7 @@ _ODD = 0x7FEB352D  # of lowbias32 (Wellons)
 
 
 def mixed(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the splitmix64 hash (Steele, Lea and Flood, 2014) of each of `numbers`, int64."""
+    """Return the splitmix64 hash (Steele, Lea and Flood, 2014), int64, of each of the int64 `numbers`."""
     x = numbers + _GOLDEN
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
@@ -34,8 +35,8 @@ def mixed(numbers: torch.Tensor) -> torch.Tensor:
 def bits(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return random numbers (..., N) over the whole range of int32, one for each pair of a row and a column.
 
-    A number is the product of the hashes of its row and its column, mixed once more. Its upper bits are more random
-    than its lower bits.
+    A random number is the product of a hash of its row and a hash of its column, with the bits mixed once more. Its
+    upper bits are more random than its lower bits.
 
     Args:
         rows: (...) int64, any numbers.
@@ -52,7 +53,7 @@ def _odd(numbers: torch.Tensor) -> torch.Tensor:
 
 
 class PassedRows:
-    """Facts about the rows of a batch that the adapted layers of a model need besides the activations."""
+    """What the adapted layers of a model need to know about the rows of a batch besides their activations."""
 
     def __init__(self) -> None:
         self.drops = False  # whether any layer has dropout
@@ -62,7 +63,10 @@ class PassedRows:
 
 
 class RowDropout(nn.Dropout):
-    """Dropout with a mask for each row of the inputs (B, T, I). If the rows have no keys, torch's dropout is used."""
+    """Dropout of the inputs (B, T, I), with a mask for each row that depends on the row's key.
+
+    If `rows.keys` is not set, torch's dropout is used.
+    """
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:
         super().__init__(probability)

@@ -30,20 +30,25 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """The examples of one optimiser step. Lightning hands a `Step` to the module unchanged; a list would be copied."""
+    """The examples of one optimiser step. Lightning hands a `Step` to the module as it is, but would copy a list."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.examples = examples
 
 
 class AdapterModule(L.LightningModule):
-    """Trains the trainable parameters of `model`; a step's loss is the mean over its examples or response tokens.
+    """Trains the trainable parameters of `model`.
+
+    The loss of an optimiser step is the mean over the step's examples or over their response tokens, depending on
+    `optimization.loss`.
 
     The examples of a step pass through the model in batches of similar length, as large as the token budget allows, and
     the gradients of the batches are added up. So neither the memory nor the time per token depends on the number of
-    examples in a step. With several ranks, each rank passes its share of the step's examples through the model, and the
-    ranks' gradients are averaged: by DDP in the step's last backward pass or, for a model whose layers are divided over
-    the ranks, by `_reduce_gradients`.
+    examples in a step.
+
+    With several ranks, each rank passes its share of the step's examples through the model, and the ranks' gradients
+    are averaged. DDP averages them in the step's last backward pass. If the model's layers are divided over the ranks,
+    `_reduce_gradients` averages them.
     """
 
     has_lanes = False  # whether the rows of a step belong to several adapters
@@ -75,19 +80,27 @@ class AdapterModule(L.LightningModule):
         self._step_losses = torch.zeros(0)  # on the device: reading a loss would make the host wait in every step
 
     def resume(self, losses: torch.Tensor, tokens: Sequence[int]) -> None:
-        """Restore the n steps of an interrupted run, with their mean losses (n,) and numbers of tokens."""
+        """Continue after the n optimiser steps of an interrupted run.
+
+        Args:
+            losses: (n,) the loss of each step.
+            tokens: the number of tokens of each step.
+        """
         # the dropout masks of a step depend on the length of the curve, its learning rate on `first_step`
         self.first_step += len(tokens)
         self._step_losses = losses.to(self.device)
         self.curve = [{"loss": math.nan, "tokens": count} for count in tokens]
 
     def curve_so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean losses (n,) and the numbers of tokens (n,) of the n steps taken."""
+        """Return the losses (n,) and the numbers of tokens (n,) of the n optimiser steps taken so far."""
         tokens = torch.tensor([int(entry["tokens"]) for entry in self.curve])
         return self._step_losses[: len(tokens)], tokens
 
     def cpu(self) -> AdapterModule:
-        """Return the module without moving it. Lightning calls `cpu` at the end, but later stages use the backbone."""
+        """Return the module without moving it to the CPU.
+
+        Lightning calls this method after a training, but later stages still need the backbone on its device.
+        """
         return self
 
     def on_fit_start(self) -> None:
@@ -99,7 +112,7 @@ class AdapterModule(L.LightningModule):
         return outputs
 
     def pass_step(self, step: Step) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of a step's loss, and return the outputs of `_backward`, gathered from all ranks."""
+        """Accumulate the gradient of the step's loss; return what `_backward` returns, gathered from all ranks."""
         mine = parallel.share(step.examples)
         lengths = [len(example.input_ids) for example in mine]
         # If memory runs out, `_backward` runs again with fewer tokens. It starts without gradients and with the same
@@ -134,9 +147,14 @@ class AdapterModule(L.LightningModule):
     def _backward(self, mine: Sequence[Encoded], examples: Sequence[Encoded], tokens: int) -> dict[str, torch.Tensor]:
         """Accumulate the gradient of the loss of a step with N `examples`, of which `mine` are this rank's share.
 
+        Args:
+            tokens: largest number of tokens that pass through the model at once.
+
         Returns:
-            Tensors (n,) by name, for this rank's n examples: rows; losses; counts, the numbers of response tokens (with
-            `loss=token`); norm_A and norm_B (if `gradient_norms` is set); lanes (if several adapters train).
+            Tensors (n,) for this rank's n examples, by name. `rows` and `losses` are always there. With `loss=token`,
+            `counts` are the numbers of response tokens. If `gradient_norms` is set, `norm_A` and `norm_B` are the norms
+            of each example's gradients with respect to A and to B. If several adapters train, `lanes` are the indices
+            of the examples' adapters.
         """
         # For layers with torch's own dropout. The seed depends only on step and rank, so neither a resumed training nor
         # a repeated step needs the random state of earlier steps.
@@ -187,7 +205,7 @@ class AdapterModule(L.LightningModule):
         self.optimizer.zero_grad()
 
     def _announced(self, examples: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Tell the adapted layers about the examples of the next batch, and return them in the order of the batch."""
+        """Tell the adapted layers about the examples of the next batch; return the examples in the batch's order."""
         self._give_masks(map(self.mask_key, examples))
         return examples
 
@@ -201,7 +219,14 @@ class AdapterModule(L.LightningModule):
             self.passed_rows.keys = torch.tensor(list(keys), device=self.device)
 
     def _divisor(self, rows: Sequence[Encoded], examples: Sequence[Encoded]) -> float | torch.Tensor:
-        """Return the divisor of the losses (B,) of `rows` in a step: a number, or (B,) with several adapters."""
+        """Return the number by which the losses of `rows` are divided so that the step's loss is a mean.
+
+        With several adapters, return a tensor (B,) with a divisor for each row.
+
+        Args:
+            rows: the B examples of a batch.
+            examples: all examples of the step.
+        """
         # the number of examples or tokens of the step: with a mean over each batch or rank, an example's weight would
         # depend on its batch
         return sum(example.scored for example in examples) if self.optimization.loss == "token" else len(examples)
@@ -227,9 +252,10 @@ class AdapterModule(L.LightningModule):
 
 
 class ProxyMember(AdapterModule):
-    """One member of the proxy ensemble for one epoch (or the adapter of a warm-up).
+    """Trains one member of the proxy ensemble for one epoch, or the adapter of a warm-up.
 
-    `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, at fixed weights.
+    With this module, `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, without
+    changing the weights.
     """
 
     journal: Journal | None = None  # keeps the norms of a pass, batch by batch
@@ -270,7 +296,10 @@ class TargetFinetuning(AdapterModule):
         """Do nothing: the model was divided while it was loaded. ModelParallelStrategy requires this method."""
 
     def _reduce_gradients(self) -> None:
-        """Average the adapter's gradients over the ranks if the model is divided: FSDP does so for its layers only."""
+        """Average the adapter's gradients over the ranks if the model is divided.
+
+        FSDP averages only the gradients of the weights that it divides, and the adapter is whole on every rank.
+        """
         if not self.is_divided:
             return
         parameters = list(lora.trainable_parameters(self.model).values())

@@ -1,7 +1,8 @@
 """The built-in backbones: nano models of the embedded world, and a byte-level model with random weights.
 
 The embedded world is the generated task of `data=verifiable` (`gradsift.data.verifiable`). With the byte-level model
-(tiny_bytes), real data can pass through all stages without a pretrained model. Its scores say nothing about the data.
+(tiny_bytes), real data can pass through all stages without a pretrained model, but the resulting scores say nothing
+about the data.
 
 Shape letters: B batch, T tokens, V vocabulary.
 """
@@ -46,7 +47,7 @@ def nano_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per UTF-8 byte, and with `<eos>` and `<pad>`."""
+    """Return a tokenizer with one token for each UTF-8 byte, and the two special tokens `<eos>` and `<pad>`."""
     alphabet = sorted(ByteLevel.alphabet())  # 256 printable characters, one for each byte
     tokenizer = Tokenizer(BPE({character: index for index, character in enumerate(alphabet)}, merges=[]))
     # without merges no token depends on the splitting into words, and skipping it halves the time
@@ -68,7 +69,11 @@ def _fast(tokenizer: Tokenizer, context: int, **special: str) -> PreTrainedToken
 
 
 def nano_config(architecture: str) -> GPT2Config | LlamaConfig:
-    """Return the config of a model of about 0.17 M parameters, a gpt2 or a llama, for `nano_tokenizer`."""
+    """Return the config of a model with about 0.17 M parameters for the vocabulary of `nano_tokenizer`.
+
+    Args:
+        architecture: `gpt2` or `llama`.
+    """
     shared: dict[str, Any] = _ids_of(nano_tokenizer()) | {
         "initializer_range": 0.1,  # at this width the usual 0.02 wastes most of the short training
         "tie_word_embeddings": True,
@@ -86,7 +91,7 @@ def nano_config(architecture: str) -> GPT2Config | LlamaConfig:
 
 
 def bytes_config() -> GPT2Config:
-    """Return the config of a GPT-2 of about a million parameters for `bytes_tokenizer`."""
+    """Return the config of a GPT-2 with about a million parameters for the vocabulary of `bytes_tokenizer`."""
     return GPT2Config(
         n_positions=BYTES_CONTEXT,
         n_embd=128,
@@ -108,12 +113,12 @@ def _ids_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def nano_model(architecture: str, *, seed: int = 0) -> PreTrainedModel:
-    """Return an untrained model with `nano_config`, drawn with `seed`, without dropout."""
+    """Return an untrained model with the config `nano_config` and random weights drawn with `seed`."""
     return _drawn(nano_config(architecture), seed)
 
 
 def bytes_model(*, seed: int = 0) -> PreTrainedModel:
-    """Return an untrained model with `bytes_config`, drawn with `seed`, without dropout."""
+    """Return an untrained model with the config `bytes_config` and random weights drawn with `seed`."""
     return _drawn(bytes_config(), seed)
 
 
@@ -137,10 +142,10 @@ def pretrain(
 ) -> float:
     """Train all weights of a nano model, in place, on the embedded world's pretraining text.
 
-    Each step has rows of its own. The optimiser is AdamW without weight decay. The learning rate warms up over a
-    twentieth of the steps and falls linearly to a tenth of its peak. The loss is the weighted mean negative
-    log-likelihood of the tokens: response tokens and the eos have weight 1, prompt tokens `prompt_loss_weight`. The
-    same arguments and number of threads give the same model weights.
+    No row is used in more than one step. The optimiser is AdamW without weight decay. The learning rate warms up over a
+    twentieth of the steps and falls linearly to a tenth of its peak. The loss is a weighted mean of the tokens'
+    negative log-likelihoods: response tokens and the eos have weight 1, prompt tokens have weight `prompt_loss_weight`.
+    The same arguments and number of threads give the same model weights.
 
     Args:
         instructed_share: share of the rows that are worded as in the embedded world's data.
@@ -183,8 +188,8 @@ def pretrain(
 def _pad(batch: list[tuple[list[int], list[int]]], prompt_loss_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T), padded on the right, and their loss weights (B, T), 0 for padding.
 
-    Causal attention needs no mask for padding on the right. The padding is the eos, because transformers warns of a pad
-    token without a mask.
+    Causal attention needs no mask for padding on the right. The eos token is used for padding, because transformers
+    would warn about pad tokens without a mask.
     """
     longest = max(len(prompt) + len(response) for prompt, response in batch)
     tokens_BT = torch.full((len(batch), longest), batch[0][1][-1])

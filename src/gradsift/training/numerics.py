@@ -1,15 +1,15 @@
 """The numerics of models (the settings that change the rounding of results), and the number of torch's CPU threads.
 
-    precision     dtype of weights and products: float32 or bfloat16
+    precision     dtype of weights and matrix products: float32 or bfloat16
     quantization  format of frozen linear layers, if they are quantised: nf4 or int8
-    products      tf32 if float32 products are rounded to TF32 (compute.precision=auto on CUDA)
+    products      tf32 if float32 matrix products are rounded to TF32 (compute.precision=auto on CUDA)
     residual      dtype of the residual stream between blocks: float32 or bfloat16 (`gradsift.training.residual`)
     attention     transformers' name of the attention implementation
     kernels       version of the compiled CPU kernels that the model uses, or off (`gradsift.cpu`)
 
-Results of different numerics must not be mixed in one ensemble: the variance of the gradient norms over its members
-(V_t in GRADFILTERING) would then include the difference between the numerics. So the numerics are part of the identity
-of a model and of everything that is computed from it.
+Results of different numerics must not be mixed in one ensemble: the variance of the gradient norms over the ensemble's
+members (V_t in GRADFILTERING) would then include the difference between the numerics. So the numerics are part of the
+identity of a model and of everything that is computed from the model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _TORCH_THREADS = torch.get_num_threads()  # torch's own choice, before a run set
 
 
 def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.dtype:
-    """Return the dtype in which a model is loaded: `model.dtype` or, if this is auto or not given, `compute.precision`.
+    """Return the dtype in which a model is loaded.
 
-    `compute.precision=auto` is bfloat16 on a GPU that has bfloat16 products, else float32.
+    This is `model.dtype` or, if `model.dtype` is auto or no model is given, `compute.precision`. If `compute.precision`
+    is auto too, the dtype is bfloat16 on a GPU with bfloat16 matrix products, else float32.
     """
     precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
     if precision == "auto":
@@ -43,12 +44,15 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
 
 
 def rounds_to_tf32(compute: ComputeConfig) -> bool:
-    """Return whether float32 products may be rounded to TF32, as with compute.precision=auto on a GPU."""
+    """Return whether float32 matrix products may be rounded to TF32, which is so if compute.precision=auto on a GPU."""
     return compute.precision == "auto" and device_of(compute).type == "cuda"
 
 
 def set_kernels(compute: ComputeConfig) -> None:
-    """Set for this process whether torch rounds float32 products to TF32, and whether all kernels are deterministic."""
+    """Set, for this process, whether torch rounds float32 matrix products to TF32.
+
+    If `compute.deterministic` is true, torch is also restricted to deterministic kernels.
+    """
     torch.set_float32_matmul_precision("high" if rounds_to_tf32(compute) else "highest")
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
@@ -56,7 +60,10 @@ def set_kernels(compute: ComputeConfig) -> None:
 
 
 def prepare(model: Any, compute: ComputeConfig) -> None:
-    """Set the residual stream, activation function, attention and CPU kernels of a frozen model, in place."""
+    """Change how a frozen model computes, in place.
+
+    This sets the precision of the residual stream, the implementations of GELU and attention, and the CPU kernels.
+    """
     residual_in_float32(model)
     for module in model.modules():
         # torch computes GPT-2's tanh GELU in one pass over the widest tensor, transformers in eight
@@ -73,7 +80,7 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
 
 
 def numerics_of(model: Any) -> dict[str, str]:
-    """Return the numerics of a prepared model, read from the model itself."""
+    """Return the numerics of a model that `prepare` has changed, as found in the model itself."""
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "precision": str(model.dtype).removeprefix("torch."),
@@ -86,7 +93,11 @@ def numerics_of(model: Any) -> dict[str, str]:
 
 
 def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelConfig) -> dict[str, str]:
-    """Return the numerics of a model with transformers' `config` on this machine, without loading its weights."""
+    """Return the numerics that a model will have on this machine, without loading its weights.
+
+    Args:
+        config: transformers' config of the model.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -101,7 +112,7 @@ def expected_numerics(config: Any, compute: ComputeConfig, model_config: ModelCo
 
 @functools.cache
 def busy_cores() -> float:
-    """Return how many cores of this machine are busy with other work."""
+    """Return how many cores of this machine were busy with other work when this process first called the function."""
     # measured once, because results depend on the number of threads, which all jobs of a sweep must share
     percent = psutil.cpu_percent(interval=0.25)  # of all cores, over a quarter of a second
     return float(percent) / 100 * (os.cpu_count() or 1)
@@ -110,10 +121,10 @@ def busy_cores() -> float:
 def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
-    The threads of a kernel wait for each other by spinning, so a step takes many times longer if there is one thread
-    more than there are free cores. `auto` is the least of torch's own choice, the number of cores that affinity and
-    cgroup allow, and the number of free cores, divided by the number of ranks on this CPU. If OMP_NUM_THREADS is set,
-    `auto` is torch's own choice, which follows this variable.
+    The threads of a kernel wait for each other by spinning, so a step takes many times longer if there is even one
+    thread more than free cores. So `auto` takes the least of three numbers: torch's own choice, the cores that this
+    process may use (CPU affinity and cgroup limits), and the free cores. If several ranks share this CPU, the least
+    number is divided among them. If OMP_NUM_THREADS is set, `auto` is torch's own choice, which follows this variable.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

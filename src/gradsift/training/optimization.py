@@ -1,6 +1,7 @@
-"""The settings with which adapters (proxy members, warm-ups and targets) are trained, and two files of a training.
+"""The settings with which adapters (proxy members, warm-ups and targets) are trained, and two files about a training.
 
-`curve.jsonl` has a line per optimiser step, and `trajectory.safetensors` the path of an adapter.
+`curve.jsonl` has a line for each optimiser step. `trajectory.safetensors` has the path of an adapter's update B A
+during its training.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ BETAS = (0.9, 0.999)  # AdamW's betas for all adapters; gradient features need t
 class Optimization:
     """The settings of AdamW, of its learning rate over `total_steps` optimiser steps, and of the loss of a step.
 
-    The schedules and `loss="token"` are those of transformers' Trainer. The defaults are those of the proxy, which
-    minimises the loss whose per-sample gradients are measured, and does not clip gradients (GRADFILTERING, section 3).
+    The schedules and `loss="token"` work as in transformers' Trainer. The defaults are the settings of the proxy: its
+    training minimises the mean of the losses whose per-sample gradients are measured, and does not clip gradients
+    (GRADFILTERING, section 3).
     """
 
     learning_rate: float
@@ -38,8 +40,8 @@ class Optimization:
     def factor(self, step: int) -> float:
         """Return the learning rate at `step`, counted from 0, as a fraction of `learning_rate`.
 
-        With w warm-up steps of T steps in all, the fraction is step / w during the warm-up. After it, with
-        p = (step - w) / (T - w), it is 1 (constant), 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
+        If w of the T steps are warm-up steps, the fraction is step / w during the warm-up. After the warm-up, with
+        p = (step - w) / (T - w), the fraction is 1 (constant), 1 - p (linear) or (1 + cos(pi p)) / 2 (cosine).
         """
         if step < self.warmup_steps:
             return step / self.warmup_steps
@@ -64,6 +66,9 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trajectory(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optimiser steps (P,) and the coordinates (P, D) of a trajectory (`gradsift.proxy.trajectory`)."""
+    """Return the optimiser steps (P,) and the coordinates (P, D) of the P points of a trajectory.
+
+    `gradsift.proxy.trajectory` explains the points.
+    """
     tensors = load_file(folder / TRAJECTORY_FILE)
     return tensors["steps"], tensors["points"]

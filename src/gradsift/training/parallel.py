@@ -4,9 +4,9 @@ All ranks go through the same sequence of stages (`gradsift.launch`). A stage th
 share of the examples; every other stage is made by rank 0 alone (`SharedStore`).
 
 With `compute=fsdp` and several ranks, the layers of the target are divided over the ranks (FSDP2), so that they need
-not fit on one GPU. A rank holds a part of each weight. The parts of a layer are gathered from all ranks only while the
-layer computes, so all ranks must make the same passes. Embeddings, head, last normalisation layer and adapters are
-whole on every rank.
+not fit on one GPU. Each rank then holds a part of each weight of the layers. The parts of a layer are gathered from all
+ranks only while the layer computes, so all ranks must make the same forward and backward passes. Embeddings, head, last
+normalisation layer and adapters are whole on every rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ _alone = False  # whether this process makes a stage without the other ranks
 
 
 def join(compute: ComputeConfig) -> None:
-    """Join the process group of all ranks if the run has several ranks; Lightning chooses backend and device."""
+    """Join the process group of all ranks if the run has several ranks.
+
+    Lightning chooses the backend of the group and the device of each rank.
+    """
     if is_launched() and compute.ranks > 1 and not distributed.is_initialized():
         from lightning.fabric import Fabric
         from lightning.fabric.strategies.ddp import DDPStrategy
@@ -64,7 +67,7 @@ def join(compute: ComputeConfig) -> None:
 
 
 def rank() -> int:
-    """Return the number of this process among those that share the current work; 0 if it works alone."""
+    """Return the number, from 0, of this process among those that share the current work; 0 if it works alone."""
     return distributed.get_rank() if distributed.is_initialized() and not _alone else 0
 
 
@@ -93,8 +96,9 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
     """Return the columns of all ranks, concatenated in the order of the ranks, on every rank.
 
     Args:
-        columns: (n,) each, for the n examples of `share`, in any order.
-        total: number of examples of all ranks.
+        columns: tensors (n,) by name, with a value for each of the n examples of this rank's `share`; the examples may
+            be in any order.
+        total: number of examples in the shares of all ranks together.
     """
     if size() == 1:
         return dict(columns)
@@ -108,10 +112,12 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Return `work(tokens)`. With one rank, `budget.run` repeats it with fewer tokens if memory runs out.
+    """Return `work(tokens)`, where `tokens` is the budget.
+
+    If there is only one rank and memory runs out, `budget.run` calls `work` again with fewer tokens.
 
     Raises:
-        GradsiftError: there are several ranks, which must make the same passes, and memory ran out on this one.
+        GradsiftError: memory ran out on this rank and there are several ranks, which must all make the same passes.
     """
     if size() == 1:
         return budget.run(work, lengths)
@@ -160,11 +166,13 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Yield the results of `budget.passes` on every rank; each rank calls `work` on its share of the groups.
+    """Divide the examples into groups of similar length, and yield lists of results of `work` until all are done.
+
+    Each rank calls `work` on its share of the groups, but all results are yielded on every rank.
 
     Args:
-        work: its results are pickled for the other ranks, see `together`.
-        in_step: whether the ranks must make the same passes, because they share a divided model.
+        work: see `TokenBudget.group`. If there are several ranks, the results are pickled (see `together`).
+        in_step: whether all ranks must make the same passes, because the model is divided over them.
     """
     if size() == 1:
         yield from budget.passes(examples, work, journal, advance)
@@ -186,7 +194,10 @@ def passes(
 
 @functools.cache
 def _control() -> Any:
-    """Return a process group for messages on the CPU; its timeout is a year, as rank 0 may work alone for long."""
+    """Return a process group for messages on the CPU.
+
+    Its timeout is a year, because the other ranks may wait long for a message while rank 0 works alone.
+    """
     return distributed.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
@@ -204,17 +215,17 @@ def _reduced(count: int, operation: Any) -> int:
 
 
 def largest(count: int) -> int:
-    """Return the largest of the ranks' counts; all ranks wait for each other."""
+    """Return the largest value of `count` on any rank; every rank waits until all ranks have called this function."""
     return _reduced(count, distributed.ReduceOp.MAX)
 
 
 def total(count: int) -> int:
-    """Return the sum of the ranks' counts; all ranks wait for each other."""
+    """Return the sum of `count` over all ranks; every rank waits until all ranks have called this function."""
     return _reduced(count, distributed.ReduceOp.SUM)
 
 
 class RunEnded(Exception):
-    """Raised on the other ranks when rank 0, which reports the reason, stops before the last stage."""
+    """Raised on the other ranks when rank 0 stops before the last stage; rank 0 itself reports the reason."""
 
 
 class SharedStore(Store):
@@ -250,7 +261,7 @@ class SharedStore(Store):
 
 
 def _follow(wanted: Artifact, make: Make) -> Artifact:
-    """Do what rank 0's messages ask for until rank 0 has the artifact; return the artifact."""
+    """Do what rank 0's messages ask this rank to do until rank 0 has the artifact, and return the artifact."""
     while True:
         order, fingerprint, folder = broadcast(None)
         if order == _ENDED:
@@ -314,7 +325,8 @@ def layers_of(model: Any) -> list[Any]:
 def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
     """Make transformers divide the models that it loads in this context; yield the options for `from_pretrained`.
 
-    Only this rank's part of each divided weight is read. If not `wanted`, models are loaded whole, without options.
+    Of each divided weight, only this rank's part is read from the files. If `wanted` is False, models are loaded whole
+    and the options are empty.
     """
     if not wanted:
         yield {}
@@ -346,7 +358,7 @@ def in_parts(compute: ComputeConfig, wanted: bool) -> Iterator[dict[str, Any]]:
 
 
 def _divide(model: Any, device: torch.device) -> None:
-    """Divide the layers of a causal language model on torch's meta device over all ranks, in place."""
+    """Divide the layers of a causal language model over all ranks, in place; the model is on torch's meta device."""
     # imported here, because the import takes half a second and most runs divide nothing
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,4 @@
-"""Pins, which identify the weights of pretrained models: the hashes of the files in a folder, or a commit of the hub.
+"""Pins, which identify the weights of pretrained models by the hashes of a folder's files or by a commit on the hub.
 
 This module does not import torch or transformers, so that a missing model is reported within a second.
 """
@@ -29,7 +29,10 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
 
 
 def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
-    """Return the artifact of a pretrained model, with the hashes of its files or with its commit on the hub."""
+    """Return the artifact of a pretrained model.
+
+    The artifact holds the hashes of the model's files or, for a model of the hub, its commit and config.json.
+    """
     folder = folder_of(config)
     settings = _hub_settings(config)
     if folder is not None:
@@ -57,7 +60,10 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
 
 
 def require_model(store: Store, config: ModelConfig) -> None:
-    """Refuse a model that does not exist or cannot be quantised here; ask the hub only if the store has no pin."""
+    """Refuse a model that does not exist, or that is to be quantised without the package bitsandbytes.
+
+    The hub is asked only if the store has no pin of the model.
+    """
     require_bitsandbytes(config)
     if config.kind != "pretrained":
         return
@@ -69,7 +75,10 @@ def require_model(store: Store, config: ModelConfig) -> None:
 
 
 def require_chat_template(config: ModelConfig, option: str) -> None:
-    """Refuse `option`=chat for a tokenizer without a chat template, if its files are on this machine."""
+    """Refuse `option`=chat for a tokenizer without a chat template.
+
+    A tokenizer whose files are not on this machine is not checked.
+    """
     if config.kind == "smollm2":
         return
     if config.kind == "pretrained":
@@ -130,7 +139,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
 
 
 def _require_config(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder whose config.json is missing or not a JSON object, and a model with code that is not allowed."""
+    """Refuse a folder whose config.json is missing or not a JSON object, or whose model `require_known` refuses."""
     if not (folder / "config.json").is_file():
         adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
         raise DataError(
@@ -149,7 +158,10 @@ def _require_config(config: ModelConfig, folder: Path) -> None:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Check a hub model; return the path of its config.json in the local cache, whose folder has the commit's name."""
+    """Check a hub model, and return the path of its config.json in the local cache.
+
+    The name of the file's folder is the commit of the model.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -176,7 +188,7 @@ def _trusted(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def hub_errors(config: ModelConfig) -> Iterator[None]:
-    """Raise exceptions of the hub's client, and those that broken files cause, as `DataError` with the remedy."""
+    """Turn exceptions of the hub's client, and those that broken files cause, into a `DataError` with the remedy."""
     from huggingface_hub import errors
     from safetensors import SafetensorError
 

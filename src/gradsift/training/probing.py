@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
-Two short rows of random tokens pass forward and backward through the adapted model, first together, and then the
-shorter row alone. As B of a fresh adapter is zero, the adapter must change neither a layer's outputs nor the logits. A
-row must have the same loss alone and beside another row. The trial changes neither the model nor the global random
-state.
+Two short rows of random tokens pass forward and backward through the adapted model: first both rows together, then the
+shorter row alone. B of a fresh adapter is zero, so the adapter must change neither the outputs of any layer nor the
+logits. The shorter row must have the same loss alone as beside the longer row. The trial changes neither the model nor
+the global random state.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def require_adaptable(model: Any, config: LoraConfig, option: str, *, norms: boo
     Args:
         model: a frozen causal language model without adapters; the trial runs on its device.
         option: the option that `config` comes from, such as `proxy.lora`.
-        norms: whether the per-sample gradients of the adapter must be computable too.
+        norms: whether it must also be possible to compute the per-sample gradients of the adapter.
 
     Raises:
-        ConfigError: the model fails without an adapter, or a layer cannot have one. In the second case the message
-            names the layer, the reason, and targets that were tried and work.
+        ConfigError: the model fails even without an adapter, or the adapter cannot be used on one of its layers. In the
+            second case the message gives the reason, and names targets that work in the same trial.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     rng = np.random.default_rng(0)
@@ -88,7 +88,12 @@ def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """Return the exception that an adapter causes, if any; `logits` (B, T, V) are those of `rows` without it."""
+    """Return the exception that an adapter causes, or None if it causes none.
+
+    Args:
+        logits: (B, T, V), the logits of `rows` without an adapter.
+        norms: see `require_adaptable`.
+    """
     try:
         adapted = lora.add_adapter(model, config, seed=0)
     except ConfigError as error:
@@ -113,7 +118,11 @@ def _failure(
 
 
 def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
-    """Return the losses (B,) after a forward and a backward pass."""
+    """Pass `rows` forward and backward through the model, and return their losses (B,).
+
+    Args:
+        norms: whether the backward pass also computes the norms of the per-sample gradients.
+    """
     with torch.enable_grad(), attached(adapted, NormProbe()) if norms else nullcontext() as probe:
         losses = ResponseLosses(adapted)(collate(rows, 0).to(next(adapted.parameters()).device))
         if probe is None:
@@ -124,7 +133,7 @@ def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
 
 
 def _compared_logits(adapted: Any, rows: Sequence[Encoded], *, all_take_part: bool) -> torch.Tensor:
-    """Return the logits of a pass in which the outputs of each adapted layer must equal those of its base layer.
+    """Return the logits of `rows`; in the pass, the outputs of each adapted layer must equal those of its base layer.
 
     Raises:
         GradsiftError: the outputs differ, the pass fails or, if `all_take_part`, a layer is never called and so has no

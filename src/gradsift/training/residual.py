@@ -1,10 +1,12 @@
 """A residual stream in float32 between blocks in bfloat16.
 
-Every block adds a small term to the stream. In bfloat16 each sum is rounded to three digits, and the rounding errors of
-all blocks add up in the output and in every gradient. They cause most of a gradient norm's error, more than the
-rounding of the weights (experiments/2026-11-22-gradient-engine). The layers that read the stream in a block are the
-normalisation layers before attention and MLP or, in OLMo 2 and 3, attention and MLP themselves. Normalisation layers
-read float32 and return bfloat16, and attention and MLP read bfloat16. So all matrix products are in bfloat16.
+Every block adds small terms to the residual stream. In bfloat16 each sum is rounded to three digits, and the rounding
+errors of all blocks add up in the output and in every gradient. These errors cause most of a gradient norm's error,
+more than the rounding of the weights (experiments/2026-11-22-gradient-engine).
+
+In most models, the layers of a block that read the stream are the normalisation layers before attention and before the
+MLP. These normalisation layers read float32 and return bfloat16. In OLMo 2 and 3, attention and the MLP read the stream
+themselves, and their inputs are converted to bfloat16. So all matrix products are in bfloat16 in both cases.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ _STREAMS = {
 
 
 def residual_in_float32(model: Any) -> None:
-    """Make the residual stream of a bfloat16 model float32, in place, if its blocks are known here.
+    """Make the residual stream of a bfloat16 model float32, in place, if this module knows the model's blocks.
 
-    The normalisation layers that read the stream become float32. Their outputs stay bfloat16.
+    The normalisation layers that read the stream become float32, but their outputs stay bfloat16.
     """
     if model.dtype == torch.float32 or not (readers := stream_readers(model)):
         return
@@ -51,7 +53,7 @@ def residual_in_float32(model: Any) -> None:
 
 
 def stream_readers(model: Any) -> list[Any]:
-    """Return the layers that read a model's residual stream; an empty list if its blocks are not known here."""
+    """Return the layers that read a model's residual stream; an empty list if this module does not know its blocks."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
         return []  # a model with code of its own may use model_type=llama for other blocks
@@ -73,7 +75,10 @@ def _widen(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _narrow_inputs(
     layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Convert the stream, which is the first input or `hidden_states`, to bfloat16."""
+    """Return the layer's arguments with the residual stream converted to bfloat16.
+
+    The stream is the first positional argument or the keyword argument `hidden_states`.
+    """
     if inputs:
         return (inputs[0].to(torch.bfloat16), *inputs[1:]), options
     return inputs, options | {"hidden_states": options["hidden_states"].to(torch.bfloat16)}

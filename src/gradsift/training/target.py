@@ -1,4 +1,7 @@
-"""The finetune stage, which trains the target with LoRA on examples; loading the target, and merging its adapter."""
+"""The finetune stage, which trains the target with LoRA on the selected examples.
+
+The module also loads the target, with or without its adapter, and merges the adapter into the weights.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,15 @@ def finetune(
     positions: Callable[[], np.ndarray],
     rows: int,
 ) -> Artifact:
-    """Return the artifact of the target finetuned on selected examples; their order has no influence.
+    """Return the artifact of the target finetuned on the selected examples.
+
+    The order in which the examples were selected has no influence.
 
     Args:
-        positions: returns the positions of the examples in the pool. In a plan, it raises `NotMade` if the selection
-            does not exist yet.
-        rows: the requested number of examples, for a plan.
+        pool: all examples to select from.
+        positions: function that returns the positions of the selected examples in the pool. In a plan, it raises
+            `NotMade` if the selection does not exist yet.
+        rows: number of examples that a plan expects to be selected; unused if the selection exists.
     """
     settings: dict[str, Any] = asdict(config) | {
         **encoding_settings(config.template, config.max_length),
@@ -81,7 +87,13 @@ def planned_steps(config: TargetConfig, rows: int) -> int:
 
 
 def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[list[int]]:
-    """Return the batches, as lists of positions, of `config.epochs` epochs or of the first `config.steps` steps."""
+    """Return the batch of each optimiser step, as a list of positions in `lengths`.
+
+    The number of steps is `config.steps` or, if that is None, as many as `config.epochs` epochs have.
+
+    Args:
+        lengths: number of tokens of each example.
+    """
     if not len(lengths):
         raise GradsiftError("there is no example to finetune on")
     plan: list[list[int]] = []
@@ -95,7 +107,10 @@ def batch_plan(lengths: Sequence[int], config: TargetConfig, seed: int) -> list[
 def train_target(
     runtime: Runtime, config: TargetConfig, backbone: Backbone, chosen: Sequence[Example], folder: Path
 ) -> dict[str, Any]:
-    """Finetune the target; write the training curve, the refused rows and `adapter/` (peft's format); return counts."""
+    """Finetune the target on the examples `chosen`, and return the numbers of steps, rows, refused rows and tokens.
+
+    The folder `adapter` (in peft's format), the training curve and the refused rows are written to `folder`.
+    """
     from gradsift.training.finetuning import ShowProgress, fit, step_counts
     from gradsift.training.modules import TargetFinetuning
 
@@ -137,10 +152,12 @@ def train_target(
 
 
 def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, what: str = "rows") -> None:
-    """Print how many rows, if any, were cut or left out with the tokenizer of `group` (proxy or target).
+    """Print how many rows, if any, were cut or left out when they were tokenised.
 
     Args:
-        what: the message's word for the rows.
+        rows: number of rows before any were left out.
+        group: the model whose tokenizer was used, `proxy` or `target`.
+        what: the word for the rows in the messages.
     """
     if report.truncated_prompts or report.truncated_responses:
         runtime.display.say(
@@ -156,7 +173,7 @@ def say_report(runtime: Runtime, report: EncodeReport, rows: int, group: str, wh
 
 
 def load_target(runtime: Runtime, config: TargetConfig, target: Artifact) -> Backbone:
-    """Load the target. With compute=fsdp its layers are divided over the ranks, if all ranks make the stage."""
+    """Load the target. With compute=fsdp, its layers are divided over the ranks if all ranks work on the stage."""
     return load_shown(runtime, target, config.model, divided=divides(runtime.compute))
 
 
@@ -174,7 +191,7 @@ def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: 
 def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, compute: ComputeConfig, folder: Path) -> None:
     """Write the merged model (safetensors, in the precision of `numerics.dtype_of`) and its tokenizer.
 
-    If `config.template` is a file, it becomes the tokenizer's chat template.
+    If `config.template` is a file, the content of the file becomes the tokenizer's chat template.
     """
     model, tokenizer = load_plain(target, config.model, compute)
     with warnings.catch_warnings():
@@ -197,11 +214,12 @@ def load_to_answer(runtime: Runtime, config: TargetConfig, target: Artifact, tun
 
 
 def can_merge(model: Any) -> bool:
-    """Return whether merging a model's adapter in place changes results by no more than float32 rounding.
+    """Return whether a model has an adapter whose merging, in place, changes results by float32 rounding only.
 
-    In bfloat16 or with TF32 products, the sum of weight and adapter would be rounded to three digits, which loses a
-    part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a weight
-    that two layers share (such as a head that is also the embedding), the merged model would compute another function.
+    In bfloat16 or with TF32 matrix products, the sum of weight and adapter would be rounded to three digits, which
+    loses a part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a
+    weight that two layers share (such as a head that is also the embedding), the merged model would compute another
+    function.
     """
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False

@@ -1,1 +1,1 @@
-"""Human evaluation: `python -m gradsift.evaluation.human RUN` serves blinded pairs, `--results` counts the votes."""
+"""Human evaluation: `python -m gradsift.evaluation.human RUN` serves blinded pairs; `--results` counts the votes."""

@@ -49,7 +49,8 @@ def read_pairs(files: PairFiles) -> Pairs:
     """Read both models' answers.
 
     Raises:
-        DataError: the models did not answer the same items, or a name or an id contains a lone surrogate.
+        DataError: the models did not answer the same items, or a name or an id contains a lone surrogate, which SQLite
+            cannot store.
     """
     rows, reference_rows = map(without_turns, read_pair(files.model, files.reference))
     outputs = {item_key(row): row["output"] for row in reference_rows}

@@ -156,7 +156,7 @@ class Pages:
         return self._next(rater)
 
     def _shown(self, text: str) -> str:
-        """Return the HTML of a rendered text, or the text itself, which the template will escape."""
+        """Return a text as HTML that is rendered from Markdown, or as plain text, which the template will escape."""
         if self.markdown is None or len(text) > _MAX_MARKDOWN:
             return presentable(text)
         return Markup(self.markdown.render(presentable(text)))  # noqa: S704 - the renderer escapes HTML
@@ -166,7 +166,10 @@ class Pages:
         return HTMLResponse(self.templates.get_template(name).render(values, rater=rater, here=here))
 
     def _next(self, rater: Rater, after: int = 0) -> Response:
-        """Redirect to the first unrated item after `after`, or to the first unrated item, or to the last page."""
+        """Redirect to the first unrated item after `after`.
+
+        If there is none, redirect to the first unrated item; if all items are rated, redirect to the last page.
+        """
         missing = [vote.item for vote in self.votes.of(rater) if vote.choice is None]
         page = next((item for item in missing if item > after), missing[0] if missing else "done")
         return RedirectResponse(f"{self.root}/r/{rater.number}/{page}", 303)
@@ -210,7 +213,11 @@ async def _guard(request: Request, call_next: RequestResponseEndpoint) -> Respon
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on loopback; port 0 takes a free one. Raise ConfigError if the port is unusable."""
+    """Return a socket that listens on loopback, on `port` or, if that is 0, on a free port.
+
+    Raises:
+        ConfigError: the port cannot be used.
+    """
     try:
         return socket.create_server((LOOPBACK, port))
     except (OSError, OverflowError) as error:

@@ -69,7 +69,7 @@ class Vote:
 
     @property
     def outcome(self) -> Outcome:
-        """The outcome for the model; "invalid" without a vote."""
+        """The item's outcome for the model; "invalid" if the rater has not voted."""
         if self.choice is None:
             return "invalid"
         if self.choice == "tie":
@@ -141,7 +141,10 @@ class Votes:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Raise DataError or ConfigError if the pairs, their number or the seed differ from those of the file."""
+        """Raise DataError or ConfigError if the pairs, their number or the seed differ from those of the file.
+
+        If `items` or `seed` is None, it is not compared.
+        """
         if self.about["content"] != pairs.content:
             raise DataError(
                 f"{self.path} has votes on other answers ({self.about['model']} against {self.about['reference']}); "
@@ -157,7 +160,8 @@ class Votes:
     def join(self, name: str) -> Rater:
         """Return the rater with this name, ignoring case and extra spaces; for a new name, add a rater.
 
-        A new rater sees the model's answer first for half of the items, which are drawn with the seed and the name.
+        A new rater sees the model's answer first for a random half of the items. The draw depends only on the file's
+        seed and the rater's name.
 
         Raises:
             ConfigError: the name is empty, too long or not printable.
@@ -201,7 +205,7 @@ class Votes:
         )
 
     def of(self, rater: Rater) -> list[Vote]:
-        """Return the votes of a rater, one per item, in the order shown."""
+        """Return a rater's votes, one per item, in the order in which the rater sees the items."""
         query = "SELECT item, model_first, choice, bad, comment FROM shown WHERE rater = ? ORDER BY item"
         return [
             Vote(rater.name, item, self.keys[item], bool(first), choice, bool(bad), comment)
@@ -233,7 +237,7 @@ def _now() -> str:
 
 
 def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
-    """Return the counts and PWS of each rater and of the majority, and the agreement of raters and judge.
+    """Return the counts and PWS of each rater and of the majority, and how far raters and judge agree.
 
     Args:
         votes: those without a choice are ignored.
@@ -300,7 +304,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
 
 
 def majority(raters: Iterable[Outcomes]) -> dict[Key, Outcome]:
-    """Return for each item the outcome that more than half of its raters chose; "invalid" if there is none."""
+    """Return for each item the outcome that more than half of its raters chose; "invalid" without such a majority."""
     votes: dict[Key, list[Outcome]] = {}
     for outcomes in raters:
         for key, kind in outcomes.items():

@@ -36,10 +36,12 @@ class DryRun(GradsiftError):
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """A question and two answers, in the order shown: if `order` is "forward", `first` is the model's answer.
+    """A question and two answers, of which the judge is shown `first` before `second`.
 
+    If `order` is "forward", `first` is the model's answer; if `order` is "reverse", it is the reference model's.
     `reference` is the correct answer that the benchmark gives for the item, or None. For the second turn of a
-    conversation, `earlier` is the first turn: its question, and its answers in the order shown.
+    conversation, `earlier` holds the first turn: its question, the answer to it by the model that wrote `first`, and
+    the answer by the model that wrote `second`.
     """
 
     item_id: str
@@ -95,10 +97,11 @@ class Judge(Protocol):
 
     `name` identifies the judge in records. `combine` says how an item's scores in both orders become one outcome:
 
-    - "signs": sign(s1 + s2), where s is the sign of an order's score difference (arXiv 2601.13697, section 4).
+    - "signs": sign(s1 + s2), where s1 and s2 are the signs of the two orders' score differences (arXiv 2601.13697,
+      section 4).
     - "sum": the sign of the sum of the two score differences. A preference for a position cancels in this sum if it is
-      equally strong for all pairs. In small models it is larger than all differences between answers, so "signs" would
-      give only ties.
+      equally strong in both orders. In small models this preference is larger than all differences between answers, so
+      "signs" would give only ties.
     """
 
     name: str
@@ -115,7 +118,7 @@ class Judge(Protocol):
         """
 
     def cost(self) -> Cost:
-        """Return the cost of judging the pairs so far, in all processes."""
+        """Return the cost of judging the pairs so far, in all processes; empty if judging is free."""
         return {}
 
 
@@ -148,7 +151,7 @@ class Rater(Protocol):
         """
 
     def rating_cost(self) -> Cost:
-        """Return what the last `rate` cost."""
+        """Return what the last call of `rate` cost; empty if rating is free."""
         return {}
 
 

@@ -1,10 +1,11 @@
 """The judge `alpaca_eval`, which asks an annotator of the package alpaca_eval about each pair in both orders.
 
-An annotator is a prompt with parameters of the request and a parser of the reply.
+An annotator consists of a prompt, the parameters of the request, and a parser that reads a preference from the reply.
 
 gradsift uses the package's annotators without the package's class PairwiseAnnotator. This class shows each pair in one
-order, which depends on the instruction and is not recorded. Its cache's key has neither model nor prompt, and it drops
-replies that it cannot read. The tests compare requests and preferences with those of PairwiseAnnotator.
+order, which depends on the instruction and is not recorded. The class also stores replies under a key that contains
+neither the model nor the prompt, and it drops replies that it cannot read. The tests compare gradsift's requests and
+preferences with those of PairwiseAnnotator.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class AlpacaEvalJudge(Judge):
 
 
 def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
-    """Return the messages for a pair. All slots are filled at once, so `{input}` in an answer is not replaced.
+    """Return the messages for a pair. All slots are filled at once, so `{input}` in an answer is not taken for a slot.
 
     If the prompt has no slot for the input, the input is appended to the instruction after an empty line.
     """
@@ -104,7 +105,10 @@ def render(annotator: Annotator, request: JudgeRequest) -> list[dict[str, str]]:
 
 
 def preference(parser: Parser, completion: Completion, *, reads_choice: bool) -> float | None:
-    """Return the preference, from 1 to 2, that the parser finds in a reply; None unless it finds exactly one."""
+    """Return the preference, from 1 to 2, that the parser finds in a reply.
+
+    The result is None if the parser fails, or if it finds no preference or several.
+    """
     shown: Any = completion.text
     if reads_choice:
         shown = {"text": completion.text, "message": {"content": completion.text}}
@@ -126,7 +130,7 @@ def parser_of(annotator: Annotator) -> Parser:
 
 
 def _votes(scores: Pair | None) -> Pair | None:
-    """Return 1 for the answer with the higher score and 0 for the other answer; in a draw, 0.5 for both."""
+    """Replace the higher score by 1 and the lower by 0, or equal scores by 0.5; None if `scores` is None."""
     if scores is None:
         return None
     first, second = scores

@@ -2,8 +2,8 @@
 
 An annotator is a folder with a `configs.yaml`. This file names a prompt with slots such as {instruction}, a model with
 its parameters, and the parser that finds a preference in a reply. An annotator is refused if it cannot judge each pair
-in both orders through a chat endpoint: if its prompt is for completion models or shows several pairs, or if it is a
-pool, in which each annotator judges a random part of the questions.
+in both orders through a chat endpoint. This is so if its prompt is for completion models or shows several pairs, or if
+the file holds a pool of annotators, each of which judges a random part of the questions.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add
 
 @dataclass(frozen=True)
 class Annotator:
-    """A prompt, the parameters of its requests and the parser of its replies.
+    """A prompt, the parameters of the requests that send it, and the parser of the replies.
 
-    `messages` are pairs of role and text with slots. `parameters` are sent with each request, besides the model,
-    `max_tokens` and `temperature`. `price` is the price that the file gives, in USD per million tokens, or None.
+    `messages` are pairs of a role and a text with slots. `parameters` are sent with each request, besides the model,
+    `max_tokens` and `temperature`. `price` is the price that the annotator's file gives, in USD per million tokens, or
+    None.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Annotator:
 
     @property
     def content(self) -> str:
-        """A hash of everything that the requests and the reading of the replies depend on."""
+        """A hash of everything that affects the requests or the way in which replies are read."""
         return content_hash({key: value for key, value in asdict(self).items() if key != "price"})
 
 
@@ -128,7 +129,7 @@ def _annotator(file: Path) -> Annotator:
 
 
 def _entry(file: Path) -> tuple[str, Mapping[str, Any]]:
-    """Return the name of the annotator in a file, and its options."""
+    """Return the name and the options of the annotator in a file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -166,7 +167,10 @@ def _require_one_pair_per_chat_request(entry: Mapping[str, Any], options: Mappin
 
 
 def _messages(file: Path, template: Any) -> tuple[tuple[str, str], ...]:
-    """Return the prompt's messages, split before slots are filled, so that markup in an answer cannot end a message."""
+    """Return the (role, text) messages of a prompt; `template` is the prompt or the path of its file.
+
+    A prompt is split into messages before its slots are filled, so that markup in an answer cannot end a message.
+    """
     if not isinstance(template, str):
         raise ConfigError("prompt_template is missing or not text; give the prompt or the path of its file")
     text = template

@@ -1,8 +1,9 @@
 """The local judge compares log P("A") and log P("B") under a model on this machine.
 
-As a rater it gives the expected grade. With a small model it only checks that the pipeline runs: on LLMBar-Natural,
-SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs. With the scores summed over the orders, it agrees with
-the human label on 55 of the pairs (chat template) or 50 (plain), which is no better than chance.
+As a rater, it gives the mean grade under the model's probabilities of the digits. With a small model, the judge only
+checks that the pipeline runs: on LLMBar-Natural, SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs. With
+the scores summed over the orders, the judge agrees with the human label on 55 of the pairs (chat template) or 50
+(plain), which is no better than chance.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class LocalJudge(Judge, Rater):
 
         Args:
             name: identifies the weights in `prompt_hash`.
-            max_length: the most tokens of a prompt.
-            batch_size, max_tokens: the most prompts per batch, and the most tokens per batch, padding included.
+            max_length: the largest number of tokens of a prompt.
+            batch_size, max_tokens: the largest numbers of prompts and of tokens per batch; padding counts as tokens.
             journal: stores each batch's scores; stored scores are not computed again.
 
         Raises:
@@ -131,9 +132,10 @@ class LocalJudge(Judge, Rater):
             yield request, Reply(text, (a, b)) if finite else Reply(text, None, "a log-probability is not finite")
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield for each request the mean of the scale's grades, weighted by the probabilities of their digits.
+        """Yield each request with its grade: the mean of the scale's grades, weighted by their probabilities.
 
-        The probabilities are those of the next token. A response that does not fit into `max_length` is cut.
+        The probability of a grade is the model's probability that the next token is the grade's digit. A response that
+        does not fit into `max_length` is cut.
 
         Raises:
             ConfigError: the tokenizer has no single tokens for the digits.
@@ -165,7 +167,10 @@ class LocalJudge(Judge, Rater):
     def _log_probabilities(
         self, asked: Sequence[tuple[Request, list[int]]], choices: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Request, tuple[float, ...]]]:
-        """Yield each request with log P of each choice as the next token; P is summed over the choice's spellings."""
+        """Yield each request with log P (nats) of each choice.
+
+        P is the probability that the next token after the prompt is one of the choice's token ids.
+        """
 
         def scores(prompts: list[list[int]]) -> list[list[float]]:
             tokens, mask = left_padded(prompts, 0, self._model.device)
@@ -240,14 +245,14 @@ class LocalJudge(Judge, Rater):
 
 
 def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
-    """Return the pieces of a pair's prompt, which are tokenised separately; the answers are the third and fifth."""
+    """Return the pieces of a pair's prompt, which are tokenised separately; the third and the fifth are the answers."""
     request = in_one_turn(request)
     opening = OPENING + request.instruction + (INPUT + request.input if request.input else "")
     return opening, ANSWER_A, request.first, ANSWER_B, request.second, QUESTION
 
 
 def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
-    """Return the pieces of an example's prompt. The third is the response, or empty if it is not shown."""
+    """Return the pieces of an example's prompt. The third is the response, or empty for a question without it."""
     scale = SCALES[request.question]
     turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
     shown_input = INPUT + request.input if request.input else ""

@@ -40,7 +40,7 @@ def render_prompt(request: JudgeRequest, system: str | None = None, task: str | 
     For the second turn of a conversation, both turns are shown and the second is graded (MT-bench, arXiv 2306.05685).
 
     Args:
-        system, task: texts before and after question and answers; default: `SYSTEM` and `TASK`.
+        system, task: the system message, and the text after question and answers; default: `SYSTEM` and `TASK`.
     """
     parts = {"question": request.instruction} | ({"input": request.input} if request.input else {})
     answers = {"answer 1": request.first, "answer 2": request.second}
@@ -64,12 +64,12 @@ _LACKING = {"verdict": "no verdict", "json": "no JSON with two scores"}
 class OpenaiJudge(Judge, Rater):
     """Asks a chat model for two scores of a pair, or for one grade of an example.
 
-    If no scores or no grade can be read from a reply, the prompt is sent once more; a second such reply is invalid.
-    With `parse="legacy"`, as in the published scripts, the prompt of a pair is sent only once.
+    If no scores or no grade can be read from a reply, the prompt is sent once more. If the second reply cannot be read
+    either, it is invalid. With `parse="legacy"`, as in the published scripts, the prompt of a pair is sent only once.
 
     Attributes:
         scope: name under which the spending on pairs is counted (see `ChatClient.ask`).
-        parse: how scores are read.
+        parse: the rule by which scores and grades are read (see `judges.parsing`).
         system, task: see `render_prompt`.
     """
 

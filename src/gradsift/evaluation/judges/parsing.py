@@ -1,18 +1,18 @@
 """Read scores from a judge's reply, by one of five rules (`judge.parse`).
 
-`strict`    the first line that is not blank must be two numbers (such as 8.5) and nothing else
-`tolerant`  as `strict`, but the line may have commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
-            ("Answer 1: 8, Answer 2: 7", also on two lines). Code fences are ignored. If the first line has no scores,
-            they are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]])
-`verdict`   only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or a comparison such as [[A>>B]],
-            [[A>B]] or [[A=B]]
-`json`      only a JSON object, anywhere in the reply
-`legacy`    the rule of the published evaluation scripts of Cherry and Superfiltering, with its errors
+`strict`    accepts only two numbers (such as 8.5) and nothing else on the first line that is not blank
+`tolerant`  also accepts, on that line, commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
+            ("Answer 1: 8, Answer 2: 7", also on two lines). Code fences are ignored. If the line has no scores, they
+            are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]])
+`verdict`   accepts only a verdict, anywhere in the reply: [[A]], [[B]] or [[C]] (a tie), or a comparison such as
+            [[A>>B]], [[A>B]] or [[A=B]]
+`json`      accepts only a JSON object, anywhere in the reply
+`legacy`    reads replies as the published evaluation scripts of Cherry and Superfiltering do, including their errors
 
 Scores are between 0 and 10 (with `legacy`, any numbers); 0 is allowed because judges give it to empty answers. A
 verdict gives the better answer the score 1 (3 for >>) and the other answer 0; a tie gives both 0. A reply has no scores
-if the rule finds none in it, or finds two pairs of scores that differ. No rule looks for numbers within a sentence:
-"both have 2 flaws and 3 merits" has no scores.
+if the rule finds none in the reply, or finds two pairs of scores that differ. No rule looks for numbers within a
+sentence: "both have 2 flaws and 3 merits" has no scores.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _REST_OF_THINKING = re.compile(r".*?^[^\S\n]*</(think|thinking|thought|reasoning
 
 
 def after_thinking(text: str) -> str:
-    """Return a reply without the thinking at its beginning.
+    """Return a reply without the model's thinking at its beginning.
 
     The thinking is a block such as `<think>...</think>`, or all text up to a line that is only the closing tag.
 
@@ -79,12 +79,15 @@ def after_thinking(text: str) -> str:
 
 
 def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pair | None:
-    """Return the two scores of a reply in the order shown, or None if the rule does not find them.
+    """Return the scores that a reply gives to the answer shown first and to the answer shown second.
+
+    The result is None if the rule `how` finds no scores.
 
     Args:
-        cut: whether the reply was cut at its limit of tokens. If so, scores count only at its beginning, because later
-            ones may be a draft: some servers send a model's thinking without a tag. A number at the very end does not
-            count, because digits may be missing: 8 may be the beginning of 8.5, and 1 the beginning of 10.
+        cut: whether the reply was cut at its limit of tokens. If so, only scores at the beginning of the reply count,
+            because later scores may be a draft: some servers send a model's thinking without a tag. A number at the
+            very end of a cut reply does not count, because digits may be missing: 8 may be the beginning of 8.5, and 1
+            the beginning of 10.
 
     Raises:
         Unreadable: the reply holds scores that are ambiguous or not from 0 to 10; the message says why.
@@ -120,7 +123,7 @@ def parse_scores(text: str, how: Parse = "tolerant", *, cut: bool = False) -> Pa
 
 
 def _scores_at(lines: list[str], number: int) -> Pair | None:
-    """Return the scores on line `number`, or labelled scores on this and the next line."""
+    """Return the scores on line `number`, or labelled scores on this and the next line; None if there are none."""
     if len(lines[number]) > _LONGEST:
         return None
     if match := _PLAIN.fullmatch(lines[number]):
@@ -149,7 +152,7 @@ def json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _object_at(text: str) -> tuple[dict[str, Any] | None, int]:
-    """Return the JSON object at the beginning of a text, and its length; (None, 1) if none is complete there."""
+    """Return the JSON object at the beginning of a text, and its length; (None, 1) if no complete object is there."""
     try:
         return outside_json.loads_first(text)
     except json.JSONDecodeError:
@@ -159,7 +162,7 @@ def _object_at(text: str) -> tuple[dict[str, Any] | None, int]:
 
 
 def _object_at_beginning(text: str) -> str:
-    """Return the text of the JSON object at the beginning of a text; empty if none is complete there."""
+    """Return the part of a text that is the JSON object at its beginning; empty if no complete object is there."""
     content, length = _object_at(text) if text.startswith("{") else (None, 0)
     return text[:length] if content is not None else ""
 
@@ -192,8 +195,9 @@ def _number(value: Any) -> float:
 def _parse_legacy(text: str) -> Pair | None:
     """Apply the published rule: in the first line, replace commas by spaces, split at single spaces, read two floats.
 
-    Numbers of any scale are accepted; "8, 9", a trailing space and a leading empty line are not. For a reply that
-    they cannot read, the published scripts record the scores (-1, -1), which is a tie; this function returns None.
+    Numbers of any scale are accepted. A first line that is empty, ends with a space, or has a comma and a space between
+    the numbers ("8, 9") is not accepted. For a reply that this rule cannot read, the published scripts record the
+    scores (-1, -1), which is a tie; this function returns None.
     """
     fields = text.split("\n")[0].replace(",", " ").split(" ")
     with suppress(ValueError):
@@ -207,8 +211,9 @@ def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut:
     """Return the grade in a reply; None if the rule finds no grade from `low` to `high`.
 
     `strict` reads only the first line that is not blank, which must be a number. The other rules also accept emphasis,
-    a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, they read one from another line or
-    from a JSON object ({"grade": 4}). If the reply was `cut`, only its beginning counts.
+    a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, these rules read a grade from another
+    line or from a JSON object ({"grade": 4}). With `cut`, the reply was cut at its limit of tokens, and only its first
+    line, or a JSON object at its beginning, counts.
 
     Raises:
         Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a

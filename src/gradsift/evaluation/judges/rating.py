@@ -1,8 +1,8 @@
 """The questions to a rater about one example, each with its scale; the wording is our own.
 
-`accuracy`    0-5, one grade for accuracy and helpfulness (AlpaGasus, arXiv 2307.08701)
-`complexity`  1-6, how demanding the task is; the response is not shown (DEITA, arXiv 2312.15685)
-`quality`     1-6, how good the response is (DEITA)
+`accuracy`    asks for one grade from 0 to 5 for accuracy and helpfulness (AlpaGasus, arXiv 2307.08701)
+`complexity`  asks from 1 to 6 how demanding the task is, without showing the response (DEITA, arXiv 2312.15685)
+`quality`     asks from 1 to 6 how good the response is (DEITA)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
 
 
 def in_blocks(parts: Mapping[str, str], task: str) -> str:
-    """Return each part between marker lines, then the task.
+    """Return one text: each part between marker lines with its name, then the task.
 
     A marker line begins with more `=` in a row than any part contains, so no part can imitate a marker line.
     """

@@ -1,7 +1,7 @@
 """The verifier grades answers against the benchmark's reference answer, without a model.
 
 As a rater it makes no errors: it computes the right response to each example of the embedded world (`data=verifiable`).
-A selection by its grades shows what a perfect rater achieves there.
+So a selection by these grades shows what a perfect rater achieves in the embedded world.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class VerifierJudge(Judge, Rater):
     """Scores an answer 1 if it matches the reference answer, else 0, independently of the other answer.
 
     Attributes:
-        matches: (answer, reference answer) -> whether the answer is right.
+        matches: function of an answer and the reference answer that returns whether the answer is right.
         name: identifies `matches` and `by_benchmark` in `prompt_hash`.
-        by_benchmark: rules that replace `matches` for some benchmarks, by name.
+        by_benchmark: functions that replace `matches` for some benchmarks, by the benchmark's name.
     """
 
     matches: Match

@@ -140,13 +140,16 @@ def _questions(items: Sequence[Item], answers: Mapping[Item, str]) -> list[Quest
 
 
 def items_hash(items: Sequence[Item]) -> str:
-    """Return the SHA-256 of the items; an `after` of None is omitted."""
+    """Return the SHA-256 of the items; the field `after` is left out of the hash if it is None."""
     known = [{name: value for name, value in asdict(item).items() if name != "after" or value} for item in items]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def slug_and_parents(config: TargetConfig, target: Artifact, tuned: Artifact | None) -> tuple[str, list[Artifact]]:
-    """Return the slug and the parents of an artifact that is computed with the target, finetuned or untuned."""
+    """Return the slug and the parents for an artifact that a model computes.
+
+    The model is the finetuned target `tuned`, or the untuned `target` if `tuned` is None.
+    """
     if tuned is None:
         return f"{config.name}-untuned", [target]
     return tuned.path.name.rsplit("-", 1)[0], [target, tuned]

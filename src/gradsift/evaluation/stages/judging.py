@@ -1,4 +1,4 @@
-"""The stages `judge` (judgments of each pair of answers in both orders) and `pws`."""
+"""The stage `judge`, which judges each pair of answers in both orders, and `pws`, which computes the PWS."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _kind(config: JudgeConfig) -> str:
 
 
 def judge_models(runtime: Runtime, config: JudgeConfig) -> list[Artifact]:
-    """Return the artifact of a local judge's model in a list; an empty list for other judges."""
+    """Return a list that holds the artifact of a local judge's model; the list is empty for other judges."""
     if not isinstance(config, LocalJudgeConfig):
         return []
     from gradsift.training.backbones import backbone  # here: no other judge needs torch

@@ -32,7 +32,10 @@ VERSION = 3
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> Artifact | None:
-    """Compute the mean over held-out examples of the mean NLL per response token (nats); None if no row is held out."""
+    """Compute the loss on held-out examples; return None if no row is held out.
+
+    The loss is the mean NLL per response token (nats) of each example, averaged over the examples.
+    """
     if not loaded.info["heldout"]:
         return None
     settings = encoding_settings(config.template, config.max_length)
@@ -63,7 +66,9 @@ def heldout_loss_of(made: Artifact | None) -> float | None:
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
 ) -> Artifact:
-    """Compute each benchmark's loss: the mean over items of the mean NLL per token of the reference answer (nats).
+    """Compute the loss on each benchmark's reference answers.
+
+    The loss is the mean NLL per token (nats) of each reference answer, averaged over the benchmark's items.
 
     The artifact's `info["losses"]` has the losses by benchmark, without benchmarks whose references have no token.
     """
@@ -100,7 +105,9 @@ def example_losses(
     purpose: str,
     what: str,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return for each batch its examples' positions in `examples` and mean NLLs per response token (nats).
+    """Return two tensors (B,) for each batch: its examples' positions in `examples`, and their losses.
+
+    The loss of an example is its mean NLL per response token (nats).
 
     Print how many prompts and responses are cut, and how many examples cannot be used and are omitted.
 

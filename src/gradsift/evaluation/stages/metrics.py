@@ -1,7 +1,7 @@
-"""The stages `metrics` and `lm_eval`, which need no judge, and the forgetting that they measure.
+"""The stages `metrics` and `lm_eval`, which evaluate a model without a judge, and the forgetting computed from them.
 
 Forgetting is the change of a model's results on general benchmarks from before to after the finetuning. lm-eval
-(EleutherAI's harness, an optional extra) runs its tasks on the model in memory.
+(EleutherAI's evaluation harness, an optional extra) runs its tasks on the model in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METRICS_FILE = "metrics.json"
 
 
 def check_metrics(config: BenchmarkConfig) -> None:
-    """Raise an error before the run starts if a metric cannot be computed: files are missing or a task is unknown."""
+    """Raise an error if a metric of the run cannot be computed: a file or package is missing, or a task is unknown."""
     check_wordnet(config.wordnet_dir)
     tasks, folder = list(config.lm_eval_tasks), config.lm_eval_folder
     if folder is not None and not Path(folder).is_dir():
@@ -54,7 +54,10 @@ def check_metrics(config: BenchmarkConfig) -> None:
 
 
 def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items: Sequence[Item]) -> Artifact | None:
-    """Compute the metrics of `gradsift.evaluation.text_metrics` for the answers of the stage `generate` to `items`.
+    """Compute the metrics of `gradsift.evaluation.text_metrics` for a model's answers to `items`.
+
+    Args:
+        answers: the artifact of the stage `generate` that has the answers.
 
     Returns:
         The artifact, which `metrics_of` reads; None if no item has a reference answer.
@@ -80,12 +83,15 @@ def metrics(runtime: Runtime, config: BenchmarkConfig, answers: Artifact, items:
 
 
 def metrics_of(made: Artifact | None) -> dict[str, Any] | None:
-    """Return the contents of the artifact of `metrics`; None if `made` is None."""
+    """Return the values in the artifact `made`, which `metrics` returned; None if `made` is None."""
     return None if made is None else json.loads(made.file(METRICS_FILE).read_text(encoding="utf-8"))
 
 
 class General(NamedTuple):
-    """The results of a model on general benchmarks and on tasks of lm-eval; None for each that was not computed."""
+    """Artifacts with a model's metrics and losses on general benchmarks, and with its results on tasks of lm-eval.
+
+    An artifact is None if it was not computed.
+    """
 
     metrics: Artifact | None
     losses: Artifact | None
@@ -101,7 +107,10 @@ def forgetting(
     items: Sequence[Item],
     generator: GeneratorConfig,
 ) -> tuple[General, General]:
-    """Return the results before and after the finetuning; `items` are those of `benchmark.general`."""
+    """Return the results of the model before the finetuning (`target`) and after the finetuning (`tuned`).
+
+    `items` are the questions of the benchmarks in `benchmark.general`.
+    """
 
     def state(model: Artifact | None) -> General:
         measured = losses = tasks = None
@@ -119,8 +128,9 @@ def forgetting(
 def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
     """Return `{name: {"before", "after", "change"}}` for each benchmark and, as `lm_eval/<task>`, for each task.
 
-    For a benchmark, each of the three has the metrics and `loss`: the mean over items of the mean NLL per token of the
-    reference answer, in nats. `change` omits values that are None before or after.
+    Each of the three is a mapping of figures. The figures of a benchmark are its metrics and `loss`: the mean over
+    items of the mean negative log-likelihood per token of the reference answer, in nats. `change` is the value after
+    minus the value before; it omits figures that are missing or None in either.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -167,13 +177,15 @@ def _lm_eval(
 def evaluate_tasks(
     model: Any, tokenizer: Any, config: BenchmarkConfig, template: str, max_tokens: int | None
 ) -> dict[str, dict[str, float]]:
-    """Return every figure that lm-eval reports for each task; a task uses its own number of few-shot examples.
+    """Return every figure that lm-eval reports for each task.
 
-    In tasks that generate (IFEval, GSM8K), the model answers as in the stage `generate`: greedily, with each prompt as
-    an instruction in the target's `template`. All other tasks compare log-probabilities of plain text.
+    The number of few-shot examples is the one in the task's definition. In tasks with generated answers (IFEval,
+    GSM8K), the model answers as in the stage `generate`: greedily, with each prompt as an instruction in the target's
+    `template`. All other tasks compare log-probabilities of plain text.
 
     Args:
-        config: names the tasks and limits the number of items and the length of answers; a task can set a lower limit.
+        config: names the tasks, and limits the number of items per task and the number of tokens per answer. A task
+            can set a lower limit for its answers.
         max_tokens: the largest number of tokens per batch of generated answers, including padding.
 
     Returns:
@@ -224,7 +236,10 @@ def _answers(
     max_tokens: int | None,
     requests: Sequence[Any],
 ) -> list[str]:
-    """Answer lm-eval's requests (a prompt and its options); cut each answer before its first stop string."""
+    """Return the answers to lm-eval's requests, in their order. A request consists of a prompt and options.
+
+    Each answer is cut before the first stop string that the options of its request name.
+    """
     by_limit: dict[int, list[int]] = {}
     for place, request in enumerate(requests):
         options = request.args[1]
@@ -251,9 +266,9 @@ def until(text: str, ends: Sequence[str]) -> str:
 
 @functools.cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """Return lm-eval's index of tasks.
+    """Return lm-eval's index of its own tasks and of the tasks in `folder`.
 
-    If the folder has all `tasks`, only the folder is indexed, because indexing lm-eval's own tasks takes ten seconds.
+    If `folder` has all `tasks`, only `folder` is indexed, because indexing lm-eval's own tasks takes ten seconds.
     """
     from lm_eval.tasks import TaskManager
 
@@ -265,12 +280,12 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def _known(manager: Any) -> set[str]:
-    """Return the names of tasks and groups. Tags are omitted, because lm-eval reports no figures for them."""
+    """Return the names of all tasks and groups of tasks. Tags are omitted: lm-eval reports no figures for a tag."""
     return {*manager.all_subtasks, *manager.all_groups}
 
 
 def figures(reported: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures in lm-eval's report of one task (keys like `acc,none`), without standard errors and labels."""
+    """Return the numbers in lm-eval's report of one task, by keys like `acc,none`; standard errors are left out."""
     return {
         name: float(value)
         for name, value in reported.items()

@@ -1,4 +1,5 @@
-"""All figures of the report. Each takes the material of a run or a sweep and returns a matplotlib `Figure`.
+"""All figures of the report. Each is called with the material of a run or a sweep (see `gradsift.report.material`) and
+returns a matplotlib `Figure`.
 
 In a notebook:
 
@@ -46,9 +47,9 @@ FIGURES: tuple[Entry, ...] = (
 
 
 def write_figures(material: Material, folder: Path, formats: Sequence[str]) -> dict[str, str]:
-    """Write each figure as `<name>.<format>`, in place of the figures of an earlier report.
+    """Write each figure to `folder` as `<name>.<format>`, after deleting the figures of an earlier report.
 
-    Returns, by name, the reasons why figures could not be drawn.
+    Returns a dict from the name of each figure that could not be drawn to the reason.
     """
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -69,9 +70,9 @@ def write_figures(material: Material, folder: Path, formats: Sequence[str]) -> d
 
 
 def write_tables(material: Material, folder: Path) -> tuple[dict[str, Table], dict[str, str]]:
-    """Write each table (see `Table.write`), in place of the tables of an earlier report.
+    """Write each table to `folder` (see `Table.write`), after deleting the tables of an earlier report.
 
-    Returns, by name, the tables that were made and the reasons why others could not be made.
+    Returns a dict of the tables by name, and a dict from the name of each table that could not be made to the reason.
     """
     makers = TABLES | {entry.name: entry.table for entry in FIGURES if entry.records is not None}
     folder.mkdir(parents=True, exist_ok=True)

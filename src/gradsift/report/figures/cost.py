@@ -1,4 +1,4 @@
-"""The figure of cost by stage, with the work that was reused."""
+"""The figure `cost`: what each stage cost, and how much of its work was reused from the store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
     """Return the cost of each stage over all runs, in the order of the pipeline.
 
     Returns:
-        made, reused: units of work.
+        made, reused: numbers of units of work that were computed and that were taken from the store.
         seconds: time spent on the units made.
-        saved: seconds that the reused units took when they were made, counted again for each reuse.
-        tokens: forward tokens of the units made.
-        memory: peak memory of the process in GB, the highest of the units made; 0 if unknown.
+        saved: seconds that the reused units took when they were made; a unit that was reused twice counts twice.
+        tokens: tokens that passed forward through a model for the units made.
+        memory: the highest peak memory of the process, in GB, that is recorded for the units made; 0 if none is.
     """
     by_stage: dict[str, dict[str, float]] = {}
     for run in material.runs:
@@ -43,8 +43,8 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
 
 @report_figure("cost", "Cost", lambda material: [{"stage": stage, **cost} for stage, cost in costs(material).items()])
 def cost(material: Material) -> Figure:
-    """Seconds, units of work, tokens and memory (GB) of each stage in these runs, and the work that was reused from the
-    store."""
+    """For each stage, the seconds, units of work, tokens and peak memory (GB) that these runs took, and the work that
+    was reused from the store."""
     by_stage = costs(material)
     shown = [
         ("seconds", "seconds", "saved"),

@@ -1,4 +1,4 @@
-"""Choice of the runs that a figure shows, and measures of the agreement of two runs."""
+"""Functions that choose the runs for a figure, and functions that measure how well two runs agree."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ MOST_ROWS = 24  # methods in a figure of bars or cells
 
 
 def middle_alpha(runs: Sequence[Run]) -> float:
-    """Return the median of the runs' alphas below 1, the lower of two middle ones; 1 if no alpha is below 1."""
+    """Return the median of the different alphas below 1 (the lower one of two middle alphas); 1 if none is below 1."""
     alphas = sorted({run.alpha for run in runs if run.alpha < 1})
     return alphas[(len(alphas) - 1) // 2] if alphas else 1.0
 
 
 def by_method(runs: Sequence[Run], alpha: float, most: int = MOST_ROWS) -> dict[str, list[Run]]:
-    """Return the runs at `alpha` by method, in the order of the sweep, for at most `most` methods (see `among`)."""
+    """Return a dict from each method to its runs at `alpha`, in the order of the sweep.
+
+    The dict has at most `most` methods, which `among` chooses.
+    """
     groups = grouped((run for run in runs if run.alpha == alpha), lambda run: run.method)
     shown = among({name: str(group[0].record["scorer"]) for name, group in groups.items()}, most)
     return {name: group for name, group in groups.items() if name in shown}
 
 
 def among(scorers: Mapping[str, str], most: int) -> set[str]:
-    """Choose at most `most` methods: one of each scorer, then a second of each, and so on.
+    """Return at most `most` methods: the first of each scorer, then the second of each scorer, and so on.
 
-    `scorers` has the scorer of each method.
+    `scorers` maps each method (a scorer with its settings) to the name of its scorer.
     """
     seen: Counter[str] = Counter()
     turns = []
@@ -42,9 +45,9 @@ def among(scorers: Mapping[str, str], most: int) -> set[str]:
 
 
 def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
-    """Return the runs that have an artifact of the stage, without the full-data run if `but_full`.
+    """Return the runs that have an artifact of the stage; if `but_full`, full-data runs are left out.
 
-    If no run has one, raises `Missing` with the first run's reason.
+    If no run has such an artifact, raises `Missing` with the reason why the first run has none.
     """
     wanted = [run for run in material.runs if not (but_full and run.is_full)]
     if not wanted:
@@ -56,21 +59,28 @@ def reached(material: Material, stage: str, but_full: bool = True) -> list[Run]:
 
 
 def representative(material: Material, stage: str) -> Run:
-    """Return the run for a figure of one run: the first G-SNR run at the middle alpha, or the first run there."""
+    """Return the run that a figure of a single run shows.
+
+    It is the first G-SNR run at the middle alpha, or else the first run at this alpha, among the runs that have an
+    artifact of `stage`.
+    """
     runs = reached(material, stage)
     at_alpha = [run for run in runs if run.alpha == middle_alpha(runs)]
     return next((run for run in at_alpha if run.record["scorer"] == "gsnr"), at_alpha[0])
 
 
 def largest_ensemble(material: Material) -> Run:
-    """Return the first run with the most members among the runs with the representative run's scorer and alpha."""
+    """Return the run with the most members that has the scorer and alpha of the representative run."""
     one = representative(material, "statistics")
     runs = [run for run in reached(material, "statistics") if run.alpha == one.alpha]
     return max((run for run in runs if run.record["scorer"] == one.record["scorer"]), key=lambda r: r.record["members"])
 
 
 def over_seeds_of(material: Material, one: Run) -> list[Run]:
-    """Return `one` and, for each other seed, a run with equal alpha, dataset, models, method and stages."""
+    """Return `one` and, for each other pair of data seed and seed, a run that is comparable with `one`.
+
+    This run has the alpha, dataset, models, snapshots and method of `one`, and artifacts of at least the same stages.
+    """
     same = ("scorer", "alpha", "dataset", "proxy", "members", "snapshots", "target")
     runs = [one, *(run for run in material.runs if all(run.record.get(key) == one.record.get(key) for key in same))]
     runs = [run for run in runs if run.method == one.method and run.artifacts.keys() >= one.artifacts.keys()]
@@ -79,18 +89,18 @@ def over_seeds_of(material: Material, one: Run) -> list[Run]:
 
 
 def seed_of(run: Run) -> str:
-    """Return the seed of a run, and the seed of its data unless that is 0, as in "seed 1, data 2"."""
+    """Return the seed of a run as text, followed by its data seed unless that is 0: "seed 1" or "seed 1, data 2"."""
     data = run.record.get("data_seed")
     return f"seed {run.record.get('seed')}" + (f", data {data}" if data else "")
 
 
 def named(run: Run) -> str:
-    """Return method, budget and seeds of a run, for the title of a panel."""
+    """Return the method, budget and seeds of a run as text, for the title of a panel."""
     return f"{run.label}, {seed_of(run)}"
 
 
 def heldout_loss(run: Run) -> float | None:
-    """Return the held-out loss of the tuned target; None if it was not measured."""
+    """Return the held-out loss of the run's finetuned target, in nats per token; None if it was not measured."""
     return (run.record.get("heldout_loss") or {}).get("model")
 
 
@@ -100,7 +110,10 @@ def overlap_of(material: Material, one: Run, other: Run) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the rank correlation over the entries that are finite in both arrays; None if it is undefined."""
+    """Return Spearman's rank correlation over the entries that are finite in both arrays.
+
+    The result is None if there are fewer than two such entries, or if they are all equal in one of the arrays.
+    """
     from scipy.stats import spearmanr
 
     usable = np.isfinite(x) & np.isfinite(y)

@@ -1,4 +1,4 @@
-"""Figures of the PWS of every method and alpha, of wins, ties and losses, and of the judge's biases."""
+"""Figures of the PWS (Pairwise Winning Score) of each method, of wins, ties and losses, and of the judge's biases."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _OUTCOMES = {"win": style.COLOURS[0], "tie": style.NEUTRAL, "lose": style.COLOUR
 
 @report_figure("results", "PWS of every method")
 def pws(material: Material) -> Figure:
-    """Each mark is a PWS with its interval over items and, if there are several, seeds. A mark right of the dashed line
-    means that the model is better than the model tuned on all rows. If an interval contains the line, the two models
-    are not distinguishable. With many intervals, some miss the line by chance. Shows at most four combinations of
-    dataset, target and benchmark; the table has all of them."""
+    """Each mark is a PWS with its confidence interval over items and, if there are several, over seeds. A mark right of
+    the dashed line means that the model tuned on the selection is better than the model tuned on all rows. If an
+    interval contains the line, the data do not show which of the two models is better. Among many intervals, some miss
+    the line by chance, even if the models are equally good. The figure shows at most four combinations of dataset,
+    target and benchmark; the report's table of PWS has all of them."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[: groups.MOST_ROWS]
@@ -54,7 +55,7 @@ def pws(material: Material) -> Figure:
 
 
 def judged(material: Material) -> dict[str, list[Run]]:
-    """Return the finished runs with judgments by method and alpha, in at most `groups.MOST_ROWS` groups."""
+    """Return the finished runs that have judgments, in at most `groups.MOST_ROWS` groups of equal method and alpha."""
     by_alpha: dict[str, list[Run]] = {}
     for run in sorted(material.finished, key=lambda run: run.alpha):
         label = f"{run.method}, {run.alpha:g}"
@@ -66,14 +67,15 @@ def judged(material: Material) -> dict[str, list[Run]]:
 
 
 def total(runs: Sequence[Run], part: str, name: str) -> int:
-    """Return the count `name` under the key `part` of `run.json`, summed over the runs."""
+    """Return the count `name` under the key `part` of `run.json`, summed over the runs that have it."""
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
 def longer_shares(cells: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
-    """Return for each cell the share of items that the longer answer won, and the number of these items.
+    """Return for each cell (a method and alpha) the share of items that the longer answer won, and the number of items.
 
-    Only items with a winner and with answers of different length count. A cell without such items is left out.
+    An item is counted only if it has a winner and its two answers differ in length. A cell without counted items is
+    left out.
     """
     shares = {}
     for name, runs in cells.items():
@@ -96,9 +98,9 @@ def _records(material: Material) -> Records:
 
 @report_figure("judge", "Wins, ties and losses", _records)
 def judge_outcomes(material: Material) -> Figure:
-    """Items on which the target tuned on the selection won, tied or lost against the target tuned on all rows. An item
-    is judged in both orders of the answers, which together give one outcome. The items of all runs of a method and
-    alpha are counted, whatever their seed, data and target."""
+    """Number of items on which the target tuned on the selection won, tied or lost against the target tuned on all
+    rows. Each item is judged in both orders of its answers, and the two judgments together give one outcome. The items
+    of all runs of a method and alpha are counted, whatever their seed, data and target."""
     cells = judged(material)
     figure, axes = _rows_panel(cells)
     items = np.array([total(runs, "pooled", "n") for runs in cells.values()])
@@ -122,8 +124,8 @@ def judge_outcomes(material: Material) -> Figure:
 
 @report_figure("judge", "Position bias of the judge")
 def position_bias(material: Material) -> Figure:
-    """Share of the items whose winner changed with the order in which the answers were shown. Long bars mean that the
-    judge prefers a position."""
+    """Share of the items whose winner changed with the order in which the answers were shown. If one of the two bars of
+    a row is much longer than the other, the judge prefers the position that the longer bar stands for."""
     cells = {name: runs for name, runs in judged(material).items() if total(runs, "position_bias", "items")}
     if not cells:
         raise Missing("no item has a valid judgment in both orders")
@@ -143,8 +145,8 @@ def position_bias(material: Material) -> Figure:
 
 @report_figure("judge", "Length bias of the judge")
 def length_bias(material: Material) -> Figure:
-    """Of the items with a winner and answers of different length, the share that the longer answer won. If an interval
-    does not contain the middle line, the judge prefers longer or shorter answers."""
+    """Share of the items that the longer answer won, among the items that have a winner and answers of different
+    length. If an interval does not contain the dashed line at 50 %, the judge prefers longer or shorter answers."""
     from scipy.stats import binomtest
 
     shares = longer_shares(judged(material))
@@ -161,7 +163,10 @@ def length_bias(material: Material) -> Figure:
 
 
 def _rows_panel(names: Mapping[str, Any], items: Sequence[int] | np.ndarray = ()) -> tuple[Figure, Axes]:
-    """Return a figure and its panel with a row for each name; `items`, if given, are written beside the rows."""
+    """Return a figure and its only panel, which has a row for each name.
+
+    `items`, if given, are the numbers of items to write beside the rows.
+    """
     figure, (axes,) = style.panels(width=5.6, height=1.1 + 0.3 * len(names))
     style.name_rows(axes, list(names))
     style.in_percent(axes.xaxis)

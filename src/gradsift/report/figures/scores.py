@@ -29,8 +29,9 @@ _BANDS = 20  # number of bands of the ranking in `score_length`
 
 @report_figure("selection", "Score distributions")
 def score_distributions(material: Material) -> Figure:
-    """All scored rows in grey, the selected ones in colour. Each method has its own scale; if the scores have a wide
-    range, the scale is linear around zero and logarithmic far from zero. Shows at most eight methods."""
+    """Histograms of the scores: all scored rows in grey, and the selected rows in colour. Each method has its own
+    horizontal scale. If a method's scores have a wide range, the scale is linear around zero and logarithmic far from
+    zero. The figure shows at most eight methods."""
     scored = [run for run in groups.reached(material, "select") if SCORED in material.scores(run).status]
     if not scored:
         raise Missing("no run has a scored row")
@@ -61,7 +62,7 @@ def score_distributions(material: Material) -> Figure:
 
 
 def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
-    """Return the edges of the bins, and the linear width of the asinh scale (None for a linear scale)."""
+    """Return the edges of the bins, and the `linear_width` of matplotlib's asinh scale (None for a linear scale)."""
     low, high = np.quantile(values, [0.25, 0.75])
     width = float(high - low)
     if width <= 0 or np.ptp(values) < _WIDE * width:
@@ -74,8 +75,8 @@ def _bins(values: np.ndarray) -> tuple[list[float], float | None]:
 
 @report_figure("selection", "Early against late gradient norms")
 def early_late_norms(material: Material) -> Figure:
-    """The rows below the dashed diagonal are those whose gradient norm fell between the snapshots. G-SNR treats such a
-    fall as learning."""
+    """Gradient norm of each row at the early and at the late snapshot, averaged over the members. The rows below the
+    dashed diagonal are those whose norm fell between the snapshots. G-SNR treats such a fall as learning."""
     run = groups.representative(material, "statistics")
     values = material.statistics(run)
     figure, (axes,) = style.panels(width=4.8, height=4.0)
@@ -96,8 +97,9 @@ def _chosen(material: Material, run: Run) -> np.ndarray | None:
 
 @report_figure("selection", "Score against response length")
 def score_length(material: Material) -> Figure:
-    """Median response length in bands of equal size along each ranking, with the best rows at the left. A method whose
-    line rises or falls from the left edge selects by length. Shows at most eight methods."""
+    """Each ranking is divided into bands of equal size, with the best rows at the left, and a mark shows the median
+    response length in a band. If a method's line is much higher or lower at the left end than elsewhere, the method
+    selects by length. The figure shows at most eight methods."""
     runs = groups.reached(material, "score")
     alpha = groups.middle_alpha(runs)
     shown = groups.by_method(runs, alpha, groups.MOST_LINES)
@@ -125,8 +127,9 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
 
 @report_figure("selection", "Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """Left: each row's variance of the gradient norm over members against its late loss. Right, if several selections
-    have a held-out loss: the held-out loss of the target tuned on a selection against the selection's mean variance."""
+    """Left: for each row, the variance of its gradient norm over the members against its loss, both at the late
+    snapshot. Right, if several selections have a held-out loss: for each selection, the held-out loss of the target
+    tuned on it against the mean of that variance over the selected rows."""
     run = groups.representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)
@@ -147,10 +150,10 @@ def variance_and_loss(material: Material) -> Figure:
 
 
 def selections_by_variance(material: Material, variance: np.ndarray, of: Run) -> list[tuple[str, float, float]]:
-    """Return (method, mean V_t of the selection, held-out loss) for each run on the data of `of`.
+    """Return (method, mean V_t of the selection, held-out loss) for each run that has the same data as the run `of`.
 
-    Full-data runs and runs without a selection or a held-out loss are left out. `variance` (N,) is the V_t of the
-    examples under the ensemble of `of`.
+    Full-data runs and runs without a selection or a held-out loss are left out. `variance` (N,) is V_t: for each
+    example, the variance of its late gradient norm over the members of `of`.
     """
     points = []
     for run in material.runs:
@@ -166,8 +169,8 @@ def cloud(axes: Axes, x: np.ndarray, y: np.ndarray, chosen: np.ndarray | None) -
     """Draw all examples in grey on logarithmic axes, and the chosen ones on top in colour.
 
     Args:
-        x, y: (N,) values. Examples with a value that is not finite and positive are left out.
-        chosen: positions of examples.
+        x, y: (N,) coordinates of the examples. Examples with a coordinate that is not finite and positive are left out.
+        chosen: positions of the chosen examples; None to draw all examples in grey only.
     """
     usable = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
     scale: Style = {"xscale": "log", "yscale": "log"}

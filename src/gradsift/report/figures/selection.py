@@ -22,9 +22,9 @@ Audit = Mapping[str, Any]
 
 
 def overlaps(material: Material) -> Records:
-    """Return the Jaccard index of each pair of methods at the middle alpha, averaged over datasets and seeds.
+    """Return, for each two methods, the Jaccard index of their selections at the middle alpha.
 
-    The value is NaN if the two methods have no dataset and seed in common.
+    The index is averaged over datasets and seeds. It is NaN if the two methods have no dataset and seed in common.
     """
     runs = groups.reached(material, "select")
     alpha = groups.middle_alpha(runs)
@@ -46,8 +46,8 @@ def overlaps(material: Material) -> Records:
 
 @report_figure("selection", "Overlap of the selections", overlaps)
 def overlap(material: Material) -> Figure:
-    """Number of rows that both methods select, divided by the number of rows that at least one of them selects
-    (Jaccard; 1 means the same selection)."""
+    """For each two methods, the number of rows that both select, divided by the number of rows that at least one of
+    them selects. This is the Jaccard index; 1 means that the selections are equal."""
     records = overlaps(material)
     names = list(dict.fromkeys(name for record in records for name in (record["method"], record["other"])))
     values = np.eye(len(names))
@@ -62,7 +62,7 @@ def overlap(material: Material) -> Figure:
 
 
 def label_shares(material: Material) -> Records:
-    """Return the share of each quality label in the pool ("all rows") and in each method at the middle alpha."""
+    """Return the share of each quality label in the pool ("all rows") and in the selections at the middle alpha."""
     labels = [(run, material.labels(run)) for run in groups.reached(material, "select")]
     qualities = {run: Counter(known.quality) for run, known in labels if known is not None}
     if not qualities:
@@ -81,8 +81,8 @@ def label_shares(material: Material) -> Records:
 
 @report_figure("selection", "Quality of the selected rows", label_shares)
 def labels(material: Material) -> Figure:
-    """Share of the rows with each quality label. The first bar is the pool; a useful method selects a larger share of
-    clean rows."""
+    """Share of the selected rows that have each quality label. The first bar shows the whole pool; a useful method has
+    a larger share of clean rows than the pool."""
     records = label_shares(material)
     qualities = sorted({q for record in records for q in record} - {"method", "alpha"}, key=lambda q: (q != "clean", q))
     figure, (axes,) = style.panels(width=5.6, height=1.3 + 0.3 * len(records))
@@ -99,7 +99,10 @@ def labels(material: Material) -> Figure:
 
 
 def audits(material: Material, most: int = groups.MOST_LINES) -> dict[str, list[Audit]]:
-    """Return the audits by method, one for each dataset and seed, since an audit does not depend on a run's alpha."""
+    """Return a dict from each of at most `most` methods to its audits, one for each dataset and seed.
+
+    Runs that differ only in alpha share an audit, since an audit selects at all of `audit.alphas`.
+    """
     audited = [run for run in material.runs if run.record.get("audit") is not None]
     shown = groups.among({run.method: str(run.record["scorer"]) for run in audited}, most)
     by_method: dict[str, dict[tuple[Any, Any], Audit]] = {}
@@ -113,7 +116,7 @@ def audits(material: Material, most: int = groups.MOST_LINES) -> dict[str, list[
 
 
 def spoilt_shares(material: Material) -> Records:
-    """Return the spoilt share of each method's selection at each alpha, averaged over datasets and seeds."""
+    """Return the share of spoilt rows in each method's selection at each alpha, averaged over datasets and seeds."""
     records = []
     for method, own in audits(material).items():
         for cells in zip(*(audit["selections"] for audit in own), strict=True):  # the cells of one alpha
@@ -124,9 +127,9 @@ def spoilt_shares(material: Material) -> Records:
 
 @report_figure("audit", "Noise audit: spoilt rows selected", spoilt_shares)
 def audit_spoilt(material: Material) -> Figure:
-    """Share of corrupted rows in each selection. The band shows random draws (plus or minus two standard deviations). A
-    method below the band avoids corrupted rows; within the band it does no better than chance. Shows at most eight
-    methods."""
+    """Share of corrupted rows in each selection. The band shows the share in random selections: its mean, plus or minus
+    two standard deviations. A method below the band avoids corrupted rows; a method within the band does no better than
+    chance. The figure shows at most eight methods."""
     figure, (axes,) = style.panels(width=5.2, height=3.4)
     by_method = grouped(spoilt_shares(material), itemgetter("method"))
     for (method, cells), look in zip(by_method.items(), style.looks_of(by_method).values(), strict=True):
@@ -144,8 +147,8 @@ def audit_spoilt(material: Material) -> Figure:
 
 @report_figure("audit", "Noise audit: AUROC of the scores")
 def audit_auroc(material: Material) -> Figure:
-    """AUROC of clean rows against each kind of corruption. At 1 all clean rows rank first, at 0.5 the score cannot
-    distinguish clean from corrupted rows, and below 0.5 it prefers the corrupted rows."""
+    """AUROC of each method's scores for telling clean rows from each kind of corrupted rows. At 1 every clean row ranks
+    above every corrupted row, at 0.5 the score cannot distinguish them, and below 0.5 it prefers the corrupted rows."""
     by_method = audits(material, groups.MOST_ROWS)
     kinds = list(dict.fromkeys(kind for own in by_method.values() for audit in own for kind in audit["kinds"]))
     values = np.array([[_mean_auroc(own, kind) for kind in kinds] for own in by_method.values()])

@@ -1,4 +1,4 @@
-"""Figures of the sensitivity to settings that the paper leaves open: the number of members M, snapshots, eps, seed."""
+"""Figures of the sensitivity to settings that the paper leaves open: number of members M, snapshots, eps and seed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def settings_grid(material: Material) -> Records:
     """Return a value for each setting (number of members, pair of snapshots) of one scorer at the middle alpha.
 
     The scorer is G-SNR if its settings vary, or else the first scorer whose settings vary. The value is the mean PWS of
-    the setting's runs if all runs have a PWS, or else their mean held-out loss if all runs have one. Otherwise it is
-    the mean overlap (Jaccard) with the setting that has the most members and, among these, the latest snapshots.
+    the setting's runs if all runs have a PWS, or else their mean held-out loss if all runs have one. Otherwise the
+    value is the mean overlap (Jaccard index) of the setting's selections with those of a reference: the setting with
+    the most members and, if several have as many, the latest snapshots.
     """
     runs = [run for run in material.runs if run.has("select") and run.has("statistics")]
     by_scorer = grouped(runs, lambda run: str(run.record["scorer"]))
@@ -68,8 +69,9 @@ def _setting_of(run: Run) -> Setting:
 
 @report_figure("sensitivity", "Sensitivity to M and the snapshots", settings_grid)
 def members_and_snapshots(material: Material) -> Figure:
-    """One cell for each ensemble size and pair of snapshots; brighter is better. The shades run from the lowest to the
-    highest value, however close these are, so read the numbers."""
+    """Each cell shows the result with one number of members and one pair of snapshots; brighter cells are better. The
+    shades always run from the lowest to the highest value, even if these values are almost equal, so compare the
+    numbers."""
     records = settings_grid(material)
     members = sorted({record["members"] for record in records})
     snapshots = sorted({record["snapshots"] for record in records}, key=lambda text: [int(s) for s in text.split(", ")])
@@ -89,7 +91,7 @@ def members_and_snapshots(material: Material) -> Figure:
 
 
 def size_curves(material: Material) -> Records:
-    """For each seed, compare G-SNR from the first m members, 2 <= m <= M, with G-SNR from all M (see `agreement`)."""
+    """For each seed, compare G-SNR from the first m members, m = 2 ... M, with G-SNR from all M (see `agreement`)."""
     records: list[Mapping[str, Any]] = []
     for run in groups.over_seeds_of(material, groups.largest_ensemble(material)):
         early, late = (material.norms(run, epoch) for epoch in run.record["snapshots"])
@@ -106,8 +108,8 @@ def size_curves(material: Material) -> Records:
 
 @report_figure("sensitivity", "Members that a ranking needs", size_curves)
 def ensemble_size(material: Material) -> Figure:
-    """Agreement of G-SNR from only the first members with G-SNR from all members, with a line for each seed. Where the
-    lines are near 1, more members change little."""
+    """Agreement of G-SNR from only the first members with G-SNR from all members. Each seed has its own lines. Where
+    the lines are near 1, more members would hardly change the ranking and the selection."""
     records = size_curves(material)
     figure, axes = _draw_agreement(groups.largest_ensemble(material), records, "members", marks="os")
     sizes = sorted({record["members"] for record in records})
@@ -116,7 +118,7 @@ def ensemble_size(material: Material) -> Figure:
 
 
 def eps_curves(material: Material) -> Records:
-    """For each seed, compare G-SNR at each value of EPS with G-SNR at the run's eps (see `agreement`)."""
+    """For each seed, compare G-SNR at each eps in `EPS` with G-SNR at the run's own eps (see `agreement`)."""
     records: list[Mapping[str, Any]] = []
     for run in groups.over_seeds_of(material, groups.representative(material, "statistics")):
         values = material.statistics(run)
@@ -128,7 +130,7 @@ def eps_curves(material: Material) -> Records:
 @report_figure("sensitivity", "Sensitivity to eps", eps_curves)
 def eps(material: Material) -> Figure:
     """Agreement of G-SNR at other values of eps with G-SNR at this run's eps, from the same gradient statistics. Each
-    seed has its own line. Where the lines fall, eps rather than the ensemble decides the ranking."""
+    seed has its own lines. Where the lines fall, eps rather than the ensemble decides the ranking."""
     run = groups.representative(material, "statistics")
     figure, axes = _draw_agreement(run, eps_curves(material), "eps")
     axes.axvline(own_eps(run), color=style.INK, linewidth=1, label=f"this run: {own_eps(run):g}")
@@ -147,7 +149,9 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Compare each of `scores` with `base`: Spearman (None if undefined), and Jaccard of the best `run.alpha` of rows.
+    """Return Spearman's correlation of each of `scores` with `base`, and the Jaccard index of their top rows.
+
+    The top rows are the share `run.alpha` of the rows with the best scores. An undefined correlation is None.
 
     `name` is the setting that varies; the keys of `scores` are its values.
     """
@@ -186,7 +190,10 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 
 
 def seed_agreement(material: Material) -> Records:
-    """Compare all pairs of runs of a method at the middle alpha that differ in the seed alone (Spearman, Jaccard)."""
+    """Compare each two runs of a method that have the middle alpha and differ only in the seed.
+
+    Returns for each pair Spearman's correlation of the scores and the Jaccard index of the selections.
+    """
     runs = groups.reached(material, "select")
     alpha = groups.middle_alpha(runs)
     records: list[dict[str, Any]] = []
@@ -207,8 +214,9 @@ def seed_agreement(material: Material) -> Records:
 
 @report_figure("sensitivity", "Stability across seeds", seed_agreement)
 def seeds(material: Material) -> Figure:
-    """Each mark compares two seeds of one method on the same data. A method whose overlap is near chance selects by
-    luck. Random selection depends on scorer.seed and not on seed, so it is the same for both seeds."""
+    """Each mark compares two runs of a method that differ only in the seed. If a method's overlap is near that of two
+    random selections (dotted line), its selection depends mostly on the seed. Random selection depends on scorer.seed
+    and not on seed, so its two selections are equal."""
     records = seed_agreement(material)
     names, alpha = list(grouped(records, itemgetter("method"))), records[0]["alpha"]
     places = np.array([names.index(record["method"]) for record in records])

@@ -1,4 +1,5 @@
-"""The declaration of a figure, the colours and markers of all figures, and parts that several figures draw.
+"""The declaration of a figure, the colours and markers of all figures, and functions for parts that several figures
+share.
 
 Only neutral elements (text, axes, grids, background) have the colours INK, FAINT, RULE and PAPER. The page replaces
 these four colours in an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which the
@@ -74,15 +75,16 @@ styled = partial(rc_context, _SETTINGS)  # styled() is a context in which to mak
 
 
 def column(records: Records, key: str) -> np.ndarray:
-    """Return the values of a key as float64, with NaN for None."""
+    """Return the value of `key` in each record, as a float64 array with NaN for None."""
     return np.array([record[key] for record in records], float)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of the report. Calling it with the material draws it, or raises `Missing` with the reason why not.
+    """A figure of the report. Calling an entry with the material draws the figure, or raises `Missing` with the reason
+    why this is not possible.
 
-    The name of the drawing function is the name of the figure's files, and its docstring is the caption.
+    The figure's files have the name of the drawing function, and the caption is the function's docstring.
     """
 
     section: str  # id of the page's section
@@ -116,14 +118,14 @@ def report_figure(section: str, title: str, records: Callable[[Material], Record
 
 
 def panels(columns: int = 1, rows: int = 1, *, width: float = 7.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """Return a figure (sizes in inches) and its axes, row by row."""
+    """Return a figure of `width` x `height` inches and the axes of its panels, row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 @dataclass(frozen=True)
 class Look:
-    """The look of a method, a member or a quality label in a figure."""
+    """How a method, a member or a quality label is drawn in a figure."""
 
     colour: str
     marker: str
@@ -132,7 +134,7 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name, by its position in the sequence."""
+    """Return a look for each name; it depends only on the name's position in the sequence."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
         # shifted by one after each round of the colours, so that a colour recurs with another marker
@@ -143,7 +145,7 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 
 
 def add_legend(figure: Figure) -> None:
-    """Add one legend below the figure for all panels that have no legend, in as many columns as fit.
+    """Add one legend below the figure for all panels without their own legend; it has as many columns as fit.
 
     A legend of more than two lines makes the figure higher, so that the panels do not shrink.
     """
@@ -168,13 +170,13 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def in_percent(*axes: Axis) -> None:
-    """Label the ticks of axes of shares (0 to 1) with percentages, without a minus sign."""
+    """Label axes of shares (0 to 1) in percent; the negative values of bars to the left get no minus sign."""
     for axis in axes:
         axis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
 
 
 def plain_log(*axes: Axis) -> None:
-    """Label logarithmic axes with plain numbers if they span few decades, else with powers of ten."""
+    """Label logarithmic axes with plain numbers if they span less than three decades, else with powers of ten."""
     for axis in axes:
         low, high = axis.get_view_interval()
         if high / low < 1000:
@@ -193,7 +195,7 @@ def cells(
     rotation: float = 0,
     diverging: bool = False,
 ) -> None:
-    """Draw a matrix of coloured cells with texts and the names of its rows and columns.
+    """Draw a matrix of coloured cells, with a text in each cell and the names of the rows and columns.
 
     Args:
         shades: (rows, columns) values from 0 to 1; a NaN cell stays empty.
@@ -212,7 +214,10 @@ def cells(
 
 
 def bytes_of(figure: Figure, form: str) -> bytes:
-    """Return the figure's file, with equal bytes at each call: PNG on PAPER, SVG with a transparent background."""
+    """Return the content of the figure's file in the format `form`, with equal bytes at each call.
+
+    The background of a PNG is PAPER; the background of an SVG is transparent.
+    """
     stream = io.BytesIO()
     with styled():
         if (layout := figure.get_layout_engine()) is not None:  # once, so that all formats have the same layout

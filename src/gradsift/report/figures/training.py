@@ -23,7 +23,7 @@ Trajectories = list[tuple[np.ndarray, np.ndarray]]  # for each member: steps (P,
 
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
-    """Return the running mean over a window of `share` of the values, which is shorter near the ends."""
+    """Return the running mean of the values; the window spans `share` of them, and fewer near the ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     sums, counts = (np.convolve(each, window, mode="same") for each in (values, np.ones(len(values))))
     mean: np.ndarray = sums / counts
@@ -36,9 +36,9 @@ def shown_steps(loss: np.ndarray) -> np.ndarray:
 
 
 def curves(material: Material) -> Records:
-    """Return the tokens so far and the smoothed loss at each step, by method at the middle alpha and for all rows.
+    """Return the tokens so far and the smoothed loss at each step, for methods at the middle alpha and for all rows.
 
-    The values are means over the runs (seeds), up to the last step of the shortest curve.
+    The values are means over a method's runs (seeds), up to the last step of its shortest run.
     """
     runs = groups.reached(material, "finetune", but_full=False)
     by_method: dict[str, list[Any]] = {}  # for each run the loss and tokens of every optimiser step
@@ -61,8 +61,8 @@ def curves(material: Material) -> Records:
 @report_figure("convergence", "Convergence", curves)
 def convergence(material: Material) -> Figure:
     """Training loss of the target on each method's selection, smoothed. At equal tokens, a lower line means that the
-    target learns faster. But a line may also be low because its rows are easy, or high because its rows are noise,
-    which cannot be learned. Shows at most eight methods."""
+    target learns faster. But a line may also be low because the selected rows are easy, or high because they are noise,
+    which cannot be learned. The figure shows at most eight methods."""
     figure, (by_step, by_token) = style.panels(2, width=6.4, height=3.3)
     lines = grouped(curves(material), itemgetter("method"))
     for (name, steps), look in zip(lines.items(), style.looks_of(lines).values(), strict=True):
@@ -80,9 +80,10 @@ def convergence(material: Material) -> Figure:
 
 @report_figure("ensemble", "Trajectories of the members (PCA)")
 def trajectories_pca(material: Material) -> Figure:
-    """The updates of the members of one seed while they train, projected on two principal components. All members start
-    at the ringed point, and later steps have larger marks. If the lines diverge, the members differ; if they run
-    together, the ensemble is collapsing."""
+    """Each line is the path of a member's weight update (the change of the weights since the start of training),
+    projected on two principal components. All members belong to one seed. All paths start at the ringed point, and
+    later steps have larger marks. If the lines diverge, the members differ; if the lines stay close together, the
+    ensemble is collapsing."""
     run, trajectories = _trajectories(material)
     flat, shares = principal(np.concatenate([points for _, points in trajectories]))
     first, second = (f"component {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares))
@@ -103,7 +104,7 @@ def trajectories_tsne(material: Material) -> Figure:
 
 
 def principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the coordinates (P, 2) of `points` (P, D) on two principal components, and their variance shares."""
+    """Return the coordinates (P, 2) of `points` (P, D) on two principal components, and both shares of the variance."""
     centred = points.astype(np.float64) - points.mean(0, dtype=np.float64)
     left, size, _ = np.linalg.svd(centred, full_matrices=False)
     flat = left[:, :2] * size[:2]
@@ -135,7 +136,7 @@ def _draw(run: Run, trajectories: Trajectories, flat: np.ndarray, xlabel: str, y
 
 
 def spread_over_steps(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps (P,) and the spread (P,) of the members' updates.
+    """Return P optimiser steps (P,) and the spread of the members' updates at each of these steps (P,).
 
     The spread is the mean distance between two members' updates divided by the mean norm of the updates; NaN where no
     member has moved yet.

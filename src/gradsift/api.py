@@ -288,7 +288,8 @@ def _key(name: str, key: Any) -> str:
 def _spelt(name: str, value: Any) -> str:
     """Return a Python value in Hydra's override syntax.
 
-    If the value has a type that an override cannot hold, the ConfigError names the option `name`.
+    Raises:
+        ConfigError: the value has a type that an override cannot hold; the message names the option `name`.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -310,8 +311,8 @@ def gsnr(early: Any, late: Any, eps: float = 1e-8) -> np.ndarray:
 
         GSNR_i = (G_i^s - G_i^t) / (G_i^s + eps)  x  1 / (V_i^t + eps)
 
-    For example i, G_i^s is the mean of its early norms over the members, and G_i^t the mean of its late norms. V_i^t is
-    the population variance of its late norms over the members.
+    G_i^s and G_i^t are the means of the early and of the late norms of example i over the members. V_i^t is the
+    population variance of the late norms of example i over the members.
 
     Args:
         early: (M, N) per-sample gradient norms, not negative, of M >= 2 ensemble members at the early snapshot.

@@ -156,7 +156,7 @@ class Store:
             version: version of the stage's code, increased whenever the stage's result changes.
             size: number of examples that the stage processes; None: as many as the largest parent has.
             light: True if the work takes seconds and needs no model. If such an artifact is missing, a plan makes it in
-                a temporary folder; a plan only looks up all other artifacts.
+                a temporary folder. A plan makes no other artifacts; it only looks them up in the store.
             exact: False if `config` holds a placeholder for content that does not exist yet, as in a plan.
             divided: True if `make` divides its work over the ranks (processes) of a run (see
                 gradsift.training.parallel).
@@ -329,7 +329,7 @@ class Store:
 
 
 def _difference(others: Mapping[str, Mapping[str, str]], own: Mapping[str, Mapping[str, str]]) -> str:
-    """Return how the numerics of an artifact (`others`) differ from this run's, as in 'kernels=off (here
+    """Return how the numerics of an artifact (`others`) differ from this run's (`own`), as in 'kernels=off (here
     kernels=3fa9)'.
     """
     parts = []

@@ -1,7 +1,8 @@
 """The command line: `python run.py` or, after installation, `gradsift`.
 
-Hydra composes the config and `load_config` checks it before slow imports such as torch. An error that the user can
-correct is printed as one line, and the exit code is 2. If a job of a sweep fails, the other jobs still run.
+Hydra composes the config, and `load_config` checks it before torch is imported, because that import is slow. An error
+that the user can correct is printed as one line, and the exit code is 2. If a job of a sweep fails, the other jobs
+still run.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def _compose_and_run(arguments: list[str]) -> None:
-    """Let Hydra run one job or a sweep."""
+    """Pass the command-line `arguments` to Hydra, which runs one job or a sweep."""
     require_readable(arguments)
     if is_launched() and os.environ["RANK"] != "0":  # Hydra makes a folder for every rank that torchrun starts
         unused = Path(tempfile.gettempdir(), "gradsift-other-ranks")
@@ -121,7 +122,7 @@ def _job(composed: DictConfig) -> float | None:
 
 
 def _relative(folder: Path) -> Path:
-    """Return `folder` relative to the working directory if it lies inside, otherwise unchanged.
+    """Return `folder` relative to the working directory if it lies in this directory, otherwise unchanged.
 
     Relative paths keep messages short and portable.
     """
@@ -144,7 +145,9 @@ def _replay(arguments: list[str]) -> None:
 
 
 def _attempt(load: Callable[[], Config], job: Job) -> float | None:
-    """Run one job. If it fails, print the error as one line, write it to `run.json`, and remember it for the exit code.
+    """Run one job.
+
+    If the job fails, print the error as one line and write it to `run.json`; `main` then exits with code 2.
 
     Returns:
         The result that the option `objective` names, which a search optimises, or None if the job failed or the run

@@ -40,7 +40,7 @@ def conf_folder() -> Path:
 class UserConf(SearchPathPlugin):
     """Makes Hydra search `conf/` in the working directory, after gradsift's own `conf/`.
 
-    The path is made absolute here, because a launcher's workers may start in another folder than the sweep.
+    The folder's path is made absolute here, because a launcher's workers may start in another folder than the sweep.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -58,7 +58,7 @@ class UserConf(SearchPathPlugin):
 def register_schemas(groups: Collection[str] = SCHEMAS) -> None:
     """Register the dataclasses with Hydra as `schema/<group>/<name>`, and the known models as proxies and targets.
 
-    A `CompareConfig` needs only the groups `COMPARED`; registering all takes longer. After this call Hydra also
+    A `CompareConfig` needs only the groups `COMPARED`; registering all groups takes longer. After this call Hydra also
     searches the user's `./conf`.
     """
     store = ConfigStore.instance()
@@ -111,13 +111,15 @@ def compose_root(file: str, kind: type[Root], overrides: Sequence[str]) -> Root:
 
 
 def in_full(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of the command line with short options spelt in full (`proxy.model=ID`:
-    `proxy.model.path=ID`).
+    """Return the command-line arguments, with full names instead of short options.
+
+    For example, `proxy.model.path=ID` replaces `proxy.model=ID`.
 
     `template=NAME` and `template.file=FILE.jinja` set the template of both the proxy and the target.
 
     Raises:
-        ConfigError: the arguments set the template of both, and set the template of one or of both a second time.
+        ConfigError: the arguments set the template of both models, and another argument sets the template of a model
+            again.
     """
     short = re.compile(rf"^(\+{{0,2}}(?:proxy|target)\.)({'|'.join(_SHORT)})=(?!\{{)")
     spelt: list[str] = []
@@ -135,9 +137,9 @@ def in_full(arguments: Sequence[str]) -> list[str]:
 
 
 def require_readable(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a group that is null, a number of more than 1,000 digits, or a secret that is typed out.
+    """Raise ConfigError for a group set to null, a number of more than 1,000 digits, or a secret that is typed out.
 
-    For a null group and for such a number, Hydra's own errors would not name the option.
+    For a group set to null and for a number that is too long, Hydra's own errors would not name the option.
     """
     for argument in arguments:
         key, sign, value = argument.partition("=")
@@ -185,8 +187,8 @@ def in_one_line(error: Exception) -> str:
 def _unknown_option(option: str, key: str, schema: str) -> str:
     """Return the message for an unknown option.
 
-    The message names a similar option. If there is none, it names the choices of the group that have the option; if
-    there are none either, it names all options.
+    The message suggests an option with a similar name. If no name is similar, the message lists the group's choices
+    that have the option; if no choice has it, the message lists the known options.
     """
     parts = option.split(".")[: option.split(".").index(key) + 1]
     group, place = parts[0], ".".join(parts[:-1])

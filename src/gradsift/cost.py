@@ -1,10 +1,10 @@
 """The cost of work: tokens that pass through models, memory and time.
 
 Forward tokens are the real tokens (no padding) that pass through a model on this machine. A token counts once per
-forward pass, whether a backward pass follows or not. In generation, the tokens of the prompt count, and the generated
-tokens that are fed back into the model. A batch that is repeated because memory ran out counts once. The tokens of a
-judge behind an endpoint are not counted. If a unit of work was interrupted and continued, only the tokens of the
-process that finished the unit are counted.
+forward pass, whether a backward pass follows or not. In generation, the prompt's tokens and those generated tokens that
+are fed back into the model count. A batch that is repeated because memory ran out counts once. The tokens of a judge
+behind an endpoint are not counted. If a unit of work was interrupted and continued, only the tokens of the process that
+finished the unit are counted.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ def peak_resident_gb() -> float | None:
 
 
 def work_of(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the sum of each of `WORK_COLUMNS` over units of work: entries of `stages` in the `run.json` of some runs.
+    """Return the sum of each of `WORK_COLUMNS` over units of work.
 
-    If several runs reused a unit, it counts once for each of these runs. The optimiser steps and tokens that were spent
-    to make the unit are then added to `saved_steps` and `saved_tokens` once for each of these runs.
+    A unit that several runs reused counts once for each of these runs. The optimiser steps and tokens that were spent
+    to make the unit are also added to `saved_steps` and `saved_tokens` once for each of these runs.
+
+    Args:
+        stages: the units of work, as in `stages` of `run.json`, from one run or several.
     """
     total: dict[str, float] = dict.fromkeys(WORK_COLUMNS, 0)
     for stage in stages:

@@ -41,7 +41,12 @@ class Diagnostic:
 
 
 def write_diagnostics(folder: Path, diagnostics: Sequence[Diagnostic]) -> None:
-    """Write `diagnostics.json`; raise GradsiftError if a name occurs twice, ValueError if a value is not finite."""
+    """Write `diagnostics.json`.
+
+    Raises:
+        GradsiftError: two diagnostics have the same name.
+        ValueError: a value is NaN or infinite.
+    """
     counts = Counter(diagnostic.name for diagnostic in diagnostics)
     if repeated := ", ".join(name for name, count in counts.items() if count > 1):
         raise GradsiftError(f"two diagnostics are named {repeated}; give the scorer's or selector's own another name")

@@ -2,8 +2,8 @@
 
 A lock ensures that only one process at a time makes an artifact. The locks are those of the file system, which the
 kernel releases when the process that holds them dies. A file system without such locks is refused. Without them, the
-mere existence of a file would be the lock; it would remain if the process that made it died on another machine, and
-nothing but the file's age would suggest this.
+existence of a file would have to serve as the lock. If a process on another machine died, its file would remain, and
+other processes could not know that the lock is free.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def locked(
 ) -> Iterator[Callable[[], None]]:
     """Hold the lock of the artifact at `path`.
 
-    While another process holds the lock, report this with `say`, and wait in the context of `at_work`.
+    While another process holds the lock, report this with `say`, and wait in the context that `at_work` returns.
 
     Yields:
         A function that raises GradsiftError if another process has started to make the same artifact, which can happen
@@ -86,6 +86,7 @@ def guarded(store: Path, unit: str, *, nameless: bool = True) -> Iterator[None]:
 
     Args:
         store: the folder of artifacts.
+        unit: name of the work that failed; the message begins with it.
         nameless: whether errors that name no file are converted too; True while a stage works.
     """
     try:

@@ -22,7 +22,7 @@ class DataError(GradsiftError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters; the error's class if it has no message."""
+    """Return the first line of an error's message, cut to 200 characters; without a message, the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -28,7 +28,7 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast, if
 
 @dataclass(frozen=True)
 class Job:
-    """The folder and the overrides of one run of the command line, and its place in a sweep."""
+    """The folder and the overrides of one run of the command line, and the run's place in a sweep."""
 
     folder: Path
     overrides: list[str]
@@ -66,7 +66,7 @@ def execute(config: Config, job: Job) -> float | None:
     """Run one checked config, write the run's folder, and return the value of `config.objective`.
 
     Ranks other than 0 take part in the work of a run, but not in a plan, and write nothing to the folder. The value is
-    None on these ranks, for a plan, and if the run did not measure it.
+    None on these ranks, for a plan, and if the run did not measure the objective.
     """
     _require_files(config)
     from gradsift.pipeline import follow, plan, prepare, run, settings_of
@@ -125,9 +125,9 @@ def execute(config: Config, job: Job) -> float | None:
 
 
 def _require_files(config: Config) -> None:
-    """Raise an error if a file, model or dataset is missing, or if the hub refuses the token.
+    """Raise an error if a file, model, dataset or chat template is missing, or if the hub refuses the token.
 
-    The check is made before the slow imports.
+    `execute` calls this before it imports `gradsift.pipeline`, which is slow.
     """
     data = config.data
     if isinstance(data, JsonDataConfig):

@@ -22,10 +22,10 @@ _SAMPLE = 256  # rows whose tokens are counted
 
 
 def forecast(line: Line) -> dict[str, Any] | None:
-    """Return the forecast of a run's finetunes, which `run.json` contains.
+    """Return a forecast of the memory and time of a run's finetunes, for `run.json`.
 
-    It is None if the target has fewer than `LARGE` parameters. The number of tokens per row is estimated from a sample
-    of the pool.
+    The result is None if the target has fewer than `LARGE` parameters. The number of tokens per row is estimated from a
+    sample of the pool.
 
     Raises:
         ConfigError: the target does not have the layers that `target.lora.targets` names.

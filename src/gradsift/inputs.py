@@ -90,7 +90,8 @@ class Inputs:
     def _inputs_to_train(self, option: str = "proxy.lora") -> ProxyInputs:
         """Return `proxy_inputs`, after a check that proxy and target can be trained with their adapters.
 
-        Stages call this only when they have to make an artifact, so a run whose artifacts all exist loads no model.
+        Stages call this method only when they have to make an artifact, so a run whose artifacts all exist loads no
+        model.
 
         Args:
             option: the option that describes the adapter to train, `proxy.lora` or `features.warmup.lora`.
@@ -132,21 +133,23 @@ class Inputs:
         return not {"late_norms", "answer_losses"}.isdisjoint(vars(self))
 
     def collect_shard(self) -> list[int]:
-        """Collect all members' norms of the examples in the shard `proxy.shard`; return the shards still incomplete."""
+        """Collect all members' norms of the examples in the shard `proxy.shard`; return the incomplete shards."""
         shard = self.config.proxy.shard
         assert shard is not None  # noqa: S101 - checked by the caller
         return collect_shard(self.ensemble, self.adapters, shard)
 
     @functools.cached_property
     def statistics(self) -> Artifact:
-        """Artifact with the mean and variance over the members of each example's norm (GRADFILTERING, section 3)."""
+        """Artifact with the mean and variance of each example's norms over the members (GRADFILTERING, section 3)."""
         proxy = self.config.proxy
         early = self.norms(proxy.snapshots[0])
         return statistics(self.runtime, early, self.late_norms, proxy.snapshots, proxy.norm_scope, self.rows)
 
     @functools.cached_property
     def answer_losses(self) -> list[Artifact]:
-        """Losses of the examples' responses, with their own and with other prompts, at the late snapshot.
+        """Losses of the examples' responses, after their own and after other prompts, at the late snapshot.
+
+        The late snapshot is the epoch `proxy.snapshots[1]`.
 
         There is one table per adapter (`gradsift.proxy.member_tables`).
         """
@@ -158,9 +161,9 @@ class Inputs:
         return mean_loss(self.late_norms, self.rows)
 
     def measures(self) -> dict[str, np.ndarray]:
-        """Return each example's loss at the late snapshot and its number of response tokens, by name.
+        """Return each example's loss at the late snapshot and its number of response tokens, as arrays (N,) by name.
 
-        The mapping is empty if the scorer did not ask for norms.
+        The dict is empty if the scorer did not ask for norms.
         """
         if "late_norms" not in vars(self):
             return {}
@@ -168,7 +171,7 @@ class Inputs:
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return the diagnostics of the ensemble up to the late snapshot; none if the scorer uses no ensemble.
+        """Return the diagnostics of the ensemble up to the late snapshot; an empty list if the scorer uses no ensemble.
 
         `asked` names the sources that the scorer asks for.
         """
@@ -180,7 +183,7 @@ class Inputs:
 
     @functools.cached_property
     def directions(self) -> list[Artifact]:
-        """Cosines of the examples' gradients with their mean gradient at the late snapshot: one table per adapter."""
+        """Cosine of each example's gradient with the mean gradient, at the late snapshot: one table per adapter."""
         late = self.config.proxy.snapshots[1] - 1
         return [directions(self.ensemble, epochs[late]) for epochs in self.adapters]
 

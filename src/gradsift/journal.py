@@ -6,12 +6,13 @@ A stage asks the runtime for the journal of the artifact that it makes:
     for batch in batches:
         losses = journal.once(batch.rows, lambda: losses_of(batch))
 
-If the n-th call of `once` has the same key as in the interrupted run, `once` returns the kept result; otherwise it
-calls the function and keeps the result. From the first key that differs (for example after a change of the token
-budget), everything is computed again.
+If the n-th call of `once` has the same key as in the interrupted run, `once` returns the kept result; otherwise `once`
+calls the function in its second argument and keeps the result. From the first key that differs (for example after a
+change of the token budget), everything is computed again.
 
-The file is `unfinished/journal.jsonl` in the artifact's folder. Each line has a checksum and one result as JSON, from
-which every float32 and float64 is restored exactly. A line that was cut or changed is dropped, with all lines after it.
+The file is `unfinished/journal.jsonl` in the artifact's folder. Each line has a checksum, and one key with its result
+as JSON, from which every float32 and float64 is restored exactly. A line that was cut or changed is dropped, with all
+lines after it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Journal:
     """Keeps the results of a pass until the artifact that the pass makes is finished.
 
     Args:
-        folder: the artifact's folder. None keeps nothing.
+        folder: the artifact's folder. If None, no results are kept.
         save_every: results on a GPU are written only when this many seconds have passed since the last writing,
             because copying the results waits for the GPU.
         say: called with a message if a damaged line, and all lines after it, are dropped.
@@ -57,8 +58,8 @@ class Journal:
         Args:
             key: JSON value that identifies what is computed at this place of the pass.
             make: returns the result, a JSON value that may contain tensors. Restored tensors are on the CPU.
-            intact: returns whether a kept result can still be used. It cannot be if the result describes a file that
-                has changed since.
+            intact: returns whether a kept result can still be used. For example, it returns False if the result
+                describes a file that has changed since.
         """
         if self._path is not None and self._kept:
             kept: T
@@ -85,7 +86,7 @@ class Journal:
 
 
 def _read(path: Path, say: Callable[[str], None]) -> list[bytes]:
-    """Return the lines of a journal up to the first damaged one, and cut the file there."""
+    """Return the lines of a journal before its first damaged line, and cut off the rest of the file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     intact: list[bytes] = []
     for line in lines:

@@ -3,7 +3,7 @@
 Every rank runs the same function. The ranks are started by `torchrun`, or by this module with torchrun's library. For
 several machines, start the same command on each of them. Three environment variables tell the machines about each
 other: `NODE_RANK` (or Slurm's `SLURM_NODEID`) is the machine's own number, `MASTER_ADDR` is the address of the first
-machine, and `MASTER_PORT` is a free port there.
+machine, and `MASTER_PORT` is a free port of the first machine.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def leads(compute: ComputeConfig) -> bool:
 
 
 def node_of(compute: ComputeConfig) -> int:
-    """Return the number of this machine, counted from 0. It is read from the environment if there are several machines.
+    """Return the number of this machine, counted from 0: with several machines, the number in the environment.
 
     Raises:
         ConfigError: the environment lacks the number or the first machine's address.

@@ -1,6 +1,7 @@
-"""The stages of one run, bound to the run's config. `pipeline.run` calls the stages in order.
+"""The stages of one run, as methods that read their options from the run's config.
 
-The inputs that scorers and selectors ask for are in `gradsift.inputs`; each is made on first use.
+`pipeline.run` calls the stages in order. The inputs that scorers and selectors ask for are in `gradsift.inputs`; each
+input is made when it is first used.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Line(Inputs):
 
     @functools.cached_property
     def asked(self) -> set[str]:
-        """Names of the sources that the scorer and the selector ask for.
+        """Names of the sources (inputs, see `gradsift.sources`) that the scorer and the selector ask for.
 
-        The sources of a scorer or selector are left out if the run stops before its stage.
+        The sources of a method are left out if the run stops before the stage of the method.
         """
         methods = [self.scorer] if self.config.reaches("scores") else []
         methods += [self.selector] if self.config.reaches("selection") else []
@@ -138,7 +139,10 @@ class Line(Inputs):
         return refused_rows(self.runtime, slug, settings, self.proxy, self.loaded, report)
 
     def select(self, scored: Artifact, alpha: float | None = None) -> Artifact:
-        """Return the artifact with the selected share `alpha` of the examples; `alpha` is `config.alpha` by default."""
+        """Return the artifact of a selection that keeps the share `alpha` of the examples.
+
+        If `alpha` is None, the share is `config.alpha`. A full-data run keeps all examples.
+        """
         alpha, base = (1.0 if self.keeps_all else alpha or self.config.alpha), self.config.budget_base
         data, sources, measures = self.loaded, self.sources, self.measures
         embeddings = sources["embeddings"].value if "embeddings" in self.asked else None

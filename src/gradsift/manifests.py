@@ -77,7 +77,7 @@ def _changed(path: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the paths of an artifact's files relative to its folder, without the manifest and the unfinished state."""
+    """Return an artifact's file paths, relative to its folder, without `MANIFEST` and the files in `UNFINISHED`."""
     files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return sorted(str(file) for file in files if file.parts[0] not in (UNFINISHED, MANIFEST))
 

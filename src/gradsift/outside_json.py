@@ -19,7 +19,7 @@ def loads(text: str | bytes) -> Any:
 
     Raises:
         json.JSONDecodeError: the JSON is invalid, is nested too deep, or has an integer of more than 4,300 digits. In
-            the last two cases `json.loads` raises other errors.
+            the last two cases, `json.loads` itself would raise a RecursionError or a plain ValueError.
         UnicodeDecodeError: the bytes are not valid UTF-8, UTF-16 or UTF-32.
     """
     with _one_kind_of_error(text):

@@ -22,7 +22,7 @@ def templates(package: str, folder: str) -> Environment:
 
 
 def presentable(text: str) -> str:
-    """Return `text` with U+FFFD for control characters and lone surrogates, and with newlines for carriage returns."""
+    """Return `text` with U+FFFD in place of control characters and lone surrogates, and with newlines as line ends."""
     valid = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return _CONTROL.sub("\ufffd", valid.replace("\r\n", "\n").replace("\r", "\n"))
 

@@ -98,7 +98,7 @@ class _NoRecord:
 
 
 def plan(config: Config, display: Display, folder: Path, about: Mapping[str, Any]) -> None:
-    """Walk through the stages without making anything in the store; list finished and missing units in `run.json`."""
+    """Walk through the stages without a change to the store; list finished and missing units of work in `run.json`."""
     planner = Planner(Path(config.artifacts), display.say)
     runtime = Runtime(planner, config.compute, display, config.seed)
     ends = None
@@ -117,7 +117,10 @@ def walk(config: Config, runtime: Runtime) -> None:
 
 
 def follow(config: Config) -> None:
-    """Run the stages on a rank other than 0. It takes part in the stages that divide their work among the ranks."""
+    """Run the stages on a rank other than 0.
+
+    The rank takes part in the stages that divide their work among the ranks.
+    """
     with Path(os.devnull).open("w") as nowhere:
         display = Display(Console(file=nowhere))
         with contextlib.suppress(RunEnded):

@@ -1,10 +1,10 @@
-"""Plan of a run: the pipeline runs as usual, but with a store that looks units up instead of making them.
+"""Plan of a run, made by the pipeline with a store that looks artifacts up instead of making them.
 
-An artifact is found by its fingerprint, so a plan knows what exists without computing anything. The artifacts of light
-stages (reading the data, pinning a model) are made in a temporary folder, because their content enters the fingerprints
-of all later stages. The selection is the only artifact of a heavy stage whose content enters a fingerprint. Until the
-selection exists, the finetune and the units after it have `certain=False`: another run may have selected the same
-examples, so that the same finetune exists already.
+A unit is the work that makes one artifact. An artifact is found by its fingerprint, so a plan finds out which artifacts
+exist without computing them. The artifacts of light stages (reading the data, pinning a model) are made in a temporary
+folder, because their content enters the fingerprints of all later stages. The selection is the only artifact of a heavy
+stage whose content enters a fingerprint. Until the selection exists, the plan marks the finetune and the units after it
+with `certain=False`: another run may have selected the same examples, so that the same finetune exists already.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNKNOWN = {"seconds": None, "bytes": None, "peak_gb": None, "calls": 0}  # the 
 
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory[str]:
-    """Return the folder for the light stages of all plans of this process; it is deleted at exit."""
+    """Return the folder for the light stages' artifacts in all plans of this process; it is deleted at exit."""
     return tempfile.TemporaryDirectory(prefix="gradsift-plan-")
 
 
@@ -74,11 +74,11 @@ class Planner(Store):
         return unit
 
     def estimate(self, unit: Artifact) -> dict[str, Any]:
-        """Estimate the seconds, bytes, peak memory and judge calls of a unit that is to be made; None if unknown.
+        """Estimate the seconds, bytes, peak memory and judge calls of a unit that is to be made.
 
-        Seconds, bytes and peak memory are taken from a finished unit of the same stage, method and models. If there are
-        several, the unit that shares the most settings with this unit is used. Seconds and the sizes of tables are
-        scaled by the number of examples.
+        Seconds, bytes and peak memory are taken from a finished unit of the same stage, method and models, and are None
+        if there is no such unit. If there are several, the unit that shares the most settings with this unit is used.
+        Seconds and the sizes of tables are scaled by the number of examples.
         """
         size, config = unit.size or 0, unit.manifest["config"]
         unknown = _UNKNOWN | {"calls": _calls(unit.stage, config, size)}

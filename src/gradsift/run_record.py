@@ -50,7 +50,10 @@ class RunRecord:
             self.files["rejected rows"] = str(artifact.file("rejected.jsonl"))
 
     def collected(self, proxy: ProxyConfig, missing: Sequence[int]) -> None:
-        """Record that the norms of the shard `proxy.shard` are collected; `missing` are the incomplete shards."""
+        """Record that the gradient norms of the shard `proxy.shard` of the rows are collected.
+
+        `missing` has the numbers of the shards whose norms are not collected yet.
+        """
         self.values["shards"] = {"collected": proxy.shard, "of": proxy.shards, "missing": list(missing)}
         rest = f"still missing: {', '.join(map(str, missing))}" if missing else "none is missing"
         self.store.say(
@@ -157,7 +160,7 @@ class RunRecord:
         self.files["judgments"] = str(artifact.file("judgments.jsonl"))
 
     def ensemble(self, members: Sequence[Sequence[Artifact]]) -> None:
-        """Send the members' training curves to the tracker; `members` has the indices [member][epoch - 1]."""
+        """Send the members' training curves to the tracker; `members[m][e - 1]` is member m's artifact of epoch e."""
         for number, epochs in enumerate(members):
             curve = [entry for artifact in epochs for entry in read_curve(artifact.path)]
             self.tracker.curve(f"member_{number}", [entry | {"batch": index} for index, entry in enumerate(curve)])

@@ -23,7 +23,7 @@ _LOG_EVERY = 30.0  # seconds between progress lines without a terminal
 
 
 class Display:
-    """Shows messages and progress: progress is a bar with an ETA on a terminal, and occasional lines elsewhere."""
+    """Prints messages and shows progress: on a terminal as a bar with an ETA, otherwise as a line every half minute."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -116,7 +116,8 @@ class Runtime:
 def peak_memory() -> dict[str, float]:
     """Return the peak memory of this process over all its jobs, in GB (10^9 bytes).
 
-    The dict has the peak of the resident memory, if it is known, and with CUDA the peak of the memory of tensors.
+    The dict has the peak of the resident memory, if it is known, and, if CUDA is available, the peak of the GPU memory
+    of torch's tensors.
     """
     import torch
 

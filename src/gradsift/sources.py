@@ -1,6 +1,6 @@
 """Scorers and selectors: functions whose positional parameters name their inputs (sources).
 
-Their keyword-only parameters are constants, whose values come from the config.
+The functions' keyword-only parameters are constants, whose values come from the config.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Method:
         return [artifact for parameter in self.asked for artifact in sources[parameter].artifacts()]
 
     def settings(self, sources: Mapping[str, Source]) -> dict[str, Any]:
-        """Return the settings that, together with the parents, determine the result of this method."""
+        """Return the settings that, with the artifacts of `parents`, determine the result of this method."""
         settings = {"name": self.name, "function": self.target, **self.constants}
         for parameter in self.asked:
             settings |= {f"{parameter}.{option}": value for option, value in sources[parameter].settings.items()}
@@ -71,7 +71,8 @@ _texts: dict[str, str] = {}  # source text of the user's modules at the time of 
 def asked_by(target: str) -> frozenset[str] | None:
     """Return the names of the positional parameters of the function `target`; None if gradsift has no such function.
 
-    The module's file is parsed but not imported, because the config is checked before slow imports such as torch.
+    The module's file is parsed but not imported, because the config is checked before slow modules such as torch are
+    imported.
     """
     module, _, function = target.rpartition(".")
     package, *path = module.split(".")
@@ -139,7 +140,8 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
     """Import the function `target` (package.module.function).
 
     Returns:
-        The function, and the SHA-256 of its module's source text, which is '' for gradsift's own functions.
+        The function, and the SHA-256 of its module's source text; for gradsift's own functions '' instead of the
+        SHA-256.
     """
     module_name, _, function_name = target.rpartition(".")
     if (here := str(Path.cwd())) not in sys.path:
@@ -171,7 +173,7 @@ def _resolve(kind: str, target: str) -> tuple[FunctionType, str]:
 
 
 def code_hash(function: Callable[..., Any]) -> str:
-    """Return a SHA-256 of `function` that changes if its code, or a value that it reads from outside, changes.
+    """Return a SHA-256 of `function` that changes if its code changes, or a value that it reads from outside.
 
     A change in a file that the function reads does not change the hash.
 

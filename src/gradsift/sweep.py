@@ -183,8 +183,9 @@ def fix_place(composed: DictConfig) -> None:
     """Make every job write to the sweep's folder, even if its process starts in another working directory.
 
     A launcher's worker process composes its job again from the overrides. So the absolute path of the sweep's folder is
-    added to the overrides. Overrides are also added that set the job's environment variables: `HOME` and, if the
-    launcher runs jobs side by side on this machine, `GPUS`.
+    added to the overrides. Further overrides set environment variables of the job: GRADSIFT_HOME is the folder in which
+    the sweep was started. If the launcher runs jobs side by side on this machine, GRADSIFT_GPUS lists the GPUs of the
+    sweep.
     """
     folder = Path(composed.hydra.sweep.dir).absolute()
     composed.hydra.sweep.dir = str(folder)
@@ -203,9 +204,9 @@ def fix_place(composed: DictConfig) -> None:
 def take_gpus(number: int | None, devices: int) -> None:
     """Give a job its own GPUs among those of the sweep, by setting CUDA_VISIBLE_DEVICES.
 
-    If the environment variable `GPUS` (see `fix_place`) is not set, nothing is changed. If there are too few GPUs, jobs
-    share them. A worker process that has already used a GPU keeps its GPUs for later jobs, because CUDA reads
-    CUDA_VISIBLE_DEVICES once per process.
+    If the environment variable GRADSIFT_GPUS (see `fix_place`) is not set, nothing is changed. If there are too few
+    GPUs, jobs share them. A worker process that has already used a GPU keeps its GPUs for later jobs, because CUDA
+    reads CUDA_VISIBLE_DEVICES once per process.
 
     Args:
         number: the number of the job, counted from 1; if None, nothing is changed.

@@ -122,9 +122,10 @@ def is_logged(folder: Path) -> bool:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the config of the run in `folder`; if `folder` is that of a sweep, of its first job with a config file.
+    """Return the config of the run in `folder`.
 
-    If there is no config file, return an empty dict.
+    If `folder` belongs to a sweep, return the config of the sweep's first job that has a config file. If there is no
+    config file, return an empty dict.
     """
     folders = [folder, *(path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}")))]
     return next(filter(None, map(config_values, folders)), {})

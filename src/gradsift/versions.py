@@ -14,9 +14,9 @@ _PACKAGES = ("gradsift", "torch", "transformers", "peft", "lightning", "numpy")
 
 
 def differences(manifest: Mapping[str, Any]) -> str:
-    """Return the commit and package versions that made an artifact, as far as they differ from the current ones.
+    """Return a text with those of an artifact's commit and package versions that differ from the current ones.
 
-    The result is a text for messages; it is empty if code and packages are the same.
+    The commit is named if the code differs. The text is empty if code and packages are the same.
     """
     differs = [] if manifest.get("code") == code_hash() else [f"commit {manifest['git_sha'] or 'unknown'}"]
     then, now = manifest.get("packages") or {}, package_versions()

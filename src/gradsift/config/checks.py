@@ -59,7 +59,7 @@ _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # the words 
 def option(default: Any, *, choices: tuple[str, ...] | None = None, **limits: float) -> Any:
     """Return a dataclass field whose value must be one of `choices`, or a number within the limits (see `in_range`).
 
-    In a list, every item is checked. The value None is accepted unless there are `choices`.
+    If the value is a list, every item is checked. The value None is accepted unless there are `choices`.
     """
     metadata = limits if choices is None else {"choices": choices}
     if isinstance(default, list):
@@ -123,7 +123,7 @@ def one_of(option: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def each_once(option: str, values: list[Any], known: str = "") -> None:
-    """Raise ConfigError if a list is empty or has equal items; `known` ends its message, as in "; known: a, b"."""
+    """Raise ConfigError if a list is empty or has equal items; `known`, such as "; known: a, b", ends the message."""
     if not values or len(set(values)) < len(values):
         raise ConfigError(f"{option}={list(values)} must name at least one, and each once{known}")
 
@@ -162,7 +162,7 @@ def require_secrets_elsewhere(option: str, values: Mapping[str, Any]) -> None:
 
 
 def require_no_typed_secret(option: str, value: str) -> None:
-    """Raise ConfigError if an override of the judge's headers or query parameters holds a secret.
+    """Raise ConfigError if an override of the judge's headers or query parameters contains a secret as plain text.
 
     Hydra writes overrides to the run's folder as they are typed.
     """

@@ -1,4 +1,4 @@
-"""Options of the data, and of the target set, for whose tasks some methods select rows."""
+"""Options of the data and of the target set. Some methods select rows for the tasks of the target set."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class SourceConfig(Group, option="data.sources.NAME"):
 
 @dataclass
 class MixtureDataConfig(DataConfig, schema="mixture"):
-    """Several sources as one dataset: all of their rows, or a sample in which their shares follow their weights."""
+    """Several sources as one dataset: all of their rows, or a sample in proportion to the sources' weights."""
 
     # the options of each source by its name, as in
     # 'data.sources={code: {path: code.jsonl, weight: 1}, chat: {id: OWNER/NAME, weight: 3}}'
@@ -238,7 +238,10 @@ class FilesTargetSetConfig(TargetSetConfig, schema="files"):
 
 @dataclass
 class VerifiableTargetSetConfig(TargetSetConfig, schema="verifiable_tasks"):
-    """Questions of the embedded world with their right answers. None is in `data=verifiable` or in its benchmark."""
+    """Questions of the embedded world with their right answers.
+
+    No question is in `data=verifiable` or in its benchmark.
+    """
 
     tasks: list[str] = field(default_factory=lambda: ["sort", "reverse"])  # families (kinds of task) of the world
     limit: int | None = option(20, least=1)  # rows per task

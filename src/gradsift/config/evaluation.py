@@ -110,7 +110,7 @@ class BenchmarkConfig(Group, option="benchmark", schema="benchmark"):
         return [n for n in names if n not in (EMBEDDED, TERSE) and self.catalog[n].reference is None]
 
     def match_of(self, name: str) -> str:
-        """Return the rule by which answers to the set `name` are compared with the reference."""
+        """Return the rule by which answers to the set `name` are compared with the reference answers."""
         return self.catalog[name].match if name in self.catalog else "exact"  # exact for the embedded world's sets
 
 
@@ -126,7 +126,7 @@ _RESERVED = {  # parameters that judge.extra_body must not hold, and the remedy
 
 @dataclass
 class JudgeConfig(Group, option="judge"):
-    """A judge gives each of the two answers of a pair a score. Every pair is judged twice, with either answer first."""
+    """A judge scores each of the two answers of a pair. Every pair is judged twice, once with each answer first."""
 
     name: str = MISSING
     # confidence level of the interval of the pairwise winning score (PWS)
@@ -135,7 +135,7 @@ class JudgeConfig(Group, option="judge"):
 
 @dataclass
 class VerifierJudgeConfig(JudgeConfig, schema="verifier"):
-    """Gives an answer the score 1 if it equals the reference answer, else 0."""
+    """Gives an answer the score 1 if it matches the reference answer by the benchmark's rule (`match`), else 0."""
 
 
 @dataclass
@@ -235,7 +235,7 @@ class OpenaiJudgeConfig(EndpointJudgeConfig, schema="openai"):
 
 @dataclass
 class AlpacaEvalJudgeConfig(EndpointJudgeConfig, schema="alpaca_eval"):
-    """One of alpaca_eval's annotators as the judge. It judges every pair twice, with either answer first."""
+    """One of alpaca_eval's annotators as the judge. It judges every pair twice, once with each answer first."""
 
     # name of an annotator of the package, or the folder or file of your own annotator
     annotators: str = "weighted_alpaca_eval_gpt4_turbo"
@@ -268,7 +268,7 @@ def require_trained(judge: JudgeConfig) -> None:
 class CompareConfig(Group):
     """The options of `gradsift.evaluation.compare`.
 
-    They are a few of a run's options, because composing all of them would take 0.3 s longer.
+    Only these few of a run's options are composed, because composing all options of a run would take 0.3 s longer.
     """
 
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))

@@ -1,4 +1,4 @@
-"""Options of the tracker of metrics, of the exports for other tools, and of the machine that computes."""
+"""Options of the metrics tracker, of the exports for other tools, and of the hardware."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradsift.errors import ConfigError
 
 @dataclass
 class TrackerConfig(Group, option="tracker", schema="tracker"):
-    """Where metrics are sent. In any case they are also written to the run's folder."""
+    """Where metrics are sent. Whatever the tracker, metrics are also written to the run's folder."""
 
     name: str = option(MISSING, choices=("wandb", "none"))
     mode: str = option("offline", choices=("offline", "online"))  # offline runs are sent later with `wandb sync`
@@ -96,7 +96,7 @@ class ComputeConfig(Group, option="compute", schema="compute"):
     def mask_batches(self) -> Any:
         """The settings on which the dropout masks of mixture-of-experts layers depend.
 
-        In other layers, masks are drawn for each row (example). The input of these layers is not divided by row, so
-        their masks are drawn for each batch of each rank (process).
+        In other layers, masks are drawn for each row (example). The input of mixture-of-experts layers is not divided
+        by row, so their masks are drawn for each batch of each rank (process).
         """
         return self.tokens if self.ranks == 1 else {"tokens": self.tokens, "ranks": self.ranks}

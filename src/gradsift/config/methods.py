@@ -15,7 +15,7 @@ FIDELITIES = ("original", "fixed")
 
 @dataclass
 class ScorerConfig(Group, option="scorer", schema="scorer"):
-    """A scorer: `_target_` names a function whose positional parameters name its inputs (see gradsift.scoring)."""
+    """A scorer: the function `_target_`, whose positional parameters name its inputs (see gradsift.scoring)."""
 
     _target_: str = MISSING
     name: str = MISSING
@@ -43,7 +43,7 @@ class GsnrConfig(ScorerConfig, schema="gsnr"):
 
 @dataclass
 class GsnrDirectionConfig(GsnrConfig, schema="gsnr_direction"):
-    """Cosine between an example's gradient and the mean gradient of the pool, alone or combined with G-SNR."""
+    """Cosine between an example's gradient and the pool's mean gradient, alone or multiplied by the rank of G-SNR."""
 
     # gsnr: multiply the cosine by the share of examples whose G-SNR is at most the example's; none: the cosine alone
     weigh: str = option("none", choices=("none", "gsnr"))
@@ -142,7 +142,7 @@ class CherryConfig(ScorerConfig, schema="cherry"):
 
 @dataclass
 class PerplexityConfig(ScorerConfig, schema="perplexity"):
-    """Perplexity of the response under the proxy's backbone, which is not trained first."""
+    """Perplexity of the response under the proxy's pretrained backbone, without an adapter."""
 
     # which perplexities score high; middle: those whose rank is nearest to the median
     prefer: str = option("low", choices=("low", "high", "middle"))
@@ -159,7 +159,7 @@ class LengthConfig(ScorerConfig, schema="length"):
 
 @dataclass
 class SbertConfig(ScorerConfig, schema="sbert"):
-    """Cosine of an example's embedding to the embeddings of a target set."""
+    """Mean or largest cosine of an example's embedding to the embeddings of the rows of a target set."""
 
     over: str = option("mean", choices=("mean", "max"))  # mean or largest of the cosines to the target rows
 
@@ -257,7 +257,7 @@ class RoundRobinQueriesConfig(SelectorConfig, schema="round_robin_queries"):
 
 @dataclass
 class GradientWalkConfig(SelectorConfig, schema="gradient_walk"):
-    """Selects examples one by one, so that their gradients agree with each other and with target gradients (G2IS)."""
+    """Selects examples one by one whose gradients agree with each other and with a target set's gradients (G2IS)."""
 
     # the components together explain at least this share of the variance of the target gradients
     explained: float = option(0.5, above=0, most=1)

@@ -21,7 +21,8 @@ BATCHINGS = ("bucketed", "random")
 class NanoConfig(Group, option="model.nano"):
     """Pretraining of a nano (tiny) backbone on the skills of the embedded world.
 
-    Most prompts are worded unlike the instructions of the world's data, so that a finetune has something to teach.
+    Most prompts of the pretraining are worded unlike the instructions of the world's data, so that a finetune on this
+    data has something to teach.
     """
 
     architecture: str = option("gpt2", choices=("gpt2", "llama"))  # architecture of the backbone
@@ -90,7 +91,7 @@ class LoraConfig(Group, option="lora"):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options on which results depend, as a part of a stage's settings, which its fingerprint hashes.
+        """The adapter's options on which results depend; a stage adds them to the settings that its fingerprint hashes.
 
         Options that later versions of gradsift added are left out while they are off, so that earlier results keep
         their fingerprint.
@@ -104,7 +105,7 @@ class LoraConfig(Group, option="lora"):
 
 
 def _warmup_fits(option: str, warmup: int, steps: int) -> int:
-    """Return `warmup`, or raise ConfigError if the warm-up does not end before the training does (both in steps)."""
+    """Return `warmup`, or raise ConfigError if there are not fewer warm-up steps than optimiser steps (`steps`)."""
     if 0 < steps <= warmup:
         raise ConfigError(
             f"{option} warms up over {warmup:,} of {steps:,} optimiser steps, so the learning rate never reaches its "
@@ -237,10 +238,10 @@ class TargetConfig(AdaptedModelConfig, option="target", schema="target"):
             self.warmup_of(self.steps)
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps.
+        """Return the number of learning-rate warm-up steps in a training of `steps` optimiser steps.
 
         Raises:
-            ConfigError: the warm-up does not end before the training.
+            ConfigError: the learning-rate warm-up does not end before the training does.
         """
         if self.warmup_ratio:
             return _warmup_fits(f"target.warmup_ratio={self.warmup_ratio}", math.ceil(self.warmup_ratio * steps), steps)
@@ -305,10 +306,10 @@ class WarmupConfig(Group, option="features.warmup"):
             raise ConfigError("give either features.warmup.share or features.warmup.rows; leave the other empty (null)")
 
     def warmup_of(self, steps: int) -> int:
-        """Return the number of warm-up steps in a training of `steps` optimiser steps.
+        """Return the number of learning-rate warm-up steps in a training of `steps` optimiser steps.
 
         Raises:
-            ConfigError: the warm-up does not end before the training.
+            ConfigError: the learning-rate warm-up does not end before the training does.
         """
         name = f"features.warmup.warmup_ratio={self.warmup_ratio}"
         return _warmup_fits(name, math.ceil(self.warmup_ratio * steps), steps)
@@ -316,7 +317,7 @@ class WarmupConfig(Group, option="features.warmup"):
 
 @dataclass
 class FeaturesConfig(Group, option="features", schema="features"):
-    """Gradients of the examples as vectors, for the methods that compare their directions (LESS, G2IS)."""
+    """Gradients of the examples as vectors, for the methods that compare the directions of gradients (LESS, G2IS)."""
 
     name: str = MISSING
     warmup: WarmupConfig = field(default_factory=WarmupConfig)

@@ -1,4 +1,4 @@
-"""The config of a whole run, checks that involve several groups, and the conversion of composed configs."""
+"""The config of a whole run, checks that involve several config groups, and the conversion from Hydra's config."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Config(Group):
         return self.stop_after is None or STAGES.index(stage) <= STAGES.index(self.stop_after)
 
     def check_objective(self) -> None:
-        """Raise ConfigError if a search has plan=true, or if its jobs end before the objective is computed."""
+        """Raise ConfigError if a search with Optuna has plan=true, or if its jobs end before the objective is known."""
         if self.plan:
             raise ConfigError(
                 "plan=true cannot show a search, whose jobs depend on earlier results; plan one job or a sweep"
@@ -153,7 +153,10 @@ class Config(Group):
 
     @staticmethod
     def _asked(method: Any) -> frozenset[str] | None:
-        """Return the names of a scorer's or selector's inputs; None for a user's own, whose code is read later."""
+        """Return the names of the inputs of a scorer or selector.
+
+        None for a user's own scorer or selector, whose code is read later.
+        """
         return asked_by(str(_option_of(method, "_target_")))
 
     @property
@@ -184,7 +187,10 @@ class Config(Group):
         return self._selects and selector is not None and bool(selector & with_proxy)
 
     def _check_names(self) -> None:
-        """Check the names that become parts of paths, and that every constant of a user's own method has a value."""
+        """Check the names that become parts of paths.
+
+        Also check that every option of a user's own scorer or selector has a value.
+        """
         for group in ("scorer", "selector"):
             method = getattr(self, group)
             for constant, value in method.items() if isinstance(method, dict) else ():
@@ -232,7 +238,8 @@ class Config(Group):
     def _check_embedded_parts(self) -> None:
         """Check that models, target set and benchmarks of the embedded world are used only with its data.
 
-        With this data, a nano target must not answer other benchmarks, since it knows only the world's words.
+        With this data, a nano target must not answer other benchmarks, since the nano model knows only the words of the
+        embedded world.
         """
         # a user's own set may hold only the embedded world's words; published sets, which have a URL, hold other words
         asked = [*self.benchmark.sets, *self.benchmark.general]
@@ -325,7 +332,10 @@ class Config(Group):
 
 
 def _option_of(method: Any, option: str) -> Any:
-    """Return an option of `method`, which is a dataclass or, for a user's own scorer or selector, a mapping."""
+    """Return the value of an option of `method`; "unnamed" if `method` is a mapping without this option.
+
+    `method` is a dataclass or, for a user's own scorer or selector, a mapping.
+    """
     return method.get(option, "unnamed") if isinstance(method, dict) else getattr(method, option)
 
 
@@ -367,14 +377,14 @@ def _require_known(option: str, value: Any) -> None:
 
 
 def dump_config(config: Config) -> dict[str, Any]:
-    """Return a config as plain values and the schema of each group, for `restore_config`."""
+    """Return the values of a config as a nested dict, and the name of each group's schema, for `restore_config`."""
     kinds = {group: type(getattr(config, group, None)) for group in SCHEMAS}
     schemas = {group: name for group in SCHEMAS for name, kind in SCHEMAS[group].items() if kind is kinds[group]}
     return {"schemas": schemas, "values": dataclasses.asdict(config)}
 
 
 def restore_config(dumped: Any) -> Config:
-    """Return the checked config that `dump_config` wrote.
+    """Return the checked config from which `dump_config` made `dumped`.
 
     Raises:
         ConfigError: `dumped` does not describe a config, or was written by a version of gradsift with other options.

@@ -26,8 +26,8 @@ def accelerate(model: Any) -> bool:
 
     GPT-2, Llama, Mistral, Qwen2 and Qwen3 are supported. The model must be in bfloat16 with a float32 residual stream
     and have a hidden size of at least 256, and its hidden size, MLP width and head width must be multiples of 16.
-    Float32 models are not supported: at most a tenth of their time could be saved, because most of it goes into matrix
-    products.
+    Float32 models are not supported: at most a tenth of their run time could be saved, because most of this time goes
+    into matrix products.
 
     A model on the meta device, which has no weights to pack, only gets the attributes that `gradsift.training.numerics`
     reads.

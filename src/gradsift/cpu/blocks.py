@@ -1,14 +1,14 @@
 """The layers of a frozen bfloat16 model on a CPU: packed matrix products, and fused operations between them.
 
-oneDNN reorders a plain weight in every call, which takes a third of the matrix product's time. `PackedProducts`
-therefore keeps two copies of a weight in oneDNN's memory layout, one for the matrix product of the forward pass and one
-for that of the backward pass. oneDNN also compiles new code for every new number of rows, so the number of rows is
-rounded up to a multiple of 32 (`kernels.cpp`).
+In every call, oneDNN copies a plain weight to its own memory layout, which takes a third of the matrix product's time.
+`PackedProducts` therefore keeps two copies of a weight in this layout, one for the matrix product of the forward pass
+and one for that of the backward pass. oneDNN also compiles new code for every new number of tokens in the input, so
+this number is rounded up to a multiple of 32 (`kernels.cpp`).
 
 transformers reads and writes whole tensors for every elementwise sum, product and cast, which takes half of the time of
 a training step. Here a normalisation layer, an MLP activation or causal attention is computed in one pass over its
-inputs (`kernels.cpp`), in float32. A layer that is trained or has an adapter uses transformers' code. Attention does so
-too if it has a mask, a cache, dropout or positions that differ between rows.
+inputs (`kernels.cpp`), in float32. A layer that is trained or has an adapter uses transformers' code. Attention also
+uses this code if it has a mask, a cache, dropout or positions that differ between rows.
 
 Shape letters: M tokens of a batch, I inputs of a layer, O outputs, D width, F inner width of an MLP, B examples, H
 heads, T tokens of an example, E width of a head, P places (tokens whose successor is predicted), V vocabulary.
@@ -85,8 +85,8 @@ def _is_packed(layer: Any) -> bool:
 class PackedHead:
     """Computes token losses with an output embedding (V, D) bfloat16 without bias, which is packed at first use.
 
-    The weight gets an additional column of ones. Each hidden state gets an additional number, the negative offset of
-    its logits (see `_less_rounded` in `gradsift.training.head`). The matrix product thus subtracts the offset from the
+    The weight gets an additional column of ones. Each hidden state gets an additional number, minus the offset of its
+    logits (see `_less_rounded` in `gradsift.training.head`). The matrix product thus subtracts the offset from the
     logits before they are rounded to bfloat16.
     """
 
@@ -98,7 +98,7 @@ class PackedHead:
 
     @functools.cached_property
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """The weight packed for the forward pass, the weight packed for the backward pass, and the padded size of V."""
+        """The weights packed for the forward and for the backward pass, and V rounded up to a multiple of 64."""
         # AMX is twice as fast with a multiple of 64
         weight = nn.functional.pad(self._plain, (0, 0, 0, -len(self._plain) % 64))
         # a block of 32 columns, of which the ones need one, keeps the inner width a multiple of 32
@@ -107,7 +107,10 @@ class PackedHead:
         return _pack(torch.cat([weight, ones], 1)), _pack(weight.t()), len(weight)
 
     def chunk(self, count: int) -> int:
-        """Return for how many of `count` places logits are computed at once (to bound memory); a multiple of BLOCK."""
+        """Return how many of `count` places get their logits at once, a multiple of BLOCK.
+
+        The limit bounds the memory of the logits.
+        """
         most = max(BLOCK, _CHUNK_LOGITS // self._weights[2] // BLOCK * BLOCK)
         each = -(-count // max(1, -(-count // most)))
         return max(BLOCK, -(-each // BLOCK) * BLOCK)
@@ -304,7 +307,8 @@ def _attention(
 class _RotaryAttention:
     """Llama's attention.
 
-    If it is plain and causal, one kernel applies the rotary embedding to queries and keys and computes the output.
+    If the attention is causal and has no mask, cache or dropout, and all rows have the same positions, one kernel
+    applies the rotary embedding to queries and keys and computes the output.
     """
 
     def forward(

@@ -91,7 +91,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    """Compile into a temporary folder, then move the file to `library`, so that `library` is never incomplete."""
+    """Compile into a temporary folder, then move the compiled file to `library`, so `library` is never incomplete."""
     root = Path(torch.__file__).parent
     _LOG.warning("compiling kernels.cpp for this processor (once, about 20 s)")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

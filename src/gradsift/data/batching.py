@@ -86,7 +86,7 @@ def collate(examples: Sequence[Encoded], pad_id: int, padding_side: str = "right
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return batches of the examples' positions. The examples of a batch have similar lengths.
+    """Return batches of the examples' positions in `lengths`. The examples of a batch have similar lengths.
 
     A batch has at most `max_tokens` tokens, padding included.
 
@@ -140,6 +140,8 @@ def by_length(examples: Sequence[Encoded], max_tokens: int) -> list[list[Encoded
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, batching: str, seed: int) -> list[list[int]]:
     """Return the batches of one epoch. Each position is in exactly one batch, and the order is drawn with `seed`.
+
+    The value of `batching` says how the batches are made:
 
     random    a permutation, cut into batches
     bucketed  a permutation, divided into stretches of up to 50 batches. Each stretch is sorted by length and cut into

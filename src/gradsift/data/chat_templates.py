@@ -10,8 +10,9 @@ earlier turns differently from the last turn (Qwen3, gpt-oss).
 - The text before the last response must equal the earlier turns rendered with the generation prompt. If the generation
   prompt opens a think block that the template omits from whole conversations (DeepSeek-R1), the last response begins
   with the row's reasoning, if there is any, and closes the block.
-- A row with a think block is refused if the template has another notation for reasoning (gpt-oss, Gemma 4).
-- A conversation is refused (`Unusable`) if the template leaves out or changes the text of a turn.
+- A conversation with a think block is refused (`Unusable`) if the template has another notation for reasoning (gpt-oss,
+  Gemma 4).
+- A conversation is also refused if the template leaves out or changes the text of a turn.
 
 The template's variable `enable_thinking` is true if an assistant turn has a `</think>`, otherwise false. A template
 that writes today's date writes `DATE` instead, so that tokens do not depend on the day.
@@ -62,9 +63,10 @@ def is_file(template: str) -> bool:
 
 
 def template_of(template: str, tokenizer: Any) -> str:
-    """Return the Jinja text of a chat template.
+    """Return the Jinja text of the tokenizer's chat template (if `template` is `chat`) or of the file `template`.
 
-    Raises ConfigError if the tokenizer has no default chat template, or the file cannot be read.
+    Raises:
+        ConfigError: the tokenizer has no default chat template, or the file cannot be read.
     """
     if template != "chat":
         return file_text(template)
@@ -219,7 +221,7 @@ class _Chat:
                 raise Unusable(f"the chat template adds a think block to that of turn {number + 1}")
 
     def response(self, text: str, spans: list[tuple[int, int]], number: int) -> tuple[int, int]:
-        """Return the start and the end of a response in the text of the whole conversation.
+        """Return the start and the end, in the text of the whole conversation, of the response in turn `number`.
 
         Raises:
             Unusable: the text before the response is not the generation prompt, or the template has generation marks,

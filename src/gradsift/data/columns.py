@@ -51,7 +51,7 @@ def folded(name: str) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A format and the columns of its fields.
+    """A format of instruction data, and the names of the columns that hold the format's fields.
 
     `needed` and `fields` hold the names that the format's required columns have in the data. If the user gave the
     format and no row has the format's columns, `needed` and `fields` hold the configured names. Optional columns are
@@ -131,7 +131,7 @@ def recognise(rows: Sequence[SourceRow], format: str, fields: FieldsConfig, sour
 def _shape(
     format: str, fields: FieldsConfig, candidates: Mapping[str, Sequence[str]], source: str, group: str
 ) -> Shape:
-    """Return the shape whose needed fields are the candidate columns; raise DataError if a field has several."""
+    """Return the shape with the candidate columns; raise DataError if a field has several candidates."""
     for part, names in candidates.items():
         if len(names) > 1:
             choices = " or ".join(f"{group}.fields.{part}={name}" for name in names)

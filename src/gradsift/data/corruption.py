@@ -64,7 +64,7 @@ def corrupt(
     Args:
         changes: the function of each kind (see `changes_of_text`).
         next_row: `row_index` of the first copy. The caller gives a number above the `row_index` of every source row.
-        sound: positions of the examples that may be corrupted or copied.
+        sound: positions of the examples that may be corrupted or copied; all other examples stay unchanged.
 
     Raises:
         ConfigError: round(share x N) is below the number of kinds, or too few examples can be changed.
@@ -184,7 +184,7 @@ def contradicted(answer: str, rng: random.Random) -> str | None:
 
 
 def _other_number(digits: str, rng: random.Random) -> str:
-    """Return the digits of a random other number with as many digits."""
+    """Return the digits of a random number that has as many digits as `digits` but another value."""
     least = 10 ** (len(digits) - 1) if len(digits) > 1 and digits[0] != "0" else 0
     while True:
         number = str(rng.randrange(least, 10 ** len(digits))).zfill(len(digits))

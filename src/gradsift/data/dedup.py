@@ -90,9 +90,9 @@ def near_duplicates(
 def bands_of(threshold: float) -> tuple[int, int]:
     """Return the number b of bands of a MinHash signature, and the number r of hashes per band.
 
-    A pair of similarity s agrees in all hashes of one band with probability s^r. The pair is missed if it agrees in
-    none of the bands, which has the probability (1 - s^r)^b. r is the largest number for which a pair whose similarity
-    equals the threshold is missed with a probability of at most `_MISS`.
+    The signatures of two examples with similarity s agree in all r hashes of one band with probability s^r. The pair is
+    missed if the signatures agree in none of the bands, which has the probability (1 - s^r)^b. r is the largest number
+    for which a pair whose similarity equals the threshold is missed with a probability of at most `_MISS`.
     """
     lengths = range(1, _HASHES // 2 + 1)
     rows = max(r for r in lengths if (1 - threshold**r) ** (_HASHES // r) <= _MISS)
@@ -118,6 +118,6 @@ def shingles_of(texts: Sequence[str]) -> Shingles:
 
 
 def jaccard(first: Shingles, second: Shingles) -> float:
-    """Return the Jaccard similarity: the size of the sets' intersection divided by the size of their union."""
+    """Return the Jaccard similarity of two sets: the size of their intersection divided by the size of their union."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)

@@ -1,4 +1,4 @@
-"""Examples with their ids and files, rejected rows, and seeded samples of examples."""
+"""Examples with their ids, rejected rows, the files that hold them, and seeded samples of examples."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Rejected:
 
 
 def content_hash(history: Sequence[Turn], instruction: str, input: str, output: str) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the arguments as JSON.
+    """Hash the arguments, written as JSON, with SHA-256; return the first 16 hex digits.
 
     The same text in another field gives another hash.
     """
@@ -86,8 +86,8 @@ def make_example(
 ) -> Example:
     """Return an example with its ids.
 
-    `occurrences` is the number of earlier examples by content hash. It gives the number at the end of the example's id,
-    and is then increased.
+    `occurrences` has the number of earlier examples with each content hash. The example's id is its content hash
+    followed by this number, which is then increased by 1.
     """
     digest = content_hash(history, instruction, input, output)
     example_id = f"{digest}-{occurrences[digest]}"
@@ -234,9 +234,9 @@ def draw(
     The held-out examples are drawn first, so they are the same for every `limit`. Then at most `limit` of the remaining
     examples are drawn for the pool (None: all). With the same seed, a smaller pool is part of every larger pool.
 
-    Examples with equal prompts (history, instruction and input) are held out together, so the pool has no prompt of a
-    held-out example. Such a group is divided only if the number `holdout` cannot be reached otherwise; the rest of the
-    group is then neither held out nor in the pool.
+    Examples with equal prompts (history, instruction and input) form a group, which is held out as a whole. So the pool
+    has no prompt of a held-out example. A group is divided only if the number `holdout` cannot be reached otherwise;
+    the rest of the group is then neither held out nor in the pool.
 
     Raises:
         ConfigError: there are fewer than `holdout` examples, or no example is left for the pool.

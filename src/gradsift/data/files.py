@@ -40,10 +40,10 @@ def files_of(paths: str | Sequence[str], downloads: Path, group: str = "data") -
 
     Args:
         paths: one or several paths. A path names a file, a pattern such as `folder/*.jsonl`, a folder, or `-` for
-            standard input. A folder was written by `datasets.save_to_disk`, or contains files (shards) of one type.
-            Shards are read in the order of their names.
+            standard input. A folder must have been written by `datasets.save_to_disk`, or contain files (shards) of one
+            type, which are read in the order of their names.
         downloads: the folder into which standard input is copied.
-        group: group of the option that names the files, for errors.
+        group: the config group whose option names the files (`data` or `target_set`); used in error messages.
 
     Raises:
         DataError: a file does not exist, is of an unknown type or is named twice, or a folder holds several types.
@@ -133,9 +133,9 @@ def read_rows(path: Path, holder: str | None = None) -> Iterator[SourceRow]:
     """Yield the rows of a .json, .jsonl, .csv, .tsv (each also with .gz or .zst), .parquet or .arrow file, in order.
 
     .json     an array of objects; an object in which one value is such an array, such as {"data": [...]}; or one object
-              per line, since many such files are named .json
-    .jsonl    one object per line; several objects on a line are several rows, empty lines are skipped. A single line
-              may also be an object with an array of objects, as in .json
+              per line, since many files with one object per line are named .json
+    .jsonl    one object per line; several objects on a line are several rows, and empty lines are skipped. A file with
+              a single line may also hold an object with an array of objects, as in .json
     .csv, .tsv
               the first line has the column names and determines the delimiter; every cell is text
     .parquet, .arrow
@@ -228,7 +228,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.GzipFile | io.BufferedReader | io.BytesIO:
-    """Return the stream; if it begins with a byte order mark of UTF-16 or UTF-32, return it converted to UTF-8."""
+    """Return the stream, converted to UTF-8 if it begins with a byte order mark of UTF-16 or UTF-32."""
     encoding = json.detect_encoding(stream.peek(4)[:4])
     if encoding not in ("utf-16", "utf-32"):  # `detect_encoding` returns these two only for a byte order mark
         return stream
@@ -243,7 +243,7 @@ def _as_utf8(path: Path, stream: gzip.GzipFile | io.BufferedReader) -> gzip.Gzip
 
 
 def _decoded(path: Path, data: bytes, line: int) -> str:
-    """Decode UTF-8 bytes. For errors, `line` is the number in the file of the first line of `data`."""
+    """Decode UTF-8 bytes. Error messages use `line`, the number in the file of the first line of `data`."""
     if line == 1 and data[:2] == b"\x1f\x8b":
         raise DataError(f"{path} is gzip; name it {path.name}.gz")
     if line == 1 and b"\0" in data[:4]:
@@ -263,7 +263,10 @@ def _decoded(path: Path, data: bytes, line: int) -> str:
 
 
 def _values(path: Path, text: str, line: int) -> list[Any]:
-    """Return the JSON values of `text`. For errors, `line` is the number in the file of the first line of `text`."""
+    """Return the JSON values of `text`.
+
+    Error messages use `line`, the number in the file of the first line of `text`.
+    """
     try:
         return outside_json.loads_all(text)
     except outside_json.RepeatedKeyError as error:
@@ -346,8 +349,8 @@ def _unwrapped(path: Path, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
 def _rows_in(path: Path, content: dict[str, Any]) -> list[Any] | None:
     """Return the rows of a file with a single object; None if the object holds no list of rows.
 
-    If the object has a column of a known format, the object is itself the only row. Otherwise its list of objects holds
-    the rows.
+    If a key of the object is a column of a known format, the object itself is the only row. Otherwise the rows are the
+    items of the object's only list of objects.
     """
     if not KNOWN.isdisjoint(map(folded, content)):
         return [content]

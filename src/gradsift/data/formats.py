@@ -58,8 +58,8 @@ def parse_rows(
 
     Args:
         rows: rows as a reader yields them, or pairs of a row's position and its columns.
-        source: name of the data in errors.
-        group: group of the options that describe the data, for errors.
+        source: name of the data in error messages.
+        group: name of the option group that describes the data, such as `data`, for error messages.
         occurrences: how many examples with each content hash other sources have; the new examples are added to the
             counts. None: there are no other sources.
 
@@ -96,7 +96,9 @@ def parse_rows(
 def _original(content: Any) -> dict[str, Any]:
     """Return the columns of a row as JSON values.
 
-    Raises Unusable if a column has no place in an example, such as tools or images, or marks the response as undesired.
+    Raises:
+        Unusable: the row is not an object, a column holds something that an example cannot hold, such as tools or
+            images, or a column marks the response as undesired.
     """
     if not isinstance(content, dict):
         raise Unusable(f"the row is {json_type(content)}, not an object")

@@ -17,11 +17,13 @@ _UNNAMED = "is no name of a hub dataset; give it as OWNER/NAME"
 
 
 def require_dataset(id: str, revision: str | None) -> None:
-    """Ask the hub whether a dataset can be read. This check runs before the slow imports of a run.
+    """Ask the hub whether a dataset can be read.
+
+    A run makes this check before it imports `gradsift.pipeline`, which is slow.
 
     Raises:
-        DataError: see `load_hub`. If the hub cannot be reached (never with HF_HUB_OFFLINE=1), the error is raised only
-            if `_may_be_cached` is False.
+        DataError: see `load_hub`. If the hub cannot be reached, which is always so with HF_HUB_OFFLINE=1, the error is
+            raised only if `_may_be_cached` is False.
     """
     from huggingface_hub import HfApi, errors
 
@@ -57,7 +59,7 @@ def load_hub(
 
     Args:
         first: number of rows to read from the start, without downloading the others; None for all rows.
-        group: group of the options that name the dataset, for errors.
+        group: config group of the options that name the dataset; the error messages use it.
 
     Raises:
         DataError: the dataset, subset, revision or split does not exist; the dataset is gated or cannot be reached; it

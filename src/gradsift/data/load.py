@@ -146,7 +146,7 @@ def require_dataset(store: Store, config: HubDataConfig) -> None:
 
 
 def _settings(config: DataConfig) -> dict[str, Any]:
-    """Return the options as settings, which the fingerprint of the stage hashes.
+    """Return the settings of the stage, which are its options and enter the artifact's fingerprint.
 
     Options that later versions of gradsift added are left out while they are off, so that earlier artifacts can still
     be found.
@@ -180,7 +180,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 def row_source(
     config: JsonDataConfig | HubDataConfig | SourceConfig, downloads: Path, group: str = "data"
 ) -> RowSource:
-    """Return the source of rows that a config describes. `group` is the group of the config's options, for errors."""
+    """Return the source of rows that a config describes; errors name its options as `<group>.<option>`."""
     if isinstance(config, HubDataConfig) or config.path is None:
         assert not isinstance(config, JsonDataConfig)  # noqa: S101 - for the type checker
         id, revision, split, subset = config.id or "", config.revision, config.split, config.subset
@@ -278,7 +278,8 @@ def _with_scores(
 
     `kept` holds all accepted examples of the data, including the held-out examples.
 
-    Returns the remaining pool, all rejected rows, and the counts. Without `data.scores`, the pool stays as it is.
+    Returns the remaining pool, all rejected rows, and the counts of rows and scores for the artifact's info. Without
+    `data.scores`, the pool stays as it is.
     """
     unscored: list[Rejected] = []
     counts: dict[str, Any] = {}
@@ -373,7 +374,7 @@ def labels_of(loaded: Artifact) -> Labels | None:
 
 
 def corruption_of(loaded: Artifact) -> dict[int, str]:
-    """Return the kind of corruption of each corrupted example by the example's position; empty if there is none."""
+    """Return a dict from the position of each corrupted example in the pool to the kind of its corruption."""
     labels = labels_of(loaded)
     kinds = labels.corruption if labels else None
     return {position: kind for position, kind in enumerate(kinds or ()) if kind}

@@ -1,4 +1,4 @@
-"""Reads the rows of tables in CSV with any delimiter, parquet or Arrow files."""
+"""Reads the rows of CSV files with any delimiter, of parquet files and of Arrow files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def csv_rows(path: Path, text: str, kind: str) -> Iterator[SourceRow]:
 
     Args:
         text: the file's text, without a byte order mark.
-        kind: csv or tsv.
+        kind: csv or tsv. If several delimiters are equally frequent, a csv prefers the comma and a tsv prefers the tab.
 
     Raises:
         DataError: the quotes are broken, a row has more or fewer cells than columns, or a column name is repeated.
@@ -86,7 +86,8 @@ def column_rows(path: Path, kind: str) -> Iterator[SourceRow]:
     """Yield the rows of a parquet file, or of an Arrow file in the file format or the stream format of `datasets`.
 
     Raises:
-        DataError: the file is broken, or a value cannot be read. For a value, the message names the row and the column.
+        DataError: the file is broken, or a value cannot be read. If a value cannot be read, the message names its row
+            and column.
     """
     import pyarrow as pa
 
@@ -123,7 +124,7 @@ def _require_different(path: Path, names: Sequence[str]) -> None:
 
 
 def _values(path: Path, batch: Any, first: int) -> Sequence[dict[str, Any]]:
-    """Return the rows of a batch. For errors, `first` is the number in the file of the first row of the batch."""
+    """Return the rows of a batch. Error messages use `first`, the number in the file of the first row of the batch."""
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside of Python's range

@@ -54,7 +54,7 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
     """Return the artifact with the target rows, at most `config.limit` of each task.
 
     Raises:
-        ConfigError: the config has no target set, or the embedded world lacks a task or has too few questions of it.
+        ConfigError: the config has no target set, or the embedded world lacks a task or has too few questions for one.
         DataError: a file is missing, empty or in no known format, or a row cannot be used.
     """
     settings, parents = asdict(config), []
@@ -86,7 +86,10 @@ def load_target_set(runtime: Runtime, config: TargetSetConfig, loaded: Artifact)
 
 
 def _files(config: FilesTargetSetConfig, downloads: Path) -> dict[str, Path]:
-    """Return the file of each task by the task's name. A single file may hold several tasks (`config.task`)."""
+    """Return a dict from each task's name to its file.
+
+    With `config.task`, a single file holds several tasks: the column `config.task` has the task of each row.
+    """
     if config.path is None:
         return {task: fetch_url(url, downloads) for task, url in config.urls.items()}
     path = Path(config.path).expanduser()
@@ -146,7 +149,7 @@ def target_set_of(artifact: Artifact) -> TargetSet:
 
 
 def find_overlap(runtime: Runtime, target_set: Artifact, loaded: Artifact) -> Artifact:
-    """List the target rows whose prompt is equal or similar to a prompt in the pool, in `overlap.jsonl`.
+    """Return an artifact whose `overlap.jsonl` lists the target rows with a prompt equal or similar to one in the pool.
 
     Prints a warning if there are such target rows: a method could select the similar rows of the pool, which would make
     the method's result look better than it is.

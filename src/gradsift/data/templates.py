@@ -49,7 +49,7 @@ def prompt_segments(
 
 
 def _render(turns: list[Turn], input: str, template: str, tokenizer: Any) -> list[Segment]:
-    """Return the segments of turns. `input` is added to the last user turn."""
+    """Return the segments of a conversation's turns. `input` is added to the last user turn."""
     last = max(place for place, turn in enumerate(turns) if turn.role == "user")
     if is_chat(template):
         if input:

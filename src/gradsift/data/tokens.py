@@ -73,15 +73,15 @@ class EncodeReport:
 
 
 def encoding_settings(template: str, max_length: int) -> dict[str, Any]:
-    """Return the settings of a stage that, together with the tokenizer, determine its examples' tokens."""
+    """Return those settings of a stage that determine, together with the tokenizer, the tokens of its examples."""
     return {"template": template_identity(template), "max_length": max_length, "encoding": ENCODING}
 
 
 def template_identity(template: str) -> str:
     """Return the text that identifies a template in the settings of a stage.
 
-    This is the template's name, or the hash of its file. For chat templates, the version of the encoding and `DATE` are
-    added, because they change the tokens too.
+    This is the template's name, or the hash of its file. For chat templates, the version of the encoding and `DATE`
+    (which a template writes as today's date) are added, because they change the tokens too.
     """
     if not is_chat(template):
         return template
@@ -104,8 +104,8 @@ def encode(
         progress: called with the number of examples that were just tokenised.
 
     Returns:
-        The examples in tokens, in the order of `examples`, and a report of what was truncated. Examples that the report
-        lists as left out are missing from the list.
+        A list of the examples in tokens, in the order of `examples`, and a report of what was truncated. Examples that
+        the report names as not encoded are missing from the list.
 
     Raises:
         ConfigError: the tokenizer or the template cannot be used, or the template can render none of the examples.
@@ -154,8 +154,8 @@ def encode_prompts(
     A prompt of more than `max_length` tokens is cut from the left; the start token is kept if there is one.
 
     Returns:
-        The ids (T,) int32 of each prompt, the number of prompts that were cut, and, by position, the examples that the
-        chat template cannot render. The prompt of such an example has no ids.
+        The token ids of each prompt, (T,) int32; the number of prompts that were cut; and the examples that the chat
+        template cannot render, by position. The array of ids of such an example is empty.
     """
     start = _start(tokenizer)
     prompts: list[np.ndarray] = []
@@ -270,7 +270,7 @@ def _tokenised(
     *,
     with_last_response: bool = True,
 ) -> Iterator[list[Part]]:
-    """Yield the parts (token ids) of each example.
+    """Yield the parts of each example: token ids, and whether they belong to a response.
 
     If the template cannot render an example, its list of parts is empty, and the example is added to `refused`.
 

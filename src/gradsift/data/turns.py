@@ -96,8 +96,8 @@ def is_empty(value: Any) -> bool:
 def turns_in(row: Mapping[str, Any], name: str) -> list[Turn]:
     """Return the turns in a column that holds a list of turns, or the JSON text of such a list.
 
-    A list of texts is read as turns of user and assistant in alternation; the first is the user's. An object with lists
-    of equal length as values, such as {"role": [...], "content": [...]}, is read as a list of turns stored by columns.
+    A list of texts is read as alternating user and assistant turns, beginning with the user. An object with lists of
+    equal length as values, such as {"role": [...], "content": [...]}, is read as a list of turns stored by columns.
 
     Raises:
         Unusable: the column is missing or holds no list of turns, or the role or the content of a turn cannot be used.
@@ -126,8 +126,8 @@ def turns_of(entries: Sequence[Any]) -> list[Turn]:
 def earlier_exchanges(row: Mapping[str, Any], name: str) -> list[Turn]:
     """Return the turns in the column `name` of earlier exchanges.
 
-    The column holds a list of (user text, assistant text) pairs, or a list of turns. If the column is empty, so is the
-    result.
+    The column holds a list of (user text, assistant text) pairs, or a list of turns. If the column is empty, the
+    result is an empty list.
     """
     value = _decoded(row[name], name)
     if is_empty(value):
@@ -208,7 +208,7 @@ def _turn(entry: Any, number: int) -> Turn:
 
 
 def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int) -> str:
-    """If the turn `entry` has reasoning, return a think block of it followed by `text`; otherwise return `text`."""
+    """If the turn `entry` has reasoning, put it before `text` as a think block; otherwise return `text`."""
     keys = [key for key in _REASONING if not is_empty(entry.get(key))]
     if not keys:
         return text
@@ -224,7 +224,7 @@ def _with_reasoning(entry: Mapping[str, Any], role: str, text: str, number: int)
 
 
 def _part(part: Any, name: str) -> str:
-    """Return the text of one part, for a turn that has a list of parts as content."""
+    """Return the text of one part of a turn whose content is a list of parts."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):

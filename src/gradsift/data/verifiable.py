@@ -298,7 +298,7 @@ def generate(
 
     Args:
         size: number of rows, N.
-        spoilt: share of rows with a wrong answer, divided equally (up to one row) among the kinds in SPOILT.
+        spoilt: share of rows with a wrong answer. The kinds in SPOILT have equal numbers of rows, or differ by one row.
         duplicates: share of rows that repeat a clean row: half of these rows repeat it word for word, the others in
             another wording.
         benchmark_items: number of questions with right answers; none has the same family and arguments as a row.
@@ -343,7 +343,8 @@ def generate(
 def _draw_tasks(count: int, delayed: float, rng: random.Random) -> list[Task]:
     """Draw `count` tasks from all families in turn. No two tasks have both the same family and the same arguments.
 
-    Of the tasks, the share `delayed` is `chained`, and half as many are `named`. Both are spread evenly over the list.
+    The share `delayed` of the tasks belongs to the family `chained`, and half this share to the family `named`. The
+    tasks of these two families are spread evenly over the list.
     """
     plain, about_names = itertools.cycle(_FAMILIES), itertools.cycle((_CHAINED, _NAMED, _CHAINED))
     share = Fraction(str(delayed)) * Fraction(3, 2)
@@ -368,7 +369,7 @@ def _draw_unseen(family: _Family, seen: set[tuple[str, str]], rng: random.Random
 def _spoil(
     to_spoil: Sequence[Task], answers: Sequence[str], counts: dict[str, int], rng: random.Random
 ) -> list[tuple[Task, str, str]]:
-    """Return (task, spoilt answer, kind of SPOILT) for each task, in another order.
+    """Return (task, spoilt answer, kind of SPOILT) for each task in `to_spoil`, in a random order.
 
     `counts` has the number of tasks of each kind. A mismatched answer is the right answer to another task, drawn from
     `answers`.
@@ -511,6 +512,6 @@ def effective_families(families: Sequence[str]) -> float:
 
 
 def divided(total: int, kinds: Sequence[str]) -> dict[str, int]:
-    """Return a part of `total` for each kind. The parts are equal, or the first parts are larger by 1."""
+    """Divide `total` equally among `kinds`. If it cannot be divided equally, the first parts are larger by 1."""
     part, rest = divmod(total, len(kinds))
     return {kind: part + (index < rest) for index, kind in enumerate(kinds)}

@@ -34,7 +34,7 @@ def load_benchmark(
 ) -> list[Item]:
     """Read the items of one benchmark, in the order of its file.
 
-    If the benchmark has conversations of two turns, the second turns come after all first turns, and are the benchmark
+    If the benchmark has conversations of two turns, the second turns come after all first turns and form the benchmark
     `<name>_turn_2`.
 
     Args:
@@ -71,7 +71,7 @@ def load_benchmark(
 
 
 def _reference(part: _RowReader, spec: BenchmarkSetConfig) -> str | None:
-    """Return the text of the field `spec.reference`; None if no field is named.
+    """Return the text of the field that `spec.reference` names; None if `spec.reference` is None.
 
     If `spec.reference_after` is set, return only the text after the last occurrence of this marker, without surrounding
     white space.
@@ -113,7 +113,7 @@ def _locate(name: str, spec: BenchmarkSetConfig, downloads: Path, folder: Path |
 
 
 def _read_rows(file: Path, key: str, holder: str | None) -> list[Any]:
-    """Read the rows of a file: JSON lines, a JSON list or, with `holder`, the list under this key of a JSON object."""
+    """Read the rows of a file: JSON lines, a JSON list, or the list under the key `holder` of a JSON object."""
     try:
         values = outside_json.loads_all(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

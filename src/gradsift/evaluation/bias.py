@@ -93,7 +93,7 @@ def length_controlled(outcomes: Outcomes, lengths: Lengths) -> dict[str, Any]:
 
     Returns:
         `{"items", "pws", "slope"}`: the number of valid items with known lengths, the length-controlled PWS, and the
-        coefficient of the length (above 0 if longer answers win). If there are no such items, PWS and slope are None.
+        regression's slope (above 0 if longer answers win). If there are no such items, PWS and slope are None.
     """
     items = [item for item, kind in outcomes.items() if kind != "invalid" and item in lengths]
     if not items:

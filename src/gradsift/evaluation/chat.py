@@ -2,19 +2,17 @@
 
 A request can fail in three ways (`Failure.kind`):
 
-    refused   HTTP 400, 413 or 422, for example because a content filter refuses the prompt or the prompt is too long.
-              The prompt gets no reply; the other prompts are still sent.
+    refused   HTTP 400, 413, 422 (content filter, prompt too long). The other prompts are still sent.
     passing   A network error, a timeout, HTTP 408, 409, 429 or 5xx, or a reply that is cut off. The request is retried
               up to `retries` times. If it still fails, the other prompts are still sent, and then `ask` raises
               JudgeError. The same command, given again, sends only the prompts without a reply.
-    final     The key is wrong, the model is unknown, the account has no credit, the reply is a web page, or the
-              endpoint asks to wait longer than `max_wait` seconds. No further request is sent, and `ask` raises
-              JudgeError. The same happens after `give_up` failed prompts in a row, after `give_up_unreadable`
-              unreadable replies in a row, and at a spending cap.
+    final     A wrong key, an unknown model, no credit, a web page as reply, a Retry-After above `max_wait` seconds. No
+              further request is sent, and `ask` raises JudgeError. The same happens after `give_up` failed prompts in
+              a row, after `give_up_unreadable` unreadable replies in a row, and at a spending cap.
 
-The requests run in the event loop of one background thread. Each request is sent only if the spending caps allow the
-estimate of its largest cost. The openai package is not used: it loads in 0.5 s (httpx2: 0.03 s), the caps would not
-count its retries, and its timeouts do not limit the time of a whole request.
+The requests run in the event loop of one background thread. A request is sent only if the estimate of its largest cost
+stays within the spending caps. The openai package is not used: it loads in 0.5 s (httpx2: 0.03 s),
+the caps would not count its retries, and its timeouts do not limit the time of a whole request.
 """
 
 from __future__ import annotations
@@ -100,17 +98,11 @@ class ChatClient:
         self.identity = self.parameters | {name: values for name, values in own.items() if values}
         if not self.system_role:
             self.identity["system_role"] = False
-        self.endpoint = Endpoint(
-            self.base_url,
-            self.api_key_env,
-            self.extra_headers,
-            self.extra_query,
-            needs_key=not self.terms.dry_run,
-            group=self.group,
-        )
+        address = (self.base_url, self.api_key_env, self.extra_headers, self.extra_query)
+        self.endpoint = Endpoint(*address, needs_key=not self.terms.dry_run, group=self.group)
 
     def named(self, text: str) -> str:
-        """Return an error message with the client's own config group instead of `judge` in the names of options."""
+        """Return an error message in which option names begin with the client's config group instead of `judge`."""
         return text.replace("judge.", f"{self.group}.")
 
     def spent(self, scope: str) -> Cost:
@@ -134,8 +126,8 @@ class ChatClient:
         largest cost.
 
         Args:
-            read: function that is called with the position of a prompt and a reply to this prompt, and returns the
-                value in the reply. If it returns None or raises `Unreadable`, the prompt is sent again.
+            read: called with the position of a prompt and a reply to this prompt; returns the value in the reply. If
+                `read` returns None or raises `Unreadable`, the prompt is sent again.
             scope: name under which the spending of all processes is added up; the caps limit this sum.
             unread: the reason that is recorded if `read` returns None.
             tries: how often a prompt is sent at most, if its replies cannot be read.
@@ -178,7 +170,7 @@ class ChatClient:
         )
 
     def key_of(self, messages: Messages, attempt: int) -> str:
-        """Return the hash under which the reply to try `attempt` is stored: a hash of all that the reply depends on."""
+        """Return the key of the stored reply to try number `attempt`: a hash of all that the reply depends on."""
         # the address too: two endpoints may have different models under the same name
         address = self.known_as or self.endpoint.address
         return content_hash("chat", address, self.identity, [dict(message) for message in messages], attempt)
@@ -232,11 +224,7 @@ class _Asking(Generic[Value]):
     paused_until: float = 0.0  # time.monotonic() before which no request is sent; set if the endpoint asks to wait
 
     def answer_to(self, prompt: _Prompt) -> Reply[Value] | int:
-        """Return the answer to a prompt if the stored replies decide it, else the number (from 1) of the next try.
-
-        A readable reply decides the answer. If all `tries` replies are stored and unreadable, the value of the answer
-        is None.
-        """
+        """Return the answer if a stored reply is readable or all tries are used, else the number of the next try."""
         completion, problem = Completion(""), self.unread
         for attempt in range(1, self.tries + 1):
             stored = self.chat.replies.find(self.chat.key_of(prompt.messages, attempt))
@@ -265,7 +253,7 @@ class _Asking(Generic[Value]):
         """Send the prompts; yield each with its answer, in the order of arrival, and refused prompts at the end.
 
         Args:
-            total: number of different prompts of the call, including those with a stored answer.
+            total: number of different prompts that `ask` got, including those with a stored answer.
 
         Raises:
             JudgeError: requests failed, or the endpoint has refused every prompt, probably because of a wrong option.
@@ -389,7 +377,7 @@ class _Asking(Generic[Value]):
         self.stop.set()
 
     def _end_if_unreadable(self) -> None:
-        """Stop if too many replies in a row were unreadable. An unreadable answer counts as `tries` replies."""
+        """Stop if too many replies in a row were unreadable. An unreadable answer stands for `tries` replies."""
         count, most = len(self.unreadable) * self.tries, self.chat.give_up_unreadable
         if most is None or count < most:
             return

@@ -35,8 +35,8 @@ def compare(config: CompareConfig, model: Path, reference: Path) -> dict[str, An
 
     Returns:
         The result of the stage `pws`, with the names of the models and of the judge, the cost of judging, the
-        diagnostics, and the paths of the answers and judgments. A dry run returns only `{"dry_run": plan}`, a text
-        about the requests that would be sent and their largest cost.
+        diagnostics, and the paths of the answers and judgments. A dry run returns only `{"dry_run": plan}`, where
+        `plan` is a text that states the number of requests and their largest cost.
 
     Raises:
         DataError: a file is missing or broken, or the two files answer different items.
@@ -110,7 +110,7 @@ def _config(options: Sequence[str]) -> CompareConfig:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 130 after an interrupt."""
+    """Run the command line; exit with code 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="python -m gradsift.evaluation.compare", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="model_outputs.json of the model")
     parser.add_argument("reference", type=Path, metavar="REFERENCE", help="model_outputs.json of the reference")

@@ -34,7 +34,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """Why a prompt has no reply."""
+    """Raised if a prompt has no reply; `message` says why, and `remedy` what to do."""
 
     kind: Literal["refused", "passing", "final"]  # see `gradsift.evaluation.chat`
     message: str
@@ -67,8 +67,8 @@ class Endpoint:
             base_url: address of the endpoint; default: the value of OPENAI_BASE_URL or, if that is not set, OpenAI's
                 address.
             headers, query: sent with each request; `env:NAME` stands for the value of the environment variable NAME.
-            needs_key: whether an environment variable that is not set is an error. An endpoint on this machine never
-                needs a key.
+            needs_key: whether an error is raised if the variable `api_key_env`, or one that `env:NAME` names, is not
+                set. An endpoint on this machine never needs `api_key_env`.
             group: the config group whose options the error messages name.
 
         Raises:
@@ -171,7 +171,7 @@ class Endpoint:
     def _completion(self, content: Any, logprobs: bool) -> Completion:
         """Return the first choice of a response.
 
-        Its text is empty if there is no choice, or if the choice has no text.
+        The text of the completion is empty if the response has no choice, or if the choice has no text.
         """
         choice = content["choices"][0] if content["choices"] else {"message": {}}
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
@@ -277,7 +277,7 @@ def without_system(messages: Messages) -> Messages:
 
 
 def estimated_tokens(messages: Messages) -> int:
-    """Estimate the tokens of a prompt from its bytes; exact counts would need each model's own tokenizer."""
+    """Estimate the number of tokens of a prompt from its bytes; exact counts would need each model's own tokenizer."""
     return sum(tokens_of(message["content"]) + _TOKENS_PER_MESSAGE for message in messages)
 
 

@@ -2,10 +2,10 @@
 
     python -m gradsift.evaluation.export RUN... --to FOLDER
 
-    FOLDER/GENERATOR/model_outputs.json        answers of the model and of the reference model
+    FOLDER/GENERATOR/model_outputs.json        one file for the model, one for the reference model
     FOLDER/GENERATOR/JUDGE/annotations.json    one row per item: the outcome of both orders together
 
-In annotations.json output_2 is the model's answer, and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and
+In annotations.json, `output_2` is the model's answer, and `preference` is 2 for a win, 1 for a loss, 1.5 for a tie and
 null for an invalid item. So alpaca_eval's `get_winrate` counts the same outcomes as the PWS does, and the win rate (in
 percent) is 50 x PWS.
 """

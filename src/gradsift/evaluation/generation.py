@@ -48,9 +48,9 @@ def generate_answers(
 ) -> list[str]:
     """Return greedy continuations of tokenised prompts, in the order of the prompts.
 
-    Batches are padded on the left. A prompt that leaves no room for `max_new_tokens` in the model's context loses its
-    first tokens. An answer ends before the first end token; special tokens and surrounding white space are removed. If
-    there are several ranks, each rank generates a part of the answers, and all ranks return all answers.
+    Batches are padded on the left. If a prompt and `max_new_tokens` together exceed the model's context, the prompt
+    loses its first tokens. An answer ends before the first end token; special tokens and surrounding white space are
+    removed. If there are several ranks, each rank generates a part of the answers, and all ranks return all answers.
 
     Args:
         model: a causal LM on its device, with or without LoRA adapters; its training mode is restored afterwards.
@@ -246,7 +246,7 @@ def _read_row(content: Any, number: int, path: Path) -> ModelOutput:
 
 
 def item_key(row: ModelOutput) -> tuple[str, str]:
-    """Return benchmark and id, which identify an item in the files of all models."""
+    """Return the benchmark and the item's id, which together identify an item in the files of all models."""
     return row["dataset"], row["item_id"]
 
 
@@ -257,7 +257,7 @@ def first_turns(rows: Sequence[ModelOutput]) -> dict[tuple[str, str], ModelOutpu
 
 
 def without_turns(rows: Sequence[ModelOutput]) -> list[ModelOutput]:
-    """Return the rows; the row of a second turn gets both questions as instruction and both answers as output."""
+    """Return `rows`; a second turn's row gets both turns' questions as instruction, and both answers as output."""
     first = first_turns(rows)
     single: list[ModelOutput] = []
     for row in rows:

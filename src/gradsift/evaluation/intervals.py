@@ -53,8 +53,8 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Return the variance of the mean of `values` (S, N), and its degrees of freedom (Satterthwaite).
 
     In a two-way random effects model with the mean squares of items (MS_i), of seeds (MS_s) and of the residual (MS_e),
-    the variance is (MS_i + MS_s - MS_e) / (S N). If this is below the largest mean square divided by S N, this quotient
-    is returned instead. With one seed the variance is MS_i / N.
+    the variance is (MS_i + MS_s - MS_e) / (S N). If the variance is below the largest of these mean squares divided by
+    S N, this lower bound is returned instead. With one seed the variance is MS_i / N.
     """
     seeds, items = values.shape
     mean = values.mean()

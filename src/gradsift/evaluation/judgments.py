@@ -1,4 +1,4 @@
-"""Judgments of pairs of answers in both orders, and their file `judgments.jsonl`.
+"""Judgments of pairs of answers, each pair shown in both orders, and the file `judgments.jsonl` that holds them.
 
 After an interruption, `judge_pairs` starts again with all pairs. Stored results are reused: an endpoint's replies from
 `gradsift.evaluation.replies`, and a local model's scores from `gradsift.journal`.
@@ -28,8 +28,9 @@ ORDERS: tuple[Order, Order] = ("forward", "reverse")
 class Judgment:
     """A judge's reply about one pair in one order: a line of `judgments.jsonl`.
 
-    In both orders, `score_model` is the model's score and `score_reference` the reference model's. If `valid` is false,
-    both scores are None and `reason` says why. If `valid` is true, `reason` is a remark about the scores, or None.
+    In both orders, `score_model` is the score of the model's answer, and `score_reference` that of the reference
+    model's answer. If `valid` is false, both scores are None and `reason` says why. If `valid` is true, `reason` is a
+    remark about the scores, or None.
     """
 
     benchmark: str
@@ -59,7 +60,8 @@ def judge_pairs(
         progress: called with 1 for each judgment.
 
     Returns:
-        Two judgments per item, forward then reverse, in the order of `model_outputs`.
+        Two judgments per item: forward, with the model's answer first, then reverse. The items are in the order of
+        `model_outputs`.
 
     Raises:
         DataError: the two models did not answer the same items.
@@ -132,7 +134,7 @@ def _judgment(judge: Judge, request: JudgeRequest, reply: Reply[Pair]) -> Judgme
 def invalid_share(judgments: Sequence[Judgment]) -> Diagnostic:
     """Return the diagnostic `invalid_judgments`, about the share of judgments without scores.
 
-    The PWS leaves out each item with such a judgment.
+    The PWS (pairwise winning score) leaves out each item that has a judgment without scores.
     """
     reasons = Counter(judgment.reason for judgment in judgments if not judgment.valid)
     invalid = reasons.total()

@@ -5,9 +5,9 @@ number  for GSM8K and similar sets: the same number. The number of a text is the
         or else the last number of the text
 choice  for BIG-Bench Hard: the same option letter, fixed word (yes, no, true, ...) or free text in the final statement
 
-The benchmarks define which answers are right, but not how to extract an answer from free text. The rules for this are
-our own; tests/test_matching.py shows them case by case. Which part of the answer counts may depend on the kind of the
-reference (letter, fixed word or free text), but not on which letter, word or text is right.
+The benchmarks define which answers are right, but not how to extract an answer from free text. gradsift extracts the
+answer by rules of its own, which tests/test_matching.py shows case by case. Which part of the answer counts may depend
+on the kind of the reference (letter, fixed word or free text), but not on which letter, word or text is right.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def choices_match(answer: str, reference: str) -> bool:
     """Return whether the answer's final statement agrees with the reference.
 
     - The statement is the rest of the line after the last "answer is" or "answer:". If the rest of the line is blank,
-      the statement is the next line that is not blank. If the answer has none of these words, the statement is its
-      first line that is not blank. Markdown's marks for bold text and code are removed.
+      the statement is the next line that is not blank. If the answer has neither phrase, the statement is its first
+      line that is not blank. Markdown's marks for bold text and code are removed.
     - For a reference like (B), the letter at the statement's beginning counts, if it is alone, in brackets or before
       one of `).:,`. Otherwise a letter in brackets counts, if the statement has only one such letter.
     - For yes, no, true, false, valid and invalid, the statement's first word counts. If the first word is none of these

@@ -40,9 +40,10 @@ def estimate(outcomes: Iterable[Outcome], confidence: float) -> dict[str, Any]:
 def outcome(forward: Judgment | None, reverse: Judgment | None, combine: Combine) -> Outcome:
     """Return the outcome of one item for the model, from its judgments in the two orders.
 
-    With "signs", the outcome is sign(s1 + s2), where s1 and s2 in {+1, 0, -1} are the signs of the score differences in
-    the two orders. With "sum", the outcome is the sign of the sum of the two score differences. An item without a valid
-    judgment in both orders is "invalid", because the outcome of a single order would include the judge's position bias.
+    With "signs", the outcome is the sign of s1 + s2 (positive: win, 0: tie, negative: lose), where s1 and s2 in {+1, 0,
+    -1} are the signs of the score differences in the two orders. With "sum", the outcome is the sign of the sum of the
+    two score differences. An item without a valid judgment in both orders is "invalid", because the outcome of a single
+    order would include the judge's position bias.
     """
     margins = []
     for judgment in (forward, reverse):
@@ -94,8 +95,8 @@ def summarise(outcomes: Outcomes, confidence: float) -> dict[str, Any]:
 def outcome_strings(outcomes: Outcomes) -> dict[str, dict[str, str]]:
     """Return `{benchmark: {"items": hash of the item ids, "outcomes": one letter per item}}`.
 
-    The letters stand for win, tie, lose and invalid, and are in the order of the item ids. If two runs on the same data
-    set have the same hash, they judged the same items, and their letters can be compared item by item.
+    The letters w, t, l and i stand for win, tie, lose and invalid, and are in the order of the item ids. If two runs on
+    the same data set have the same hash, they judged the same items, and their letters can be compared item by item.
     """
     by_benchmark: dict[str, dict[str, str]] = {}
     for (benchmark, item), kind in sorted(outcomes.items()):
@@ -110,7 +111,8 @@ def agreement(outcomes: Outcomes, labels: Outcomes) -> dict[str, Any]:
     """Return `{"items", "accuracy", "kappa"}`: how far `outcomes` and `labels` agree.
 
     `items` is the number of items that are valid in both; accuracy and Cohen's kappa are over these items, and are None
-    if there are none. `kappa` is also None if all outcomes and labels are the same, because its denominator is then 0.
+    if there are no such items. `kappa` is also None if all outcomes and labels are the same, because its denominator is
+    then 0.
     """
     shared = [item for item, kind in outcomes.items() if "invalid" not in (kind, labels.get(item, "invalid"))]
     if not shared:

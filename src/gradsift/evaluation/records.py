@@ -2,21 +2,21 @@
 
 Four kinds of file are recognised, by their suffix and content:
 
-    judgments.jsonl       gradsift's own format: one judgment per line, in both orders
+    judgments.jsonl       gradsift's own format: one line for each item and order
     two-order reviews     the format of Cherry_LLM's and Superfiltering's files: an object whose `data` is a list of
                           rows. Answer1 is the model's answer, and Answer2 is the reference model's. `scores` are the
                           scores of [Answer1, Answer2], from a judge that was shown Answer1 first. `scores_reverse` are
                           the scores of [Answer2, Answer1], from a judge that was shown Answer2 first
-    two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Both are
-                          [model's score, reference model's score]. The model's answer is shown first in QUERY0, and
-                          second in QUERY1. `assistant1_QUERY0` names the model
+    two-query reviews     DiverseEvol's format: JSON lines with the scores `eval_QUERY0` and `eval_QUERY1`. Each of the
+                          two is a list [model's score, reference model's score]. The model's answer is shown first in
+                          QUERY0, and second in QUERY1. `assistant1_QUERY0` names the model
     annotations.json      alpaca_eval's format: rows with output_1, output_2 and `preference`, from 1 (output_1 is
                           better) to 2 (output_2 is better), with 1.5 or 0 for a draw. The model is by default
                           `generator_2` of the first row. A file holds one order; a second file, in which the outputs
                           are swapped, holds the other order
 
 PWS needs both orders. If all judgments have the same order, `orders` in the result names this order, `one_order` has
-the win rate and the PWS in this order alone, and `pws` is null for each benchmark and pooled.
+the win rate and the PWS in this order alone, and `pws` is null for each benchmark and for all items together.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _queries(path: Path) -> Records:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number (from 1) and the content of each line of a file that is not blank."""
+    """Yield the number (from 1) and the content of each line that is not blank."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             yield number, line
@@ -155,7 +155,7 @@ def _require_orders(row: Any, forward: str, reverse: str, place: str) -> None:
 
 
 def _pair(value: Any, place: str) -> tuple[float, float] | None:
-    """Return the two scores in a list or its JSON text; None if one is negative (-1 means no score) or not finite."""
+    """Return the two scores in a list or its JSON text; None if a score is negative (-1: no score) or not finite."""
     try:
         first, second = map(float, outside_json.loads(value) if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError) as error:

@@ -51,7 +51,7 @@ def check_generator(config: EndpointGeneratorConfig) -> None:
 def generator_settings(config: EndpointGeneratorConfig) -> dict[str, Any]:
     """Return the settings that answers depend on, besides the target.
 
-    The choice of the server is one of them, because servers round differently.
+    The command that starts the server is one of these settings, because servers round differently.
     """
     own = {name: getattr(config, name) for name in ("name", "base_url", "model", "prompt")}
     return own | {"serve": [*config.serve, *config.serve_arguments]}

@@ -1,9 +1,9 @@
 """Replies of chat endpoints and their cost, in one SQLite file that all runs and processes share.
 
 A reply is stored under a hash of everything that it depends on. It is stored before it is parsed, so a killed process
-loses no reply that it had received. A request is entered as pending before it is sent. The entry reserves the cost of
-the request, so that several processes together stay below a cap, and it stops other processes from sending the same
-request.
+loses no reply that it had received. Costs are counted per scope, a name for the requests of one stage. A request is
+entered as pending before it is sent. The entry reserves the cost of the request, so that several processes together
+stay below a cap, and it stops other processes from sending the same request.
 
 Each process holds a file lock until it ends. If the lock of the process that entered a pending request is free, this
 process has died, and the endpoint may have charged for the request. So the request then counts as sent, at its
@@ -112,7 +112,10 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 class Replies:
-    """The file of replies. Threads and processes may share it, but SQLite's WAL mode needs a local file system."""
+    """The file of replies, which threads and processes may share.
+
+    The file must be on a local file system, because SQLite's WAL mode needs one.
+    """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         """Open or create the file at `path`; `say` prints a message for each stored reply that cannot be read.
@@ -234,7 +237,7 @@ class Replies:
 
     @contextmanager
     def _writing(self, durable: bool = False) -> Iterator[None]:
-        """Run the block in a write transaction. With `durable`, flush it to disk, so that it survives a power cut."""
+        """Run the block in a write transaction. If `durable`, the transaction survives a power cut (it is flushed)."""
         with self._mutex, self._named_errors(), self._connection:
             self._connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")

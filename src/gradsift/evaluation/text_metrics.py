@@ -91,7 +91,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float | None:
 
 
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float | None:
-    """Return corpus BLEU. It is None if no answer has four tokens: BLEU would then be 0 whatever the references are."""
+    """Return corpus BLEU; None if no answer has four tokens, as BLEU would then be 0 whatever the references are."""
     from sacrebleu.metrics import BLEU
 
     score = BLEU().corpus_score(list(answers), [list(references)])
@@ -144,7 +144,7 @@ def read_wordnet(folder: Path) -> Any:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
-    """Return `after` - `before` for each figure that is a number in both, except the number of items.
+    """Return `after` - `before` for each key whose value is a number in both, except the number of items.
 
     A lower metric or a higher loss means forgetting.
     """

@@ -6,10 +6,10 @@ The inner product of two vectors is the similarity of the two examples in LESS (
     <row_i, row_j> = sum_c w_c cos(R Gamma_ic, R Gamma_jc)
 
 The sum is over the C checkpoints of the warm-up. w_c is the mean learning rate of the epoch that ended at checkpoint c,
-and the w_c are scaled to sum 1. R is the random projection (`gradsift.gradients.projection`). For an example of the
-pool, Gamma_ic is Adam's update for the example's gradient at checkpoint c (`AdamState`), or the gradient itself if
-features.adam=false. For an example of the target set, Gamma_ic is always the gradient. With features.normalise=false,
-u_ic = R Gamma_ic, and the inner products are not cosines.
+and the w_c are scaled so that their sum is 1. R is the random projection (`gradsift.gradients.projection`). For an
+example of the pool, Gamma_ic is Adam's update for the example's gradient at checkpoint c (`AdamState`), or the gradient
+itself if features.adam=false. For an example of the target set, Gamma_ic is always the gradient. With
+features.normalise=false, u_ic = R Gamma_ic, and the inner products are not cosines.
 
 If an example's gradient at a checkpoint is zero, its row is zero in the columns of this checkpoint. An example
 without a response token has a row of zeros and is listed in `Features.silent`.
@@ -151,7 +151,7 @@ def block_rows(size: int, device: torch.device) -> int:
 
 
 def checkpoint_weights(checkpoints: Sequence[Artifact]) -> np.ndarray:
-    """Return the weights w (C,) float64 of the checkpoints: their mean learning rates, scaled to sum 1."""
+    """Return the weights w (C,) float64 of the checkpoints: their mean learning rates, scaled so that the sum is 1."""
     rates = np.array([checkpoint.info["learning_rate"] for checkpoint in checkpoints], dtype=np.float64)
     weights: np.ndarray = rates / rates.sum()
     return weights
@@ -303,7 +303,7 @@ def warm_up(
 
 
 def warmup_rows(config: WarmupConfig, rows: int) -> int:
-    """Return the number of rows to train on, if the pool has `rows` rows.
+    """Return the number of rows on which the warm-up trains if the pool has `rows` rows.
 
     The number is `config.rows` (at most `rows`), or the share `config.share` of `rows` if `config.rows` is None.
 

@@ -1,8 +1,8 @@
 """Embeddings from a model of the package sentence-transformers, an optional dependency.
 
-The model's files determine how the package pools and normalises. Code that comes with a model is never loaded. The
-weights of the transformer must be safetensors; those of another module, such as a dense layer, may be in a
-`pytorch_model.bin`.
+The model's files determine how the package pools the token vectors and whether it normalises the result. Code that
+comes with a model is never loaded. The weights of the transformer must be safetensors; the weights of another module,
+such as a dense layer, may be in a `pytorch_model.bin`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SentenceEncoder:
 def text_of(example: Example, text: str) -> str:
     """Return the earlier turns, instruction and input of an example, and its output unless `text` is `prompt`.
 
-    Each of them begins on a new line.
+    Each of these parts begins on a new line.
     """
     segments = render(example, "plain")
     kept = segments[:-1] if text == "prompt" else segments

@@ -63,7 +63,7 @@ class Features:
 
     @functools.cached_property
     def has_direction(self) -> np.ndarray:
-        """Mask (N,) bool that is True for each row that is not all zeros.
+        """Mask (N,) bool: True for the rows that are not all zeros.
 
         The mask is read-only. The first access to it reads all vectors.
         """
@@ -225,7 +225,7 @@ def mean_cosines(features: Features) -> np.ndarray:
 
 
 def nearest_anchor_cosines(features: Features, anchors: np.ndarray) -> np.ndarray:
-    """Return the largest cosine (N,) float64 of each example to one of the examples at `anchors` (K,).
+    """Return, for each example, its largest cosine to the examples at the positions `anchors` (K,): (N,) float64.
 
     An anchor is compared with itself too. The value is NaN for a row without direction (all zeros), and for all rows if
     no anchor has a direction.

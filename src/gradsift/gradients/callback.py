@@ -115,7 +115,7 @@ class NormRecords:
     def columns(self, encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
         """Return the columns norm_A, norm_B and loss, float32, in the order of `encoded`.
 
-        The ids of the records must be the attribute `row` of the examples.
+        The ids in the records must be the values of the attribute `row` of the examples in `encoded`.
 
         Raises:
             GradsiftError: a value is not finite (the message names the rows), or an example does not have exactly one
@@ -136,7 +136,10 @@ class NormRecords:
         return columns
 
     def of_all_ranks(self, total: int, device: torch.device) -> NormRecords:
-        """Return the records of all ranks. Each rank calls this with the records of its share of `total` examples."""
+        """Return the records of all ranks, of `total` examples together.
+
+        Each rank calls this method of the records of its own share of the examples.
+        """
         names = ("rows", "epochs", *COLUMNS)
         mine = self._values[:, : self._count].to(device)
         records = NormRecords()
@@ -247,7 +250,7 @@ class GradientNormCallback(L.Callback):
         self.records.add(outputs["rows"], 0, outputs["norm_A"], outputs["norm_B"], outputs["losses"])
 
     def _divisors(self, batch: Any, norms: torch.Tensor) -> torch.Tensor:
-        """Return the number by which the own loss L_i of each example is divided in the loss of the batch, (B,)."""
+        """Return, for each example, the number that divides its own loss L_i in the loss of the batch, (B,)."""
         if self._reduction != "token_mean":
             return torch.full_like(norms, len(norms) if self._reduction == "mean" else 1)
         # L = sum_i n_i L_i / sum_j n_j for n_i labelled tokens: example i's own loss is divided by sum_j n_j / n_i
@@ -380,5 +383,8 @@ def _entry(batch: Any, name: str, purpose: str) -> Any:
 
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Return each example's number of tokens with a loss, (B,). The first token has none: it is never predicted."""
+    """Return each example's number of tokens with a loss, (B,).
+
+    The first token of an example has no loss, because it is never predicted.
+    """
     return (labels[:, 1:] != IGNORED).sum(1)

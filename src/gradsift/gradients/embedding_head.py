@@ -221,7 +221,7 @@ def head_statistics(output: nn.Linear, hidden: torch.Tensor, targets: torch.Tens
     Args:
         output: the head, with which the logits are computed again.
         hidden: last hidden states at the example's places, (n, D).
-        targets: the token that follows each place, (n,).
+        targets: the id of the token that follows each place, (n,).
     """
     with torch.no_grad():
         errors = torch.softmax(F.linear(hidden, output.weight, output.bias).float(), 1)  # (n, V)

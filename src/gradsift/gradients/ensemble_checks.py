@@ -3,7 +3,7 @@
 GRADFILTERING (arXiv 2601.13697) treats the members as samples from a posterior, and a falling gradient norm as a sign
 of learning. The method fails if the ensemble collapses (the variance V_t of the norms over the members is near 0) or
 the proxy does not learn (the scores are near 0). The scores also lose their meaning if gradient norms rise during the
-training, or if eps is larger than the number that eps is added to.
+training, or if eps, the small constant in the score's denominators, is larger than the number that it is added to.
 
 Every diagnostic leaves out the examples without statistics (NaN).
 
@@ -62,7 +62,7 @@ MOST_ERROR_OVER_SPREAD = 0.08
 def diagnose_ensemble(
     trained: Sequence[Sequence[Artifact]], statistics: Statistics | None, members: int
 ) -> list[Diagnostic]:
-    """Return the diagnostics of an ensemble, all except `eps_share`, which belongs to the scorer.
+    """Return all diagnostics of an ensemble except `eps_share`, which is computed with the scores.
 
     Args:
         trained: artifacts of the adapters' epochs up to the late snapshot, as [adapter][epoch - 1].
@@ -120,7 +120,7 @@ def adapter_spread(adapters: Sequence[Mapping[str, np.ndarray]]) -> Diagnostic:
 def update_products(adapters: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     """Return the inner products of the members' updates B A, (M, M) float64, summed over the layers.
 
-    The large matrices B A (O, I) are never formed, only matrices (R, R):
+    The large matrices B A (O, I) are never formed, only matrices (R, R). For the factors of two members:
 
         <B A, B' A'> = sum over the entries of (B^T B') * (A A'^T)
     """
@@ -252,7 +252,9 @@ def drop_size(statistics: Statistics) -> Diagnostic:
 def eps_share(eps: float, denominators: Mapping[str, np.ndarray]) -> Diagnostic:
     """Judge the share of examples in which eps is at least as large as the number that eps is added to.
 
-    `denominators` has these numbers by name, (N,) each: G_s (in units of the norm) or V_t (of the squared norm).
+    Args:
+        denominators: the numbers that eps is added to, (N,) each, by their names `G_s` and `V_t`. G_s is in units of
+            the gradient norm, and V_t in units of its square.
     """
     defined = {name: values[np.isfinite(values)] for name, values in denominators.items()}
     if not all(values.size for values in defined.values()):

@@ -71,8 +71,8 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
 
     Args:
         model: a `peft.PeftModel` with LoRA on linear layers, on any device.
-        rows: one mapping per example with `input_ids`, `labels` (-100 where a token has no loss) and, if the example is
-            padded, `attention_mask`: lists or one-dimensional tensors of equal length.
+        rows: one mapping per example. The values of `input_ids`, `labels` (-100 where a token has no loss) and, if the
+            example is padded, `attention_mask` are lists or one-dimensional tensors of equal length.
         tokens: the largest number of tokens in a forward pass, padding included. It changes the result only by
             rounding.
 
@@ -80,7 +80,7 @@ def per_sample_norms(model: Any, rows: Sequence[Mapping[str, Any]], *, tokens: i
         The L2 norms, (N,) float32, each over the factors A and B of all adapted layers together.
 
     Raises:
-        DataError: a row lacks `input_ids` or `labels`, its sequences differ in length, a label is not the token at its
+        DataError: a row lacks `input_ids` or `labels`, its lists differ in length, a label is not the token at its
             position, or no token has a loss; the message names the row.
         GradsiftError: a layer does not support per-sample gradients; the message names the layer.
     """
@@ -146,8 +146,8 @@ class GradientPass:
     """Computes the gradient of each example's mean response loss at fixed weights, with dropout off, as a float32 row.
 
     The columns are the parameters, each flattened row by row. With `lora` (see `gradient_pass`), these are A and B of
-    each adapted layer; with `full`, the parameters of the model with the adapter merged into it, in the order of
-    `model.parameters()`.
+    each adapted layer. With `full`, these are the parameters of the model with the adapter merged into it, in the order
+    of `model.parameters()`.
     """
 
     size: int  # P
@@ -159,7 +159,10 @@ class GradientPass:
         return torch.cat([gradients for _, gradients in self.parts(examples)])
 
     def parts(self, examples: Sequence[Encoded]) -> Iterator[tuple[Sequence[Encoded], torch.Tensor]]:
-        """Yield parts of `examples`, each with its gradients (B, P). A part's gradients fit in memory."""
+        """Yield parts of `examples`, each with its gradients (B, P).
+
+        A part has so few examples that its gradients fit in memory.
+        """
         size = max(1, numbers_at_once(self.device, _BATCH_BYTES // 4) // self.size)
         for start in range(0, len(examples), size):
             yield examples[start : start + size], self.work(examples[start : start + size])

@@ -1,8 +1,7 @@
 """Per-sample gradients of a LoRA layer, and their norms, for a whole batch from one backward pass.
 
-A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. For example i with the loss L_i, let X_i (T, I) be
-the layer's inputs (activations) and D_i (T, O) the gradients of L_i with respect to the layer's outputs (backprops).
-Then
+A LoRA layer computes y = W x + b + s B A x with s = alpha / rank. Let L_i be the loss of example i, X_i (T, I) the
+layer's inputs (activations) and D_i (T, O) the gradients of L_i with respect to the layer's outputs (backprops). Then
 
     grad_A L_i = s (D_i B)^T X_i          (R, I)
     grad_B L_i = s D_i^T (X_i A^T)        (O, R)
@@ -13,8 +12,9 @@ products over the examples anyway, so computing them per example (`per_sample_pa
 token contributes nothing: no loss depends on it, so its row of D_i is zero.
 
 A probe is an additional input of the layer (`gradsift.training.adapted`). In the backward pass, the layer returns its
-results as the "gradient" with respect to the probe. For a `NormProbe`, the results are the squared norms of each
-example, which autograd adds up over the layers on the device. For a `GradientProbe`, they are the per-sample gradients.
+per-sample results as the "gradient" with respect to the probe. For a `NormProbe`, these results are the squared norms
+of each example's gradients, which autograd adds up over the layers on the device. For a `GradientProbe`, they are the
+per-sample gradients.
 
 Shape letters: B examples of a batch, T tokens, I inputs and O outputs of a layer, R rank, P_l parameters in A
 and B of layer l.
@@ -51,7 +51,7 @@ def is_recomputing() -> bool:
 
 
 class Probe:
-    """Checks that each adapted layer is called only once per forward pass, with inputs that keep the examples apart."""
+    """Checks that each adapted layer is called only once per forward pass, with inputs (B, T, I) of all examples."""
 
     def __init__(self) -> None:
         self._layers: set[int] = set()  # ids of the layers called so far

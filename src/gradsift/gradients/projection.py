@@ -1,8 +1,9 @@
 """A sparse random projection, which preserves inner products in expectation.
 
-Every entry of a gradient is added to one of the D dimensions, with a random sign (CountSketch: Charikar, Chen and
-Farach-Colton, 2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same dimension with a
-probability of at most 1/D. So for two gradients x and y, the standard deviation of the error of <x, y> is at most
+Every entry of a gradient is added, with a random sign, to one of the D dimensions of the projection (CountSketch:
+Charikar, Chen and Farach-Colton, 2002; feature hashing: Weinberger et al., 2009). Two parameters go to the same
+dimension with a probability of at most 1/D. So for two gradients x and y, the standard deviation of the error of <x, y>
+is at most
 
     sqrt((|x|^2 |y|^2 + <x, y>^2) / D)
 

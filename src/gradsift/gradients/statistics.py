@@ -3,8 +3,8 @@
 For example i after epoch e, GRADFILTERING (arXiv 2601.13697) uses G_i^(e), the mean over the members m of the norms
 |g_i^(m,e)|, and V_i^(e), their variance over the members (the sum of squared deviations divided by M).
 
-The norms are read twice, one member at a time, so the memory needed does not grow with M. Each shard of the rows has
-its own file `gradient_norms.parquet` with a member's norms after an epoch.
+The norms are read twice, one member at a time, so the memory needed does not grow with M. For each member, epoch and
+shard of the rows, there is one file `gradient_norms.parquet`.
 
 Shape letters: M members, N examples.
 """

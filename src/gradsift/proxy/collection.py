@@ -32,7 +32,11 @@ Unit = tuple[int, int, Artifact]  # member, epoch, and the artifact with the mem
 
 
 def ensemble_norms(ensemble: Ensemble, adapters: Sequence[Sequence[Artifact]], epoch: int) -> list[list[Artifact]]:
-    """Return the members' norms after an epoch, as [member][shard]; `adapters` is what `train_adapters` returned."""
+    """Return the artifacts with the norms at each member's weights after `epoch`, as [member][shard].
+
+    Args:
+        adapters: the adapters of the ensemble, as `train_adapters` returns them.
+    """
     if ensemble.config.collect == "during_training":
         return [[chain[epoch - 1]] for chain in adapters]
     units, shards = _units(ensemble.config, adapters, epoch), range(ensemble.config.shards)

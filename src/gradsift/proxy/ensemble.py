@@ -72,7 +72,7 @@ def _obtain_epoch(ensemble: Ensemble, parents: Mapping[int, Sequence[Artifact]],
     """Return the artifact of the epoch `epoch` of each member. All missing artifacts are made in one training.
 
     The calls of `obtain`, each of which locks its unit, are nested in ascending order of the members. Two jobs that
-    make the same units therefore cannot deadlock: one waits for the other.
+    make the same units therefore cannot deadlock: one job waits until the other has finished.
     """
     runtime, config = ensemble.runtime, ensemble.config
     settings = {member: member_settings(config, runtime, member, epoch) for member in parents}
@@ -199,7 +199,7 @@ def _epoch(runtime: Runtime, config: ProxyConfig, inputs: ProxyInputs, unit: Uni
 
 
 def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: int, epoch: int) -> list[list[int]]:
-    """Return a member's batches in an epoch, as positions in `lengths` (tokens of each example)."""
+    """Return a member's batches in an epoch, as positions in `lengths` (the number of tokens of each example)."""
     order = derive_seed(seed, "order", member, epoch)
     if config.ensemble != "bootstrap":
         return epoch_batches(lengths, config.batch_size, config.batching, order)
@@ -210,7 +210,7 @@ def epoch_plan(config: ProxyConfig, lengths: Sequence[int], seed: int, member: i
 
 
 def resample(seed: int, member: int, count: int) -> list[int]:
-    """Return the examples that a bootstrap member trains on: `count` draws with replacement from range(count)."""
+    """Return the positions of a bootstrap member's examples: `count` draws with replacement from range(count)."""
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", member))
     draws: list[int] = rng.integers(count, size=count).tolist()
     return draws

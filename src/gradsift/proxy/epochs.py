@@ -1,4 +1,4 @@
-"""Trains an adapter on the proxy's backbone for one epoch. The ensemble and the features' warm-up use this module."""
+"""Trains an adapter on the proxy's backbone for one epoch, for the ensemble and the warm-up of gradient features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class ProxyInputs(NamedTuple):
-    """Backbone and examples that every adapter trains on."""
+    """The backbone and the examples with which every adapter is trained."""
 
     backbone: Backbone
     encoded: Sequence[Encoded]
@@ -69,7 +69,7 @@ class Epoch(NamedTuple):
         return module
 
     def write(self, module: ProxyMember, inputs: ProxyInputs, steps: int) -> dict[str, Any]:
-        """Write the adapter, the optimiser state and the loss curve. This process has taken `steps` optimiser steps.
+        """Write the adapter, the optimiser state and the loss curve; this process has taken `steps` optimiser steps.
 
         Returns:
             The counts `optimizer_steps`, `resumed_steps` (steps that interrupted runs had taken) and `rows`, and the

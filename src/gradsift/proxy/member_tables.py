@@ -10,7 +10,7 @@ For a response of a single token, body and end are both that token's loss. other
 several trained replies, because the later replies would keep their own prompts. It is also NaN for an example whose
 prompt equals all prompts that are tried for it.
 
-Directions: the cosine of each example's gradient with the mean gradient of the pool, from two passes:
+Directions: the cosine of each example's gradient with the mean gradient of the pool, from two passes over the pool:
 
     cos_i = <g_i, g> / (|g_i| |g|),   g = (1/N) sum_i g_i
 
@@ -67,7 +67,7 @@ def member_table(
     Args:
         member: the artifact of a member's epoch, with its adapter.
         passes: how many times `columns` passes over the examples; the progress bar needs this number.
-        info: returns additional entries for the artifact's info.
+        info: function that returns additional entries for the artifact's info.
     """
     runtime, slug = ensemble.runtime, member.path.name.rsplit("-", 1)[0]
 
@@ -111,7 +111,10 @@ class AnswerLosses:
 
 
 def answer_losses(ensemble: Ensemble, member: Artifact, index: int) -> Artifact:
-    """Return an artifact with the table of `collect_losses`. The other prompts are drawn for the member `index`."""
+    """Return an artifact with the table of `collect_losses`.
+
+    The random draw of the other prompts depends on the member's number, `index`.
+    """
     collect = partial(collect_losses, seed=derive_seed(ensemble.runtime.seed, "other prompts", index))
     return member_table(ensemble, "losses", LOSSES_FILE, member, collect, passes=2, version=LOSSES_VERSION)
 
@@ -161,9 +164,9 @@ def with_other_prompts(examples: Sequence[Encoded], seed: int) -> list[Encoded |
     """Return each example with its prompt (all tokens before its response) replaced by another example's prompt.
 
     The examples are put in a random cyclic order. The next `_TRIES` prompts in this order are tried for an example, and
-    it gets the first of them that differs from its own. If none differs, its entry is None. If the new text would be
-    longer than the longest example, the prompt is cut at its start. A first token that all examples share, such as a
-    start token, is kept.
+    it gets the first of them that differs from its own. If none differs, the example's entry in the result is None. If
+    the new text would be longer than the longest example, the prompt is cut at its start. A first token that all
+    examples share, such as a start token, is kept.
     """
     limit = max((len(example.input_ids) for example in examples), default=0)
     kept = int(len({int(example.input_ids[0]) for example in examples}) == 1)

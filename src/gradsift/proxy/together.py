@@ -1,8 +1,8 @@
 """Training of several members side by side for one epoch (`proxy.together`), with shared forward and backward passes.
 
-Each member has its own data order, dropout masks, optimiser, learning rate, save point and files. So its artifact
-equals that of a member trained alone, up to rounding. In each step of the trainer, every member that has steps left
-takes one optimiser step. After an interruption, each member continues from its own last save point.
+Each member has its own data order, dropout masks, optimiser, learning rate, save point and files. So a member's
+artifact equals that of a member trained alone, up to rounding. In each step of the trainer, every member that has steps
+left takes one optimiser step. After an interruption, each member continues from its own last save point.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def train_together(
 ) -> list[dict[str, Any]]:
     """Train all members for one epoch, and return what `Epoch.write` returns for each member.
 
-    `forward_tokens` is added: the number of tokens in the steps that this process has taken for the member.
+    Each dict also has `forward_tokens`, the number of tokens in the steps that this process has taken for the member.
     """
     with closing(Lanes(inputs.backbone.model, config, [epoch.lora_seed for epoch in epochs])) as adapters:
         members, callbacks, left = [], [], []

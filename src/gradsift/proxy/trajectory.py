@@ -2,11 +2,11 @@
 
 The points are written to `trajectory.safetensors`, beside the adapter's weights.
 
-A point is a random projection of the update B A over all layers. The factors themselves are not projected: A is drawn
-anew for each member and stays near its initial value, so the factors of the members are far apart from the start,
-while their updates all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D), where u_k
-and v_k are vectors of random signs, the same for all members. Distances between updates are preserved up to the error
-of D random projections, and B A is never formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
+A point is a random projection of the update B A over all layers. The factors A and B themselves are not projected: A is
+drawn anew for each member and stays near its initial value, so the members' factors are far apart from the start. The
+members' updates, in contrast, all start at zero. Coordinate k is the sum over the layers of u_k^T B A v_k / sqrt(D),
+where u_k and v_k are vectors of random signs, the same for all members. Distances between updates are preserved up to
+the error of D random projections, and B A is never formed. (arXiv 2601.13697, Fig. 1, shows the adapters by t-SNE.)
 
 Shape letters: P points, D dimensions, R rank, I inputs and O outputs of an adapted layer.
 """
@@ -31,7 +31,7 @@ POINTS = 16  # per epoch
 
 
 class Trajectory(L.Callback):
-    """Records the projected update at evenly spaced steps of an epoch, and before the first step of the first epoch.
+    """Records the projected update after evenly spaced optimiser steps, and before the first step of the first epoch.
 
     The callback draws from none of the training's random streams, so it does not change the training.
     """

@@ -49,7 +49,10 @@ class SweepAudit:
 
 
 def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
-    """Return the audits of jobs, given as pairs of a `run.json`'s path and content; None if no job was audited."""
+    """Return the audits of jobs; None if no job was audited.
+
+    Each job is given as a pair: the path of its `run.json`, and the content of this file.
+    """
     datasets: dict[tuple[str, ...], dict[str, Any]] = {}
     failed: list[dict[str, Any]] = []
     records = [run for _, run in jobs]
@@ -86,7 +89,7 @@ def sweep_audit(jobs: Sequence[tuple[Path, Run]]) -> SweepAudit | None:
 def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
     """Return the Jaccard index of two selections: the size of their intersection divided by that of their union.
 
-    It is 1 if both selections are empty.
+    The index is 1 if both selections are empty.
     """
     union = set(one) | set(other)
     return len(set(one) & set(other)) / len(union) if union else 1.0
@@ -110,7 +113,7 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 
 def audit_tables(audit: SweepAudit, *, brief: bool) -> list[Table]:
-    """Return the tables of an audit, with the overlaps of the selections at every alpha (`brief`: the middle alpha)."""
+    """Return the tables of an audit. If `brief`, the overlaps of the selections are shown at the middle alpha only."""
     by_options = grouped(audit.datasets, lambda dataset: str(dataset["options"]))
     tables = []
     for options, datasets in by_options.items():
@@ -150,9 +153,10 @@ def _tables_of(options: str, datasets: Sequence[Mapping[str, Any]], failed: Sequ
 def _verdict(figures: Figures, datasets: int) -> Verdict:
     """Return a verdict for each alpha: CLEANER or DIRTIER than chance, TOO_FEW, or "" if the share is within chance.
 
-    Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. A selection has too
-    few rows to tell if even a selection without a spoilt row would be within chance. The figures are means over
-    `datasets` datasets with different corrupted rows, so the standard deviation is divided by the root of `datasets`.
+    Chance is the pool's spoilt share plus or minus `_SPREADS` standard deviations of a random draw. The verdict is
+    TOO_FEW if even a selection without a spoilt row would be within chance and the selection is not DIRTIER. The
+    figures are means over `datasets` datasets with different corrupted rows, so the standard deviation is divided by
+    the square root of `datasets`.
     """
     verdict = {}
     for cell in figures["selections"]:
@@ -169,7 +173,8 @@ def _verdict(figures: Figures, datasets: int) -> Verdict:
 def _verdict_text(verdict: Verdict) -> str:
     """Return a verdict as text: "cleaner", "dirtier" or "too few rows" if the verdict is the same for all alphas.
 
-    Otherwise the text names the alphas, such as "dirtier at 5 %", or is "no different" if there are none.
+    Otherwise the text names the alphas that are cleaner or dirtier, such as "dirtier at 5 %"; without such alphas it is
+    "no different".
     """
     if set(verdict.values()) in ({CLEANER}, {DIRTIER}, {TOO_FEW}):
         return next(iter(verdict.values()))

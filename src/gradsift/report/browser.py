@@ -36,10 +36,10 @@ _END, _FIELD = "\x1e", "\x1f"  # separators, which no presentable text contains
 class Pool:
     """The examples of one dataset and seed, with the scores and selections of all runs.
 
-    The page's script reads `methods` and `selections`. Their columns are arrays (N,).
+    The page's script reads `methods` and `selections`. The columns in their entries are arrays (N,).
 
     In an entry of `methods`, `rank` is 1 for the highest score (equal scores are ranked in row order) and 0 for
-    examples without a score. `parts` has the numbers from which the score is computed and the statistics of the
+    examples without a score. `parts` has the numbers from which the score is computed, and the statistics of the
     ensemble.
 
     In an entry of `selections`, `method` is an index into `methods`. `place` is the example's place in the selection,
@@ -129,7 +129,10 @@ def _selection(material: Material, run: Run, pool: Pool, method: int) -> dict[st
 
 
 def packed_pools(all_pools: Sequence[Pool], most: int = MOST) -> list[Packed]:
-    """Pack the pools. If they have more than `most` examples, each pool keeps a share in proportion to its size."""
+    """Pack the pools.
+
+    If all pools together have more than `most` examples, each pool keeps the same share of its examples.
+    """
     total = max(most, sum(len(pool.examples) for pool in all_pools))
     return [pack(pool, math.ceil(most * len(pool.examples) / total)) for pool in all_pools]
 
@@ -144,7 +147,7 @@ def pack(pool: Pool, most: int = MOST) -> Packed:
         """Append every array (N,) in the nested `value` to `packed`, reduced to the n examples on the page.
 
         Return a copy of `value` with `[type, offset]` in place of each array. The type is f4, u4, u2 or u1,
-        little-endian. The offset is the array's first byte in `packed`, a multiple of four.
+        little-endian. The offset is the position of the array's first byte in `packed`, a multiple of four.
         """
         if isinstance(value, Mapping):
             return {key: described(item) for key, item in value.items()}

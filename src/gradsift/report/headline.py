@@ -62,7 +62,10 @@ def _of_sweep(material: Material) -> tuple[str, list[str], list[Tile]]:
 
 
 def _best(material: Material) -> tuple[list[str], list[Tile]]:
-    """Return sentences and tiles about the cell with the highest PWS, and about G-SNR compared with the baselines."""
+    """Return sentences and tiles about the cell with the highest PWS, and about G-SNR compared with the baselines.
+
+    A cell is a method at one alpha, for one dataset, target and benchmark.
+    """
     try:
         cells = cells_of(material)
     except Missing as reason:
@@ -104,7 +107,10 @@ def _length_tile(row: Row) -> list[Tile]:
 
 
 def _baselines_tile(material: Material, best: Row) -> list[Tile]:
-    """Return a list with a tile of a cell's accuracy, or else of its held-out loss; empty if neither was measured."""
+    """Return a list with a tile that shows the accuracy of the cell `best`.
+
+    If the accuracy was not measured, the tile shows the held-out loss. If neither was measured, the list is empty.
+    """
     alike = ("dataset", "target", "scorer", "alpha", "members", "settings")
     runs = [run.record for run in material.finished]
     runs = [run for run in runs if [flat_rows(run)[0][key] for key in alike] == [best[key] for key in alike]]
@@ -120,7 +126,8 @@ def _measured_tile(name: str, value: float | None, measured: Sequence[Mapping[st
     """Return a list with a tile that shows `value`; an empty list if `value` is None.
 
     `measured` has an entry for each run, with the values of the full-data target (`reference`) and of the target before
-    finetuning (`untuned`). The tile's note has the mean of each over the runs, unless a run lacks the value.
+    finetuning (`untuned`). The tile's note shows the mean of each value over the runs; a
+    value that a run lacks is left out.
     """
     notes = []
     for baseline, key in (("full data", "reference"), ("no finetuning", "untuned")):

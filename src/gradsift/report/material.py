@@ -148,7 +148,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """All runs of a folder. The methods read the runs' artifacts, and raise `Missing` if a run lacks the artifact."""
+    """All runs of a folder. Each method reads artifacts of a run, and raises `Missing` if the run lacks them."""
 
     folder: Path
     runs: Sequence[Run]
@@ -161,9 +161,9 @@ class Material:
 
     @cached_property
     def gaps(self) -> list[str]:
-        """Texts on what is missing: one for each stopped run, run with lost artifacts, and lost audit file.
+        """Texts on what is missing: one for each stopped run, each run with lost artifacts and each lost audit file.
 
-        Failed runs are left out, as the report has a table of them.
+        Failed runs are left out, because the report has a table of them.
         """
         gaps = [f"{run.name}: {run.outcome}" for run in self.runs if run.status == "stopped"]
         for run in self.runs:
@@ -221,7 +221,7 @@ class Material:
         return [shards for _, shards in sorted(by_member.items())]
 
     def trajectories(self, run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return for each member the steps (P,) and points (P, D) that `gradsift.proxy.trajectory` has recorded."""
+        """Return each member's optimiser steps (P,) and points (P, D), as recorded by `gradsift.proxy.trajectory`."""
         trajectories = []
         for epochs in self.members(run):
             steps, points = zip(*(read_trajectory(artifact.path) for artifact in epochs), strict=True)
@@ -234,7 +234,7 @@ def read(folder: Path, artifacts: Path | None = None) -> Material:
 
     Args:
         artifacts: the folder of a store, which is searched for artifacts that are not at the paths in `run.json`. The
-            store in the run's config is searched after it.
+            store that the run's config names is searched next.
 
     Raises:
         DataError: there is no run in the folder, a run was only planned, or a `run.json` is broken.

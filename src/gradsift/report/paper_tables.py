@@ -1,9 +1,9 @@
 """The paper's tables for a sweep: PWS by dataset, target and benchmark, and the ablations.
 
-They have the form of Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). The paper counts the cells in which the PWS of
-its method (G-SNR) is at least the PWS of every baseline. This module counts ties separately. It also counts significant
-differences: G-SNR is compared with every baseline on the same items and seeds, with Holm's correction over all
-comparisons of the table.
+They have the form of Tables 1 and 2 of GRADFILTERING (arXiv 2601.13697). A cell is one combination of dataset, target,
+benchmark and alpha. The paper counts the cells in which the PWS of its method (G-SNR) is at least the PWS of every
+baseline. This module counts the cells with equal PWS separately. It also counts significant differences: G-SNR is
+compared with every baseline on the same items and seeds, with Holm's correction over all comparisons of the table.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def cells_of(material: Material) -> Cells:
 
 
 def _by_scorer(cells: Cells) -> dict[tuple[Place, float], dict[str, Row]]:
-    """Group the rows by place and alpha, then by scorer; of a scorer with several settings, only the first is kept."""
+    """Group the rows by place and alpha, then by scorer; if a scorer has several settings, keep the first row only."""
     groups: dict[tuple[Place, float], dict[str, Row]] = {}
     for (place, (alpha, _)), row in cells.items():
         groups.setdefault((place, alpha), {}).setdefault(row["scorer"], row)
@@ -110,7 +110,7 @@ def count(cells: Cells) -> Count:
 
 
 def is_distinguishable(cells: Cells) -> dict[tuple[Place, Column], bool]:
-    """Return for each cell whether its PWS differs significantly from 1, with Holm's correction over the cells."""
+    """Return for each entry of `cells` whether its PWS differs significantly from 1, with Holm's correction."""
     adjusted = holm([1.0 if row["p_value"] is None else row["p_value"] for row in cells.values()])
     return {key: value < LEVEL for key, value in zip(cells, adjusted, strict=True)}
 

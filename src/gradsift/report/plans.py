@@ -1,4 +1,4 @@
-"""The output of `plan=true`: the units of work that are done and to do, and their estimated cost.
+"""The output of `plan=true`: which units of work are done, which are to do, and what the latter are estimated to cost.
 
 The output is made from `run.json` files alone. If several runs of a sweep need the same unit and it is not done yet,
 its state is `to do` in the first of these runs and `shared` in the later ones.
@@ -68,7 +68,7 @@ def to_do(runs: Sequence[Run]) -> list[PlannedUnit]:
 
 
 def jobs_table(runs: Sequence[Run]) -> Table:
-    """Return a table with a row for each job of a sweep; the row names the stages done, shared and to do."""
+    """Return a table with a row for each job of a sweep; the row names the stages that are done, shared or to do."""
     rows = []
     named = with_settings(runs, told_apart=())
     for number, (run, units) in enumerate(zip(named, states(runs), strict=True), start=1):

@@ -2,8 +2,8 @@
 
 `conf/experiment/world.recorded.json` has the figures (PWS, accuracy and others) of every scorer for each data seed, a
 hash of the settings, and a description of the machine. When a sweep with exactly these settings ends, its figures are
-compared with the recorded ones. The mean of a figure agrees with the recorded mean unless a t test over the seeds finds
-a difference, with Bonferroni's correction over the figures.
+compared with the recorded ones. A figure agrees if a t test finds no difference between its mean over the data seeds
+and the recorded mean. The tests use Bonferroni's correction for the number of figures.
 
 To print the content of `world.recorded.json` for a finished sweep:
 
@@ -41,7 +41,7 @@ Figures = Mapping[str, Mapping[str, Sequence[float | None]]]  # scorer -> measur
 
 
 def compared(files: Sequence[Path], runs: Sequence[Run]) -> list[str]:
-    """Return lines on whether the sweep agrees with the recorded one; no line if the two differ in jobs or settings.
+    """Return lines on whether the results agree with the recorded results; no lines if jobs or settings differ.
 
     Args:
         files: the paths of the jobs' `run.json` files, which have the jobs' `config.yaml` files beside them.

@@ -35,7 +35,7 @@ _OWN_COLUMN = ("scorer", "alpha", "data", "proxy", "target", "judge", "proxy.mem
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Return a dict from each key to the list of the items that have it, in order of first appearance."""
+    """Return a dict from each value of `key(item)` to the list of its items, in order of first appearance."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

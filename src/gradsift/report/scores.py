@@ -1,4 +1,4 @@
-"""`gradsift scores RUN --out FILE`: write the scores of a run as one table, which others can join to their data."""
+"""`gradsift scores RUN --out FILE`: write the scores of a run as one table, for use in other programs."""
 
 from __future__ import annotations
 

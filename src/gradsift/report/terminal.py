@@ -77,7 +77,10 @@ class RunView:
             self.display.say(f"  {line}")
 
     def finished(self, folder: Path, report: Path | None) -> None:
-        """Print the results of this run and the paths of its files and of its report; in a sweep, only one line."""
+        """Print the results of this run, and the paths of its files and of its report.
+
+        In a sweep, print only one line with the main results.
+        """
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         if self._number is not None:
             self.display.say(f"  {one_line(run)}")

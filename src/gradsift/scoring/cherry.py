@@ -9,8 +9,8 @@ above 1 are excluded, and so are rows whose prompt and answer together are longe
 
 With `fidelity=original`, the line "### Response:" and the answer are first cut to L - p + 4 tokens together, and the
 length of the answer is measured after this cut. So prompt and answer count as longer than L only if that line has fewer
-than 4 tokens (a start token included). With `fidelity=fixed`, the length is measured before the cut. docs/methods.md
-has further decisions.
+than 4 tokens (a start token included). With `fidelity=fixed`, the length of the answer is measured before the cut.
+docs/methods.md has further decisions.
 """
 
 from __future__ import annotations

@@ -57,13 +57,14 @@ def contrast(
     The module's docstring has the formulas.
 
     Args:
-        neighbours: k.
+        neighbours: k, the number of similar prompts.
         end_share: w, 0 to 1.
         prompt_weight: v, 0 or more.
-        like_length: number of answers of similar length whose gains are compared with the gain of an answer; all other
-            answers if there are fewer.
-        caution: how many standard deviations over the members are subtracted.
-        saturation: share of the examples, those with the highest bounds, whose scores are drawn at random with `seed`.
+        like_length: the gain g of an answer is compared with the gains of this many answers of similar length; if there
+            are fewer other answers, with the gains of all of them.
+        caution: how many standard deviations over the members are subtracted from the mean over the members.
+        saturation: the scores of this share of the examples, from the highest bound down, are random numbers drawn with
+            `seed`.
 
     Raises:
         ConfigError: there are not more than `neighbours` examples with a response.
@@ -89,7 +90,7 @@ def contrast(
 def member_contrasts(
     answer_losses: AnswerLosses, examples: Sequence[Example], neighbours: int, end_share: float
 ) -> np.ndarray:
-    """Return c (see the module's docstring) of each answer and member, (M, N); NaN without a response token."""
+    """Return c (see the module's docstring), (M, N); NaN for an example without a response token."""
     # a row without a response token has no loss under any member
     known = ~np.isnan(answer_losses.body).any(0)
     require_neighbours(int(known.sum()), neighbours)
@@ -105,11 +106,11 @@ def member_contrasts(
 def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_length: int) -> np.ndarray:
     """Return min(0, z + 1) (see the module's docstring), (M, N); 0 for an example without a loss after another prompt.
 
-    The result is 0 for all examples if fewer than _LEAST_GAINS have such a loss: the mean of few gains is not reliable.
+    If fewer than `_LEAST_GAINS` examples have such a loss, all values are 0: the mean of few gains is not reliable.
 
     Args:
         body, other: (M, N) losses of the answers after their own prompts, and after other prompts.
-        lengths: (N,) characters of the answers.
+        lengths: (N,) lengths of the answers in characters.
     """
     term = np.zeros(body.shape)
     gained = np.flatnonzero(~np.isnan(body + other).any(0))
@@ -123,9 +124,9 @@ def gain_term(body: np.ndarray, other: np.ndarray, lengths: Sequence[int], like_
 
 
 def nearest_lengths(lengths: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
-    """Return the positions (N, count) int64 of the `count` other examples around each example in the order of lengths.
+    """Return (N, count) int64: for each example, the positions of `count` others around it in the order of lengths.
 
-    Equal lengths are in the order of their positions. If there are fewer than `count` others, all are returned.
+    Examples of equal length are ordered by position. If there are fewer than `count` other examples, all are returned.
     """
     count = min(count, len(lengths) - 1)
     order = np.argsort(lengths, kind="stable")
@@ -144,7 +145,7 @@ def relative_losses(body: np.ndarray, end: np.ndarray, end_share: float) -> np.n
 
 
 def require_neighbours(count: int, neighbours: int) -> None:
-    """Raise a `ConfigError` unless `count` is above `neighbours`, so that each example can have so many neighbours."""
+    """Raise a `ConfigError` unless each of `count` examples can have `neighbours` neighbours."""
     if count <= neighbours:
         raise ConfigError(
             f"scorer.neighbours={neighbours} needs more than {neighbours} examples with a response, and there are "
@@ -165,7 +166,8 @@ def saturated(bound: np.ndarray, share: float, seed: int) -> np.ndarray:
 def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
     """Return (mean - value) / standard deviation for each value, (M, N) float64.
 
-    Mean and standard deviation are those of the values of the example's neighbours.
+    Mean and standard deviation are taken over the values of the example's neighbours. A standard deviation below
+    `_LEAST_DEVIATION` counts as `_LEAST_DEVIATION`.
 
     Args:
         values: (M, N), one row for each member.
@@ -179,7 +181,7 @@ def contrast_with(values: np.ndarray, nearest: np.ndarray) -> np.ndarray:
 
 
 def nearest_prompts(prompts: Sequence[str], count: int) -> np.ndarray:
-    """Return the positions of the `count` most similar other prompts of each prompt, (N, count) int64."""
+    """Return the positions (N, count) int64 of the `count` other prompts that are most similar to each prompt."""
     from sklearn.neighbors import NearestNeighbors
 
     vectors = prompt_vectors(prompts)

@@ -8,8 +8,9 @@ R  representativeness: Gaussian kernel density of the pool's signals at the exam
 C  content diversity: how much the example differs from the rest of the pool, by its embedding or by its words.
 S  redundancy: mean cosine of the example's embedding to its nearest neighbours.
 
-R, C and S are each scaled to 0..1 over the scored examples. If R, C or S has the weight 0, it is not computed. No code
-is published; `grads` is our reading, with a parameter for each choice that the paper leaves open (docs/methods.md).
+R, C and S are each scaled to 0..1 over the scored examples. If R, C or S has the weight 0, it is not computed. The
+authors published no code; `grads` is our reading of the paper, with a parameter for each choice that the paper leaves
+open (docs/methods.md).
 
 Shape letters: N examples, F columns of the signal, B rows of a block.
 """
@@ -129,7 +130,7 @@ def signal_of(gradients: EmbeddingGradients, combine: str, rows: np.ndarray) -> 
     combine=norm        the norm of both gradients together
 
     Each column has mean 0 and variance 1. Columns that do not vary are left out. Means whose true value is 0 are left
-    out too, because their computed values are only rounding errors. These are the head's mean and, if a LayerNorm
+    out too, because their computed values are only rounding errors. Such means are the head's mean and, if a LayerNorm
     follows the embedding, the embedding's mean.
     """
     table = {name: getattr(gradients, name)[rows] for name in COLUMNS}
@@ -171,7 +172,7 @@ def kernel_density(signal: np.ndarray, bandwidth: float, advance: Advance = lamb
 def word_rarity(examples: Sequence[Example]) -> np.ndarray:
     """Return the mean of log(N / number of examples with the word) over each example's different words, (N,).
 
-    It is 0 for an example without words.
+    The mean is 0 for an example without words.
     """
     texts = [" ".join([*(turn.content for turn in e.history), e.instruction, e.input, e.output]) for e in examples]
     words = [sorted(set(re.findall(r"\w+", text.lower()))) for text in texts]

@@ -4,7 +4,7 @@
 
 G^s and G^t are the ensemble's mean gradient norms at the early and the late snapshot; V^t is the variance of the late
 norms over the members. If the norm rises from s to t, the drop G^s - G^t (the part `drop`) is negative. Dividing a
-negative drop by V^t favours a high variance, which is the opposite of the score's intent.
+negative drop by V^t favours a high variance, although the score is meant to favour a low variance.
 """
 
 from __future__ import annotations

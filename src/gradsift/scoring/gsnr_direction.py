@@ -1,4 +1,4 @@
-"""A direction-aware variant of GRADFILTERING (the paper's open question 2), in our reading.
+"""A variant of GRADFILTERING that uses the directions of the gradients: our reading of the paper's open question 2.
 
     score_i = (1/M) sum_m cos(g_i^m, g^m)               weigh=none
     score_i = rank_i x (1/M) sum_m cos(g_i^m, g^m)      weigh=gsnr
@@ -20,11 +20,12 @@ from gradsift.scoring.similarity import NO_GRADIENT
 
 
 def gsnr_direction(statistics: Statistics, directions: np.ndarray, *, weigh: str, eps: float) -> Scores:
-    """Return each example's cosine with the pool's mean gradient, averaged over the members and weighted by `weigh`.
+    """Return the cosine of each example's gradient with the pool's mean gradient, averaged over the members.
 
     Args:
-        directions: (M, N) cosines of M members and N examples; NaN if a member's gradient of an example is zero.
-        weigh: `none` or `gsnr`.
+        directions: (M, N) cos(g_i^m, g^m) of M members and N examples; NaN if a member's gradient of an example is
+            zero.
+        weigh: `none`, or `gsnr` to multiply the mean cosine by rank_i (see the module's docstring).
         eps: the eps in the denominators of the G-SNR.
     """
     known = ~np.isnan(directions)

@@ -17,7 +17,7 @@ from gradsift.training.backbones import Backbone
 
 
 def length_in_tokens(examples: Sequence[Example], backbone: Backbone, *, unit: str, part: str, prefer: str) -> Scores:
-    """Score by length in tokens of the proxy's tokenizer, each text tokenised by itself.
+    """Score by the number of tokens. The proxy's tokenizer tokenises each text by itself.
 
     Args:
         unit: name in `Scores.parts` under which the lengths are returned.

@@ -27,7 +27,15 @@ _UNRATED_LIMIT = 0.05  # share of examples without a grade above which a warning
 def llm_rating(
     examples: Sequence[Example], rater: Rater, task: Task, *, style: Literal["alpagasus", "deita"]
 ) -> Scores:
-    """Return the product of the grades for the style's questions, with the grades (N,) for each question as a part."""
+    """Return the judge's grade of each example, or the product of its grades if the style asks two questions.
+
+    The grades for each question are a part of the scores, (N,).
+
+    Args:
+        rater: the judge.
+        task: shows the progress.
+        style: which questions are asked (`QUESTIONS`).
+    """
     questions = QUESTIONS[style]
     # both questions of an example in sequence, so that an interrupted run has complete examples
     requests = [

@@ -39,7 +39,7 @@ def perplexity(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journ
 
 @torch.inference_mode()
 def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: Journal) -> np.ndarray:
-    """Return the mean loss (nats) of each example's response tokens, (count,) float64; NaN without such tokens."""
+    """Return the mean loss (nats) of each example's response tokens, (count,) float64; NaN if there are none."""
     backbone, encoded, budget = proxy_inputs
     losses = np.full(count, np.nan)
     losses_of = ResponseLosses(backbone.model)
@@ -57,7 +57,7 @@ def response_losses(proxy_inputs: ProxyInputs, count: int, task: Task, journal: 
 
 
 def from_median(values: np.ndarray) -> np.ndarray:
-    """Return the distance of each value's rank from the median rank, as a share of the values (0 to 0.5), (N,)."""
+    """Return each value's distance in rank from the median, divided by the number of values: (N,), from 0 to 0.5."""
     from scipy.stats import rankdata
 
     shares = (rankdata(values, nan_policy="omit") - 0.5) / (~np.isnan(values)).sum()

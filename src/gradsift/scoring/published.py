@@ -3,7 +3,7 @@
     id         content hash and occurrence number of the example in the data that was scored
     row_index  the example's row in that data
     text_hash  hash of the example's texts (`gradsift.data.examples.content_hash`); rows are joined by this column alone
-    score      higher = keep; empty if the scorer defines no score
+    score      the score, higher is better; empty if the scorer defines no score for the example
     ...        one column for each part of the score
     status     scored, undefined or excluded
     reason     why the example is undefined or excluded
@@ -51,7 +51,8 @@ def join_scores(
 ) -> tuple[list[Example], list[Rejected], Scores, int]:
     """Join the scores of a file to the pool by the hash of the examples' texts.
 
-    The k-th of several equal texts gets the k-th score of this text in the file, or the last one if the file has fewer.
+    The k-th of several equal texts gets the k-th score of this text in the file, or the text's last score if the file
+    has fewer than k.
 
     Returns:
         The examples of the pool that have a score, the other examples as rejected rows, the scores, and the number of

@@ -10,7 +10,7 @@ from gradsift.scoring.scores import EXCLUDED, Scores
 
 
 def random(count: int, *, seed: int) -> Scores:
-    """Return independent uniform numbers, drawn with `scorer.seed`."""
+    """Return `count` independent uniform numbers from 0 to 1, drawn with `seed` (`scorer.seed`)."""
     return Scores(np.random.default_rng(seed).random(count))
 
 

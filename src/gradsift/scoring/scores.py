@@ -23,7 +23,7 @@ NO_RESPONSE = "no response token is left within the maximal length, or the templ
 
 @dataclass
 class Scores:
-    """Scores of N examples, in their order. An example whose status is not `scored` is never selected."""
+    """Scores of N examples, in the order of the examples. An example whose status is not `scored` is never selected."""
 
     score: np.ndarray  # (N,) float64, higher = keep; NaN where undefined
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # (N,) each: what the score is computed from

@@ -79,7 +79,7 @@ def agreement(features: Features, directions: np.ndarray) -> np.ndarray:
 
 
 def mark_undirected(scores: Scores, features: Features) -> None:
-    """Mark examples without a response or a gradient as undefined, and add the diagnostic `gradient_spread`."""
+    """Mark examples without a response or with a zero gradient as undefined; add the diagnostic `gradient_spread`."""
     scores.diagnostics.append(spread(features, "gradient", "the data for equal rows, and features.warmup"))
     silent = np.zeros(len(features), dtype=bool)
     silent[list(features.silent)] = True
@@ -91,15 +91,16 @@ def mark_undirected(scores: Scores, features: Features) -> None:
 
 
 def rows_by_task(targets: Features) -> dict[str, np.ndarray]:
-    """Return for each task of a target set the positions of its rows that have a direction."""
+    """Return a dict from each task of a target set to the positions of the task's rows that are not all zeros."""
     tasks = np.array(targets.tasks)
     return {task: np.flatnonzero((tasks == task) & targets.has_direction) for task in dict.fromkeys(targets.tasks)}
 
 
 def spread(features: Features, kind: str, check: str) -> Diagnostic:
-    """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that have a direction.
+    """Return the diagnostic `<kind>_spread`: the mean cosine over all pairs of rows that are not all zeros.
 
-    If the mean is near 1, the vectors hardly differ, and the message says what to `check`.
+    If the mean is near 1, the vectors hardly differ. The diagnostic is then a warning that tells the user to look at
+    `check`.
     """
     name, value = f"{kind}_spread", "mean_cosine"
     total, count = np.zeros(features.vectors.shape[1]), 0

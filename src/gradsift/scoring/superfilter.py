@@ -3,14 +3,15 @@
     IFD(x, y) = exp(mean loss of y after the prompt x) / exp(mean loss of y alone)
 
 Rows with an IFD of at least 1 are excluded. `keep=high` selects the remaining rows with the highest IFD, `keep=low`
-those with the lowest. The prompt is `instruction` and `input`, each on its own line, without BOS and EOS. The prompt is
-cut to L tokens (`max_length`); p is its length after the cut. The answer alone is cut to L - p + 1 tokens, and its
-first token is not scored. Prompt and answer together are cut to L tokens, and only the tokens after the prompt are
-scored.
+those with the lowest. The prompt consists of the earlier turns, `instruction` and `input`, each followed by a newline,
+without BOS and EOS. The prompt is cut to L tokens (`max_length`); p is the prompt's length after this cut. The answer
+alone is cut to L - p + 1 tokens, and its first token is not scored. Prompt and answer together are cut to L tokens, and
+only the tokens after the prompt are scored.
 
 `fidelity=original` gives every row the IFD that the published code gives it, including the code's errors, which
-docs/methods.md lists. `fidelity=fixed` differs in three points. A row whose losses are not defined is `undefined` and
-never gets a number. Texts are cut to the model's context if that is smaller than L. The IFD is computed in float64.
+docs/methods.md lists. `fidelity=fixed` differs in four points. A row whose losses are not defined is `undefined` and
+never gets a number. Texts are cut to the model's context if that is smaller than L. The IFD is computed in float64. A
+start token that the tokenizer adds by default is left out.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def published_scores(loss_alone: np.ndarray, loss_together: np.ndarray, fails: n
 
 
 def _with_reasons(ifd: np.ndarray, loss_alone: np.ndarray, loss_together: np.ndarray) -> Scores:
-    """Return the scores with the losses as parts; rows that are left out are marked with the reason."""
+    """Return the scores, with IFD and losses as parts; rows that cannot be selected are marked with the reason."""
     scores = Scores(ifd, {"ifd": ifd, "loss_alone": loss_alone, "loss_with_prompt": loss_together})
     undefined = np.isnan(ifd)
     scores.mark(
@@ -153,8 +154,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool, limit: int
 
     Args:
         special: whether the tokenizer adds the special tokens (such as a start token) that it adds by default.
-        limit: number of tokens that the caller uses, or None for all. A text that is much longer is shortened before it
-            is tokenised, so a result may have more than `limit` tokens, but not all tokens of the text.
+        limit: number of tokens that the caller uses, or None for all. A text that is much longer than `limit` tokens is
+            shortened before it is tokenised, so its result may have more than `limit` tokens, but not all tokens of the
+            text.
     """
     cut = texts if limit is None else (start_of(text, tokenizer, limit) for text in texts)
     for chunk in chunks(cut, len):

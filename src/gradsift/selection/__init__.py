@@ -12,6 +12,6 @@ available (see `gradsift.scoring`). Selectors use these:
     task               shows a progress bar, as for a scorer
 
 The selector's keyword-only parameters are its constants, set in `conf/selector/<name>.yaml`. The function returns a
-`Choice` of at most `size` examples, all of them `scored` and each at most once. To add a selector, write such a
-function and a YAML file with the function's path as `_target_`.
+`Choice` of at most `size` examples, all of them with the status `scored` and each at most once. To add a selector,
+write such a function and a YAML file with the function's path as `_target_`.
 """

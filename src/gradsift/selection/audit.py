@@ -3,8 +3,8 @@
 The audit uses labels that methods do not see: those of the embedded world or of `data.corruption`. Its main measures,
 each with the reason why the others do not suffice:
 
-    spoilt share  share of spoilt rows in the selection at each alpha. Even with a high AUROC, the few rows with the
-                  highest scores may be spoilt.
+    spoilt share  share of spoilt rows (rows that teach something wrong) in the selection at each alpha. Even with a
+                  high AUROC, the few rows with the highest scores may be spoilt.
     AUROC         of clean rows against each kind of corrupted rows. A small selection may be clean by chance.
     families      effective number of families (kinds of task) in the selection. Clean rows may come from few families.
 
@@ -35,12 +35,12 @@ def audit(
 ) -> dict[str, Any]:
     """Return the audit of one scorer as JSON values; a measure that is not defined is None.
 
-    The groups are the families that `data.delayed` adds. For each group in the data, an AUROC compares the group's
-    clean examples with the clean examples that are in no group.
+    The key `groups` has the families that `data.delayed` adds. For each group in the data, an AUROC compares the
+    group's clean examples with the clean examples that are in no group.
 
     Args:
         families: (N,) kind of task of each example, from the labels or from clusters.
-        chosen: for each alpha the selected positions (k,).
+        chosen: the positions (k,) of the selected examples, for each alpha.
     """
     quality = np.array(labels.quality)
     spoilt = np.isin(quality, SPOILT)
@@ -99,7 +99,7 @@ def spread_of_random(share: float, rows: int, chosen: int) -> float:
 
 
 def kept_twice(positions: Sequence[int], origin: Sequence[int | None] | None) -> float | None:
-    """Return the share of selected copies whose original is selected too; None if no injected copy is selected."""
+    """Return the share of selected injected copies whose original is selected too; None if no such copy is selected."""
     selected = set(positions)
     originals = [source for position in positions if origin and (source := origin[position]) is not None]
     return sum(source in selected for source in originals) / len(originals) if originals else None

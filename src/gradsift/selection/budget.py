@@ -40,7 +40,7 @@ def proportional_shares(size: int, weights: np.ndarray) -> np.ndarray:
 
 
 def capped_shares(size: int, weights: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """Divide `size` into whole shares (C,) int64 in proportion to `weights` (C,), each at most its capacity (C,).
+    """Divide `size` into whole shares (C,) int64 in proportion to `weights` (C,), at most `capacities` (C,) each.
 
     What exceeds a group's capacity goes to the other groups in proportion to their weights; a group of weight 0 gets
     nothing. The shares add up to `size`, or to less if the groups with a weight are full.

@@ -54,7 +54,7 @@ def diagnose_selection(
         pool: the file of the N examples.
         measures: `late_loss` and `response_tokens` from the ensemble, (N,) each; may be empty. If the numbers of
             response tokens are known, the numbers of response characters are not checked.
-        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots; None to leave out its check.
+        drop: (N,) G_s - G_t, the fall of the mean gradient norm between the snapshots; if None, it is not checked.
     """
     compared = {**lengths(pool), **measures}
     if "response_tokens" in measures:

@@ -55,7 +55,7 @@ def rank_within(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def shortfall(selected: int, size: int, candidates: int, reason: str) -> list[Diagnostic]:
-    """Return a warning in a list if fewer than `size` were selected although candidates were left, else an empty list.
+    """Return a list with a warning if fewer than `size` examples were selected although candidates were left, else [].
 
     Args:
         selected: number of selected examples.

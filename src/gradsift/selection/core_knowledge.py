@@ -23,7 +23,7 @@ _NO_PROJECTION = 1e-9  # the sign of a smaller projection of the mean on a compo
 
 @dataclass(frozen=True)
 class CoreKnowledge:
-    """The principal components by descending variance, and the share of pairs of target gradients that conflict."""
+    """The principal components by descending variance, and how often two target gradients conflict."""
 
     directions: np.ndarray  # (C, D) float64, length 1
     variances: np.ndarray  # (C,) share of the variance of each component; [1] if the mean replaces the components
@@ -37,7 +37,7 @@ def core_knowledge(target: Features, explained: float) -> CoreKnowledge:
     sign of a component open. We choose the sign that makes the component's inner product with the mean target gradient
     positive. If this inner product is 0, we choose the sign that makes the component's entry with the largest absolute
     value positive. If there is only one gradient, or all are equal, the only component is the normalised mean gradient.
-    All target gradients count alike, whatever their task.
+    All target gradients have equal weight, whatever their task.
 
     Raises:
         GradsiftError: every target gradient is zero.

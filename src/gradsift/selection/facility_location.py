@@ -43,7 +43,7 @@ def facility_location(
             the candidates.
 
     Raises:
-        ConfigError: this share of the pool has fewer examples than the budget.
+        ConfigError: the share `candidates` of the pool has fewer than `size` examples.
     """
     # exact decimals, as in `budget`: 0.29 of 100 candidates are 29
     count = int(Fraction(str(candidates)) * len(scores.score))
@@ -69,7 +69,7 @@ def facility_location(
 
 
 class _Cover:
-    """The candidates, with the largest similarity of each to a picked candidate, and an upper bound of its gain."""
+    """The candidates and, for each candidate, its largest similarity to a picked one and an upper bound of its gain."""
 
     def __init__(self, features: Features, ground: np.ndarray, similarity: str) -> None:
         self.features = features

@@ -1,7 +1,8 @@
 """The gradient walk of G2IS (arXiv 2502.11062): examples that agree with each other and with the target.
 
-Let g_i be the gradient of example i. Each component K of the core knowledge gets a share of the budget in proportion to
-the variance that it explains (largest-remainder rounding). The component takes its examples one at a time:
+Let g_i be the gradient of example i. The core knowledge consists of principal components of the target gradients. Each
+component K gets a share of the budget in proportion to the variance that it explains (largest-remainder rounding). The
+component takes its examples one at a time:
 
     first    the anchor: the unused example j with the largest <g_j, K>
     then     among the neighbours of the last example taken, the unused example j with the largest <g_j, g_last> that
@@ -115,10 +116,10 @@ class Walk:
     unused: np.ndarray  # (n,) bool
 
     def nearest(self, index: int, share: int, advance: Advance) -> list[int]:
-        """Take up to `share` unused examples with the largest <g, K>, largest first, for `graph=False`.
+        """Take, without a walk, the unused examples with the largest <g, K> for the component `index`, at most `share`.
 
         Returns:
-            The indices in `pool` of the examples taken.
+            The indices in `pool` of the examples taken, in descending order of <g, K>.
         """
         taken = _largest(np.where(self.unused, self.towards[:, index], -np.inf), min(share, int(self.unused.sum())))
         self.unused[taken] = False

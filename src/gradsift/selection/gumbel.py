@@ -13,8 +13,8 @@ def gumbel(scores: Scores, size: int, *, temperature: float, seed: int) -> Choic
 
     z is the score, standardised over the scored examples (0 if all scores are equal), so that a temperature has the
     same effect for every scorer. As the temperature goes to 0, the draw becomes the selection of the highest scores; as
-    it goes to infinity, the draw becomes uniform. To draw, independent Gumbel noise is added to each z / temperature,
-    and the examples with the largest sums are selected (Kool et al., arXiv 1903.06059).
+    it goes to infinity, the draw becomes uniform. The draw adds independent Gumbel noise to each z / temperature, and
+    selects the examples with the largest sums (Kool et al., arXiv 1903.06059).
 
     Returns:
         The positions of min(size, number of scored examples) examples, in the order in which they are drawn.

@@ -26,11 +26,12 @@ def quotas(
 ) -> Choice:
     """Select the rows with the highest scores in each group; each group has a given share of the selection.
 
-    If a group has fewer scored rows than its share, all of them are selected, the other groups get the remainder in
-    proportion to their shares, and a diagnostic warns.
+    If a group has fewer scored rows than its share, all its scored rows are selected. The other groups get the
+    remainder in proportion to their shares, and a diagnostic warns of the lack.
 
     Args:
-        column: column of the data that names a row's group. If a value is not a string, its JSON text is the name.
+        column: column of the data that names a row's group. If a value is not a string, its JSON text is the group's
+            name.
         shares: weight of each group by name, at least 0. If None, a group's weight is its number of rows in the pool.
 
     Raises:

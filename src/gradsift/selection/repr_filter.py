@@ -14,7 +14,7 @@ from gradsift.selection.choice import Choice, best_by_direction, shortfall
 
 
 def repr_filter(scores: Scores, size: int, embeddings: Features, task: Task = unseen, *, threshold: float) -> Choice:
-    """Go through the examples by descending score; keep those whose cosine to each kept example is <= `threshold`.
+    """Keep the examples, by descending score, whose cosine to every example kept before is at most `threshold`.
 
     Examples whose embedding is zero count as having cosine 0 to all others, and come last, whatever their score. The
     filter stops when it has kept `size` examples.

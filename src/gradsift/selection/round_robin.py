@@ -4,7 +4,7 @@ A query is a row of the target set. Each task or query has a ranking of the pool
 task or by descending similarity to the query. In its turn, a task or query selects the first example of its ranking
 that is not selected yet.
 
-Shape letters: N examples, n candidates, D features.
+Shape letters: n examples of the pool that can be selected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def round_robin(scores: Scores, size: int) -> Choice:
 
     Raises:
         ConfigError: the scorer gives no scores per task.
-        GradsiftError: the score of a scored example for a task is NaN or infinite.
+        GradsiftError: an example with the status `scored` has a score for a task that is NaN or infinite.
     """
     tasks = {name: np.asarray(part) for name, part in scores.parts.items() if name.startswith(TASK_PART)}
     if not tasks:
@@ -85,7 +85,7 @@ def round_robin_queries(
 
 
 def _take_turns(rankings: Sequence[np.ndarray], size: int, count: int, *, loses_turns: bool = False) -> np.ndarray:
-    """Return `size` different positions, int64, each ranking giving one in turn.
+    """Return `size` different positions (int64), taken from the rankings in turn.
 
     Args:
         rankings: the first `size` positions of each ranking, best first. All rankings order the same positions.

@@ -1,4 +1,4 @@
-"""The select stage: the selector chooses as many examples as the budget allows, and their original rows are written."""
+"""The select stage: the selector chooses as many examples as the budget allows, and the stage writes their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Export of the selection for other trainers (TRL, LLaMA-Factory and axolotl): a folder with rows and configs for each.
+"""Export of the selection for other trainers: TRL, LLaMA-Factory and axolotl.
+
+For each trainer, a folder with rows and configs is written.
 
 Each config repeats the settings of the run's finetune: the model, the adapter, the optimiser and the maximal length.
 The loss is computed on responses only, as in the run. With a chat template, axolotl's rows mark the replies on which
@@ -40,7 +42,7 @@ def export(
         examples: the selection, best first.
 
     Returns:
-        The path of each folder, by `for <format>`.
+        A dict from `for <format>`, such as `for trl`, to the path of the format's folder.
     """
     written = {}
     for name in config.formats:

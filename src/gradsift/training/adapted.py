@@ -2,10 +2,10 @@
 
     y = W x + b + s B A x,   s = alpha / rank
 
-peft computes s B A x separately, in float32. This takes a cast, a scaling and an addition, and each of these operations
-reads and writes a tensor as wide as the layer. Here the adapter's matrix product adds its result directly to W x + b,
-in the precision of the activations, and the backward pass computes no gradient of W. A and B stay float32 parameters,
-and the examples' gradients are summed in float32.
+peft computes s B A x separately, in float32. This separate computation takes a cast, a scaling and an addition, and
+each of these operations reads and writes a tensor as wide as the layer. Here the adapter's matrix product adds its
+result directly to W x + b, in the precision of the activations, and the backward pass computes no gradient of W. A and
+B stay float32 parameters, and the examples' gradients are summed in float32.
 
 A batch may hold rows of several adapters (`gradsift.training.lora`). All rows pass through W together, and each row
 passes through the A and B of its own adapter.
@@ -66,7 +66,7 @@ class FrozenProducts:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
     def to_inputs(self, backprops: torch.Tensor) -> torch.Tensor:
-        """Return backprops W^T, (B T, I), the gradient with respect to x, for backprops (B T, O)."""
+        """Return the gradient with respect to x (B T, I); `backprops` (B T, O) is that with respect to the outputs."""
         return backprops @ self._weight(backprops.dtype).t()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,7 +249,7 @@ class _Map(torch.autograd.Function):
 def _of_rows(factors: Sequence[torch.Tensor], rows: PassedRows | None, dtype: torch.dtype) -> torch.Tensor:
     """Return the adapter's A (R, I) or B (O, R); with several adapters, the A or B of each row of the batch.
 
-    The result is then (B, R, I) or (B, O, R).
+    With several adapters, the shape is (B, R, I) or (B, O, R).
 
     Args:
         factors: the A of each adapter, or the B of each adapter.
@@ -303,7 +303,7 @@ def load_options(described: Any, quantization: str, dtype: torch.dtype) -> dict[
 
 
 def make_plain(model: Any, quantization: str) -> None:
-    """Replace each bitsandbytes layer of a model by a `QuantizedLinear`; the model must just have been loaded."""
+    """Replace each bitsandbytes layer of a model by a `QuantizedLinear`, right after the model is loaded."""
     import bitsandbytes
 
     for name, layer in list(model.named_modules()):
@@ -323,7 +323,7 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer of O x I quantised weights, made from a layer of bitsandbytes.
 
     Args:
-        layer: the layer of bitsandbytes, whose size and bias are taken.
+        layer: the layer of bitsandbytes, whose size and bias the new layer has too.
         weight: with nf4, (O I / 2, 1) uint8 with two weights in each byte; with int8, (O, I) int8.
         scale: float32 factors of the weights: (O I / block,) with nf4, one for each block of weights; (O,) with int8,
             one for each row.

@@ -8,8 +8,8 @@ The content of an artifact depends on `model.kind`:
     pretrained   only a pin (`gradsift.training.pins`) of a model on the hub or in a folder
 
 transformers fills weights that are missing in the files with random numbers, ignores weights that have no place in the
-model, and only prints a table of these weights. Here both cases are errors, because the results would not be those of
-the named model.
+model, and only prints a table of these weights. In gradsift, missing weights and weights without a place are errors,
+because the results would not be those of the named model.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Backbone:
 def backbone(runtime: Runtime, config: ModelConfig) -> Artifact:
     """Return the artifact of a backbone: its weights or, for a pretrained model, its pin.
 
-    The artifact's `numerics` (`gradsift.training.numerics`) are those that the model has in this process. They are part
-    of the identity of everything that is computed from the model.
+    The artifact's `numerics` (`gradsift.training.numerics`) are those with which this process computes the model. The
+    numerics are part of the identity of everything that is computed from the model.
     """
     if config.kind == "pretrained":
         made = pin(runtime.store, runtime.display, config)
@@ -166,7 +166,7 @@ def _smollm2_folder() -> str:
 
 
 def config_of(artifact: Artifact, config: ModelConfig) -> Any:
-    """Return transformers' config of a backbone. In a plan, the backbone's artifact need not exist yet."""
+    """Return transformers' config of a backbone. In a plan, the backbone's artifact may not exist yet."""
     from transformers import AutoConfig
 
     if config.kind in ("nano", "tiny_bytes"):

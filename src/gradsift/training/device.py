@@ -1,12 +1,12 @@
 """The device, and the token budget: the largest number of tokens that pass through a model at once.
 
-To choose the budget on a GPU, the memory that a LoRA training takes is computed (`tests/test_memory.py` compares the
-result with what autograd keeps). The forward pass keeps the tensors that the backward pass reads. For each frozen
-block, these are:
+The budget on a GPU follows from the computed memory of a LoRA training (`tests/test_memory.py` compares this memory
+with what autograd keeps). The forward pass keeps the tensors that the backward pass reads. For each frozen block, these
+are:
 
     the residual stream before each normalisation layer
     the queries, keys, values and outputs of attention (a fused kernel keeps no attention scores)
-    three tensors of the MLP (GPT-2: one)
+    three tensors of the MLP's intermediate size (GPT-2: one)
     the inputs of the layers that have an adapter
 
 With activation checkpointing only the residual stream before each block is kept. The backward pass recomputes the other
@@ -54,7 +54,7 @@ _ROOM = 4096  # tokens at once that keep a GPU busy; if fewer fit, recomputing a
 class TokenBudget:
     """The largest number of tokens, padding included, that pass through a model at once.
 
-    The budget is halved whenever memory runs out. Another budget changes results by rounding only.
+    The budget is halved whenever memory runs out. Results depend on the budget only by rounding.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None] = print, kind: Any = None) -> None:
@@ -81,8 +81,8 @@ class TokenBudget:
         """Return `work(tokens)`, where `tokens` is the budget; halve the budget and repeat if memory runs out.
 
         Args:
-            work: function of the largest number of tokens at once. If memory runs out, it must not leave a partial
-                result.
+            work: function whose argument is the largest number of tokens at once. If memory runs out, `work` must not
+                leave a partial result.
             lengths: number of tokens of each example that `work` passes through the model; their sum is added to the
                 tokens that `gradsift.cost` counts.
 
@@ -128,7 +128,8 @@ class TokenBudget:
         Args:
             work: see `group`.
             journal: see `group`.
-            advance: is told the progress after each group, weighted by tokens.
+            advance: called after each group to advance a bar that counts examples; the group's share of the bar is its
+                share of all tokens.
         """
         advance_by_tokens = weighed(advance, len(examples), sum(len(example.input_ids) for example in examples))
         for group in spread_out(by_length(examples, self.tokens)):
@@ -138,7 +139,7 @@ class TokenBudget:
     def group(
         self, examples: Sequence[Encoded], work: Callable[[list[Encoded]], T], journal: Journal | None = None
     ) -> list[T]:
-        """Pass the examples to `work` in batches that fit the budget, and return its results, one for each batch.
+        """Pass the examples to `work` in batches that fit the budget, and return what `work` returns for each batch.
 
         If memory runs out, all batches are repeated with a smaller budget. Results that `journal` keeps from an
         interrupted pass are not computed again.
@@ -164,7 +165,7 @@ def numbers_at_once(device: torch.device, on_cpu: int) -> int:
 
 
 def tokens_factor(model: Any) -> int:
-    """Return the factor of a CPU's token budget: above 1 for a model with packed weights (`gradsift.cpu`), else 1."""
+    """Return the factor for a CPU's token budget: above 1 for a model with packed weights (`gradsift.cpu`), else 1."""
     # each pass reads all weights once, so more tokens per pass save time
     return int(getattr(model, "tokens_factor", 1))
 
@@ -205,7 +206,7 @@ def device_of(compute: ComputeConfig) -> torch.device:
     """Return the device that `compute.device` asks for.
 
     Raises:
-        GradsiftError: `compute.device` is cuda, but there is no CUDA device; or there are some, but fewer than
+        GradsiftError: `compute.device` is cuda, but there is no CUDA device; or there are CUDA devices, but fewer than
             `compute.devices`.
     """
     if compute.device == "cuda" and not torch.cuda.is_available():
@@ -314,7 +315,7 @@ class _Checkpointed:
 
 
 def become(module: Any, mixin: Any) -> None:
-    """Change the class of `module` to a subclass of its class whose forward pass is that of `mixin`."""
+    """Change the class of `module` to a subclass of `mixin` and of its class, so that `mixin.forward` is called."""
     if not isinstance(module, mixin):
         module.__class__ = _with(mixin, module.__class__)
 

@@ -7,8 +7,8 @@ because each step seeds its own masks. A resumed training takes the remaining st
 uninterrupted training.
 
 A save point is one safetensors file with a checksum. A new save point is written to a second file, which then replaces
-the old file by renaming. So if the process is killed at any moment, a complete file is left, old or new. If the file is
-damaged in another way, the training starts from the beginning.
+the old file by renaming. So if the process is killed at any moment, a complete file is left, either the old or the new
+one. If the file is damaged in another way, the training starts from the beginning.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def fit(
 
     Raises:
         GradsiftError: a loss or gradient norm is not finite (the message names the rows), a weight is not finite, or
-            memory does not hold a single example.
+            memory runs out even with a single example at once.
     """
     callbacks = with_save_point(module, encoded, plan, callbacks, compute, folder)
     done = len(module.curve)
@@ -89,8 +89,8 @@ def with_save_point(
 ) -> list[L.Callback]:
     """Restore `module` from the save point in `folder`, if there is one, and return the callbacks for its training.
 
-    These are `callbacks`, the callback that stops at non-finite values and, unless `folder` is None, the callback that
-    writes save points.
+    The returned list has the given `callbacks`, the callback that stops at non-finite values and, unless `folder` is
+    None, the callback that writes save points.
     """
     callbacks = [StopAtNonFinite(encoded), *callbacks]
     if folder is not None:
@@ -226,7 +226,8 @@ class StopAtNonFinite(L.Callback):
 class SavePoint(L.Callback):
     """Saves the state of a training in save points, and restores the state when the training is started again.
 
-    It must be the last callback, so that all other callbacks have processed a step before their state is saved.
+    A `SavePoint` must be the last callback, so that all other callbacks have processed a step before their state is
+    saved.
 
     Args:
         folder: the folder of the artifact that is being made.

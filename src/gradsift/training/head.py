@@ -1,8 +1,8 @@
 """Token losses of a causal language model without its (B, T, V) logits.
 
 A place is the position of a token whose next token is a response token. The output head is applied only to the hidden
-states at the places, one chunk of places at a time. The gradient of a chunk's losses with respect to its hidden states
-is computed in the forward pass too, so logits are computed once and never kept for the backward pass.
+states at the places, one chunk of places at a time. The gradient of a chunk's losses with respect to the chunk's hidden
+states is computed in the forward pass too, so logits are computed once and never kept for the backward pass.
 
 Shape letters: B examples of a batch, T tokens, D hidden size, P places of the batch, V vocabulary.
 """
@@ -61,7 +61,7 @@ class OutputHead:
         return cls(causal.base_model, embedding) if _is_last_step(causal, embedding) else None
 
     def hidden_states(self, inputs: Mapping[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states (P, D) of `inputs` (B, T) at `places`.
+        """Return the inputs (P, D) of the output head at `places`, for a batch with the model inputs `inputs` (B, T).
 
         Args:
             places: (P,) indices into the B x T tokens of the batch, flattened.
@@ -75,7 +75,7 @@ class OutputHead:
         """Return the negative log-likelihoods (P,) float32, in nats, of the token ids `targets` (P,).
 
         Args:
-            hidden: (P, D), the last hidden state before each target.
+            hidden: (P, D), for each target the result of `hidden_states` at the token before the target.
         """
         # the gradient mode is an argument, because gradients are off within a Function's forward
         losses: torch.Tensor = _TokenLosses.apply(hidden, targets, self, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
@@ -254,7 +254,9 @@ def _is_last_step(causal: Any, embedding: nn.Linear) -> bool:
 
 
 def require_finite(quantity: str, rows: torch.Tensor, values: torch.Tensor, encoded: Sequence[Encoded]) -> None:
-    """Refuse a NaN or infinity among `values` (B,); the message names the examples by their row in the data's source.
+    """Raise a `GradsiftError` if one of `values` (B,) is NaN or infinite.
+
+    The message names the examples by their row in the data's source.
 
     Args:
         quantity: what the message calls the values.

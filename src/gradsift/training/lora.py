@@ -35,12 +35,12 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     With `all-linear`, a model with experts gets adapters only on its attention and dense layers (see `left_out`).
 
     Returns:
-        The model as a `peft.PeftModel`. Only its LoRA parameters, which are float32, train. Its attribute `passed_rows`
-        (`PassedRows`) tells its layers about the rows of a batch. Its method `unload` restores the model.
+        The model as a `peft.PeftModel`. Only its LoRA parameters, which are float32, are trainable. Its attribute
+        `passed_rows` (`PassedRows`) tells its layers about the rows of a batch. Its method `unload` restores the model.
 
     Raises:
         ConfigError: `config.targets` names no linear layer of this model, a layer that is not linear, or a layer that
-            peft refuses. The model is left without an adapter.
+            peft refuses. After this error, the model has no adapter.
     """
     names = linear_layer_names(model)
     targets: Any = list(config.targets)
@@ -98,7 +98,7 @@ def _unwrap(model: nn.Module) -> None:
 
 
 def require_mergeable(adapted: Any) -> None:
-    """Refuse an adapter on a weight that two modules share, such as an output head that is also the input embedding."""
+    """Raise ConfigError if another module also uses an adapted weight, such as that of a tied output head."""
     if shared := shared_layers(adapted):
         raise ConfigError(
             f"an adapter cannot be merged into a weight that another module uses too ({', '.join(shared[:3])}); leave "
@@ -121,15 +121,16 @@ def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def linear_layer_names(model: nn.Module) -> list[str]:
-    """Return the last parts of the names of the model's linear layers, sorted and without repeats."""
+    """Return the last parts of the names of the linear layers, such as `q_proj`, sorted and without repeats."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks with experts, by name. The weights of a block's experts are stacked in one tensor.
+    """Return the blocks of a mixture-of-experts model that hold its experts, by name.
 
-    So a block is the parent of a module with a weight of three or more dimensions, convolutions excepted.
+    transformers stacks the weights of a block's experts in one tensor. So a block is recognised as the parent of a
+    module that has a weight of three or more dimensions and is not a convolution.
     """
     blocks = {}
     for name, module in model.named_modules():
@@ -190,7 +191,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def factor_sizes(adapted: nn.Module) -> dict[str, float]:
-    """Return the norms of the active adapter's factors, as `size_A` and `size_B`.
+    """Return the norms of the active adapter's factors A and B, as `size_A` and `size_B`.
 
     `size_A` is the L2 norm of all entries of A in all layers, `size_B` that of all entries of B.
     """
@@ -221,7 +222,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state on the CPU, by `<kind>:<parameter>`, such as `exp_avg:<parameter>`."""
+    """Return the optimiser's state on the CPU; keys are `<kind>:<parameter>`, such as `exp_avg:<parameter>`."""
     return {
         f"{kind}:{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for name, parameter in parameters.items()
@@ -281,9 +282,9 @@ class Lanes(nn.Module):
             layer.lora_A[ADAPTER], layer.lora_B[ADAPTER] = a, b
 
     def announce(self, examples: Sequence[Encoded]) -> list[Encoded]:
-        """Tell the layers which adapter each row of the next batch has; return the batch's examples in row order.
+        """Tell the layers which adapter each row of the next batch has; return the examples sorted by adapter.
 
-        The rows are sorted by adapter.
+        The rows of the batch must be in the order of the returned examples.
         """
         rows = sorted(examples, key=lambda example: example.lane)
         counts = Counter(example.lane for example in rows)

@@ -1,10 +1,10 @@
 """Random bits that depend on a seed and a position, and dropout masks that depend on the example and not on the batch.
 
 A random generator with a state gives numbers that depend on how a batch is divided and on the order in which a device
-draws. Here each number is a hash. Hashes are computed in integer arithmetic, which is the same on every device, because
-it wraps around and never rounds. A dropout mask is a function of the example's key, the layer, the position of the
-token and the index of the input. So the mask does not depend on the batch, the padding, the rank or the device, and a
-checkpointed block has the same mask when it is recomputed.
+draws. Here each random number is a hash. Hashes are computed in integer arithmetic, which is the same on every device,
+because it wraps around and never rounds. A dropout mask is a function of the example's key, the layer, the position of
+the token and the index of the input. So the mask does not depend on the batch, the padding, the rank or the device, and
+a checkpointed block has the same mask when it is recomputed.
 
 Shape letters: B rows of a batch, T tokens, I inputs of a layer, N columns.
 """
@@ -65,7 +65,7 @@ class PassedRows:
 class RowDropout(nn.Dropout):
     """Dropout of the inputs (B, T, I), with a mask for each row that depends on the row's key.
 
-    If `rows.keys` is not set, torch's dropout is used.
+    If `rows.keys` is not set, or does not have one key for each of the B rows, torch's dropout is used.
     """
 
     def __init__(self, probability: float, rows: PassedRows, layer: str) -> None:

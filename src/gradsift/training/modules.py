@@ -252,7 +252,7 @@ class AdapterModule(L.LightningModule):
 
 
 class ProxyMember(AdapterModule):
-    """Trains one member of the proxy ensemble for one epoch, or the adapter of a warm-up.
+    """Trains a member of the proxy ensemble, or the adapter for `gradsift.features.gradients`, for one epoch.
 
     With this module, `Trainer.validate` computes the examples' gradient norms, |g_i^(m,e)| in GRADFILTERING, without
     changing the weights.

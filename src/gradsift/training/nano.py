@@ -148,7 +148,7 @@ def pretrain(
     The same arguments and number of threads give the same model weights.
 
     Args:
-        instructed_share: share of the rows that are worded as in the embedded world's data.
+        instructed_share: share of the rows that are worded like the rows of `data=verifiable`.
         progress: called after every step with the loss of the batch.
 
     Returns:

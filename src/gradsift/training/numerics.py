@@ -34,7 +34,7 @@ def dtype_of(compute: ComputeConfig, model: ModelConfig | None = None) -> torch.
     """Return the dtype in which a model is loaded.
 
     This is `model.dtype` or, if `model.dtype` is auto or no model is given, `compute.precision`. If `compute.precision`
-    is auto too, the dtype is bfloat16 on a GPU with bfloat16 matrix products, else float32.
+    is auto too, the dtype is bfloat16 on a GPU that supports bfloat16 matrix products, else float32.
     """
     precision = compute.precision if model is None or model.dtype == "auto" else model.dtype
     if precision == "auto":
@@ -80,7 +80,7 @@ def prepare(model: Any, compute: ComputeConfig) -> None:
 
 
 def numerics_of(model: Any) -> dict[str, str]:
-    """Return the numerics of a model that `prepare` has changed, as found in the model itself."""
+    """Return the numerics of a model that `prepare` has changed, read from the model and from torch's settings."""
     tf32 = torch.get_float32_matmul_precision() != "highest"
     return {
         "precision": str(model.dtype).removeprefix("torch."),
@@ -121,10 +121,11 @@ def busy_cores() -> float:
 def threads_of(compute: ComputeConfig) -> int:
     """Return the number of threads that `compute.threads` asks for.
 
-    The threads of a kernel wait for each other by spinning, so a step takes many times longer if there is even one
-    thread more than free cores. So `auto` takes the least of three numbers: torch's own choice, the cores that this
-    process may use (CPU affinity and cgroup limits), and the free cores. If several ranks share this CPU, the least
-    number is divided among them. If OMP_NUM_THREADS is set, `auto` is torch's own choice, which follows this variable.
+    The threads of a kernel wait for each other by spinning, so a training step takes many times longer if there is even
+    one thread more than there are free cores. So `auto` takes the least of three numbers: torch's own choice, the
+    number of cores that this process may use (CPU affinity and cgroup limits), and the number of free cores. If several
+    ranks share this CPU, the least number is divided among them. If OMP_NUM_THREADS is set, `auto` is torch's own
+    choice, which follows this variable.
     """
     if compute.threads is None or (compute.threads == "auto" and "OMP_NUM_THREADS" in os.environ):
         return _TORCH_THREADS

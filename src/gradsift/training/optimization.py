@@ -1,7 +1,7 @@
-"""The settings with which adapters (proxy members, warm-ups and targets) are trained, and two files about a training.
+"""The settings with which adapters (proxy members, warm-ups and targets) are trained, and two files of a training.
 
-`curve.jsonl` has a line for each optimiser step. `trajectory.safetensors` has the path of an adapter's update B A
-during its training.
+`curve.jsonl` has a line for each optimiser step. `trajectory.safetensors` has points on the path that an adapter's
+update B A (the product of its LoRA matrices) takes during training.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Optimization:
     """The settings of AdamW, of its learning rate over `total_steps` optimiser steps, and of the loss of a step.
 
     The schedules and `loss="token"` work as in transformers' Trainer. The defaults are the settings of the proxy: its
-    training minimises the mean of the losses whose per-sample gradients are measured, and does not clip gradients
-    (GRADFILTERING, section 3).
+    training minimises the mean of the examples' losses, which are the losses whose per-sample gradients are measured,
+    and does not clip gradients (GRADFILTERING, section 3).
     """
 
     learning_rate: float
@@ -51,7 +51,7 @@ class Optimization:
         return 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def mean_rate(self, first: int, last: int) -> float:
-        """Return the mean learning rate over the steps from `first` to `last` - 1."""
+        """Return the mean learning rate over the optimiser steps from `first` to `last` - 1."""
         return self.learning_rate * sum(self.factor(step) for step in range(first, last)) / (last - first)
 
 

@@ -88,7 +88,7 @@ def alone() -> Iterator[None]:
 
 
 def share(examples: Sequence[Encoded]) -> Sequence[Encoded]:
-    """Return this rank's share of the examples; every example is in exactly one rank's share."""
+    """Return the examples that this rank works on; every example is in the share of exactly one rank."""
     return examples if size() == 1 else shard_of(examples, rank(), size())
 
 
@@ -112,7 +112,7 @@ def gather(columns: Mapping[str, torch.Tensor], total: int) -> dict[str, torch.T
 
 
 def run(budget: TokenBudget, work: Callable[[int], T], lengths: Sequence[int]) -> T:
-    """Return `work(tokens)`, where `tokens` is the budget.
+    """Return `work(tokens)`, where `tokens` is the number of tokens that `budget` allows per pass.
 
     If there is only one rank and memory runs out, `budget.run` calls `work` again with fewer tokens.
 
@@ -166,7 +166,7 @@ def passes(
     *,
     in_step: bool,
 ) -> Iterator[list[T]]:
-    """Divide the examples into groups of similar length, and yield lists of results of `work` until all are done.
+    """Divide the examples into groups of similar length, and yield lists of results of `work` until no group is left.
 
     Each rank calls `work` on its share of the groups, but all results are yielded on every rank.
 
@@ -225,7 +225,7 @@ def total(count: int) -> int:
 
 
 class RunEnded(Exception):
-    """Raised on the other ranks when rank 0 stops before the last stage; rank 0 itself reports the reason."""
+    """Raised on every rank except rank 0 when rank 0 stops before the last stage; rank 0 itself reports the reason."""
 
 
 class SharedStore(Store):

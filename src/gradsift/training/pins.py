@@ -60,7 +60,7 @@ def pin(store: Store, display: Display, config: ModelConfig) -> Artifact:
 
 
 def require_model(store: Store, config: ModelConfig) -> None:
-    """Refuse a model that does not exist, or that is to be quantised without the package bitsandbytes.
+    """Raise an error if the model does not exist, or is to be quantised and the package bitsandbytes is missing.
 
     The hub is asked only if the store has no pin of the model.
     """
@@ -75,7 +75,7 @@ def require_model(store: Store, config: ModelConfig) -> None:
 
 
 def require_chat_template(config: ModelConfig, option: str) -> None:
-    """Refuse `option`=chat for a tokenizer without a chat template.
+    """Raise ConfigError, with `option`=chat in the message, if the model's tokenizer has no chat template.
 
     A tokenizer whose files are not on this machine is not checked.
     """
@@ -116,7 +116,7 @@ def folder_of(config: ModelConfig) -> Path | None:
 
 
 def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
-    """Refuse a model that needs the code in its own repository, unless `model.trust_remote_code` allows this code.
+    """Raise DataError if a model needs code of its own repository that `model.trust_remote_code` does not allow.
 
     The code is not needed if transformers supports the architecture. The supported architectures are read from
     transformers' files, because importing transformers would take seconds.
@@ -139,7 +139,7 @@ def require_known(config: ModelConfig, described: Mapping[str, Any]) -> None:
 
 
 def _require_config(config: ModelConfig, folder: Path) -> None:
-    """Refuse a folder whose config.json is missing or not a JSON object, or whose model `require_known` refuses."""
+    """Raise DataError if config.json is missing or is no JSON object, or if `require_known` refuses the model."""
     if not (folder / "config.json").is_file():
         adapter = " but with an adapter: give its base model" if (folder / "adapter_config.json").is_file() else ""
         raise DataError(
@@ -158,7 +158,7 @@ def _require_config(config: ModelConfig, folder: Path) -> None:
 
 
 def config_on_hub(config: ModelConfig) -> Path:
-    """Check a hub model, and return the path of its config.json in the local cache.
+    """Check that a model of the hub can be used, and return the path of its config.json in the local cache.
 
     The name of the file's folder is the commit of the model.
     """

@@ -1,9 +1,9 @@
 """A trial of an adapter on a model, before hours of training depend on it.
 
 Two short rows of random tokens pass forward and backward through the adapted model: first both rows together, then the
-shorter row alone. B of a fresh adapter is zero, so the adapter must change neither the outputs of any layer nor the
-logits. The shorter row must have the same loss alone as beside the longer row. The trial changes neither the model nor
-the global random state.
+shorter row alone. The matrix B of a fresh LoRA adapter is zero, so the adapter must change neither the outputs of any
+layer nor the logits. The shorter row must have the same loss alone as beside the longer row. The trial changes neither
+the model nor the global random state.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _logits(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
 def _failure(
     model: Any, config: LoraConfig, rows: Sequence[Encoded], logits: torch.Tensor, norms: bool
 ) -> Exception | None:
-    """Return the exception that an adapter causes, or None if it causes none.
+    """Return the exception that the trial of an adapter raises, or None if it raises none.
 
     Args:
         logits: (B, T, V), the logits of `rows` without an adapter.
@@ -133,7 +133,7 @@ def _losses(adapted: Any, rows: Sequence[Encoded], norms: bool) -> torch.Tensor:
 
 
 def _compared_logits(adapted: Any, rows: Sequence[Encoded], *, all_take_part: bool) -> torch.Tensor:
-    """Return the logits of `rows`; in the pass, the outputs of each adapted layer must equal those of its base layer.
+    """Return the logits of `rows`, after a check that each adapted layer's outputs equal those of its base layer.
 
     Raises:
         GradsiftError: the outputs differ, the pass fails or, if `all_take_part`, a layer is never called and so has no

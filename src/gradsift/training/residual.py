@@ -1,4 +1,4 @@
-"""A residual stream in float32 between blocks in bfloat16.
+"""Keeps the residual stream in float32 between blocks that compute in bfloat16.
 
 Every block adds small terms to the residual stream. In bfloat16 each sum is rounded to three digits, and the rounding
 errors of all blocks add up in the output and in every gradient. These errors cause most of a gradient norm's error,
@@ -36,7 +36,7 @@ _STREAMS = {
 
 
 def residual_in_float32(model: Any) -> None:
-    """Make the residual stream of a bfloat16 model float32, in place, if this module knows the model's blocks.
+    """Make the residual stream of a bfloat16 model float32, in place, if the model's type is one of `_STREAMS`.
 
     The normalisation layers that read the stream become float32, but their outputs stay bfloat16.
     """
@@ -53,7 +53,7 @@ def residual_in_float32(model: Any) -> None:
 
 
 def stream_readers(model: Any) -> list[Any]:
-    """Return the layers that read a model's residual stream; an empty list if this module does not know its blocks."""
+    """Return the layers that read a model's residual stream; an empty list if its type is not in `_STREAMS`."""
     kind = model.config.model_type
     if kind not in _STREAMS or not type(model).__module__.startswith("transformers.models."):
         return []  # a model with code of its own may use model_type=llama for other blocks

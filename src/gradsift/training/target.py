@@ -47,7 +47,7 @@ def finetune(
 ) -> Artifact:
     """Return the artifact of the target finetuned on the selected examples.
 
-    The order in which the examples were selected has no influence.
+    The order in which the examples were selected has no influence on the result.
 
     Args:
         pool: all examples to select from.
@@ -189,7 +189,7 @@ def load_tuned(runtime: Runtime, config: TargetConfig, target: Artifact, tuned: 
 
 
 def write_merged(target: Artifact, tuned: Artifact, config: TargetConfig, compute: ComputeConfig, folder: Path) -> None:
-    """Write the merged model (safetensors, in the precision of `numerics.dtype_of`) and its tokenizer.
+    """Write the target with the adapter of `tuned` merged into it (safetensors, dtype: `dtype_of`), and its tokenizer.
 
     If `config.template` is a file, the content of the file becomes the tokenizer's chat template.
     """
@@ -217,9 +217,9 @@ def can_merge(model: Any) -> bool:
     """Return whether a model has an adapter whose merging, in place, changes results by float32 rounding only.
 
     In bfloat16 or with TF32 matrix products, the sum of weight and adapter would be rounded to three digits, which
-    loses a part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on experts, or on a
-    weight that two layers share (such as a head that is also the embedding), the merged model would compute another
-    function.
+    loses a part of the adapter. Quantised and divided weights cannot be changed. If the adapter is on
+    the experts of a mixture-of-experts model, or on a weight that two layers share (such as a head that is also the
+    embedding), the merged model would compute another function.
     """
     if not isinstance(model, peft.PeftModel) or is_divided(model) or torch.get_float32_matmul_precision() != "highest":
         return False

@@ -156,7 +156,10 @@ class Pages:
         return self._next(rater)
 
     def _shown(self, text: str) -> str:
-        """Return a text as HTML that is rendered from Markdown, or as plain text, which the template will escape."""
+        """Return a text as HTML, rendered from Markdown.
+
+        With `--plain`, or if the text is very long, return plain text instead, which the template escapes.
+        """
         if self.markdown is None or len(text) > _MAX_MARKDOWN:
             return presentable(text)
         return Markup(self.markdown.render(presentable(text)))  # noqa: S704 - the renderer escapes HTML
@@ -166,7 +169,7 @@ class Pages:
         return HTMLResponse(self.templates.get_template(name).render(values, rater=rater, here=here))
 
     def _next(self, rater: Rater, after: int = 0) -> Response:
-        """Redirect to the first unrated item after `after`.
+        """Redirect to the first unrated item whose number is above `after`.
 
         If there is none, redirect to the first unrated item; if all items are rated, redirect to the last page.
         """

@@ -9,7 +9,7 @@ import random
 import secrets
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -141,9 +141,13 @@ class Votes:
         self._connection.close()
 
     def require(self, pairs: Pairs, items: int | None = None, seed: int | None = None) -> None:
-        """Raise DataError or ConfigError if the pairs, their number or the seed differ from those of the file.
+        """Check that the file was created for these pairs, this number of `items` and this `seed`.
 
         If `items` or `seed` is None, it is not compared.
+
+        Raises:
+            DataError: the file has votes on other answers.
+            ConfigError: `items` or `seed` differs from that of the file.
         """
         if self.about["content"] != pairs.content:
             raise DataError(
@@ -236,6 +240,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def _beside_judge(
+    judged: Outcomes, decided: Outcomes, outcomes: Mapping[str, Outcomes], confidence: float
+) -> dict[str, Any]:
+    voted = {key: judged[key] for key in decided if key in judged}
+    return {
+        "pooled": summarise(voted, confidence)["pooled"],
+        "majority": agreement(judged, decided),
+        "raters": {rater: agreement(judged, each) for rater, each in outcomes.items()},
+    }
+
+
 def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) -> dict[str, Any]:
     """Return the counts and PWS of each rater and of the majority, and how far raters and judge agree.
 
@@ -271,14 +286,6 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
         cell["split"] = cell.pop("invalid")
     shared = [key for key in decided if all(key in each for each in outcomes.values())] if len(outcomes) > 1 else []
     counts = np.array([[sum(each[key] == kind for each in outcomes.values()) for kind in SIGNS] for key in shared])
-    against_judge = None
-    if judged is not None:
-        voted = {key: judged[key] for key in decided if key in judged}
-        against_judge = {
-            "pooled": summarise(voted, confidence)["pooled"],
-            "majority": agreement(judged, decided),
-            "raters": {rater: agreement(judged, each) for rater, each in outcomes.items()},
-        }
     return {
         "confidence": confidence,
         "raters": raters,
@@ -293,7 +300,7 @@ def describe(votes: Iterable[Vote], judged: Outcomes | None, confidence: float) 
                 "kappa": fleiss_kappa(counts) if shared else None,
             },
         },
-        "judge": against_judge,
+        "judge": None if judged is None else _beside_judge(judged, decided, outcomes, confidence),
         "comments": [
             {"rater": vote.rater, "benchmark": vote.key[0], "item_id": vote.key[1], "comment": vote.comment}
             for cast in by_rater.values()

@@ -40,8 +40,8 @@ class JudgeRequest:
 
     If `order` is "forward", `first` is the model's answer; if `order` is "reverse", it is the reference model's.
     `reference` is the correct answer that the benchmark gives for the item, or None. For the second turn of a
-    conversation, `earlier` holds the first turn: its question, the answer to it by the model that wrote `first`, and
-    the answer by the model that wrote `second`.
+    conversation, `earlier` holds the first turn: its question, the answer of the model that wrote `first`, and the
+    answer of the model that wrote `second`.
     """
 
     item_id: str
@@ -56,7 +56,10 @@ class JudgeRequest:
 
 
 def in_one_turn(request: JudgeRequest) -> JudgeRequest:
-    """Return a request with both turns in its question and in its answers; a request of one turn is unchanged."""
+    """Return a two-turn request as a request of one turn, whose question and answers contain both turns.
+
+    A request of one turn is returned unchanged.
+    """
     if request.earlier is None:
         return request
     question, first, second = request.earlier
@@ -111,7 +114,7 @@ class Judge(Protocol):
         """Return a hash of prompt, model and parameters, but not of the endpoint's address."""
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield one reply for each request, in order of arrival.
+        """Yield each request with its reply, in the order in which the replies arrive.
 
         Raises:
             JudgeError: a request failed for good; all replies that arrived were yielded before.
@@ -143,7 +146,7 @@ class Rater(Protocol):
     name: str
 
     def rate(self, requests: Sequence[RatingRequest]) -> Iterator[tuple[RatingRequest, Reply[float]]]:
-        """Yield one grade for each request, in order of arrival.
+        """Yield each request with its grade, in the order in which the grades arrive.
 
         Raises:
             JudgeError: a request failed for good; all ratings that arrived were yielded before.

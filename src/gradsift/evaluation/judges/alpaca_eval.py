@@ -40,8 +40,9 @@ class AlpacaEvalJudge(Judge):
     """Asks one of alpaca_eval's annotators which answer is better.
 
     A preference p is between 1 (the first answer is better) and 2 (the second is better). The first answer gets the
-    score 2 - p, the second p - 1. For an annotator that reads log-probabilities, p is 1 + the probability that the
-    second answer is better. Only the sign of the score difference counts in each order (`combine="signs"`).
+    score 2 - p, and the second answer gets p - 1. For an annotator that reads log-probabilities, p is 1 + the
+    probability that the second answer is better. Only the sign of the score difference counts in each order
+    (`combine="signs"`).
 
     Attributes:
         chat: a client with the annotator's model and parameters.

@@ -2,8 +2,9 @@
 
 An annotator is a folder with a `configs.yaml`. This file names a prompt with slots such as {instruction}, a model with
 its parameters, and the parser that finds a preference in a reply. An annotator is refused if it cannot judge each pair
-in both orders through a chat endpoint. This is so if its prompt is for completion models or shows several pairs, or if
-the file holds a pool of annotators, each of which judges a random part of the questions.
+in both orders through a chat endpoint, for example if its prompt is for completion models or shows several pairs. A
+file with a pool of annotators is refused too, because each annotator of a pool judges only a random part of the
+questions.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _READING_ALONE = ("ChainOfThoughtProcessor", "JsonKeysToColumnProcessor")  # add
 class Annotator:
     """A prompt, the parameters of the requests that send it, and the parser of the replies.
 
-    `messages` are pairs of a role and a text with slots. `parameters` are sent with each request, besides the model,
-    `max_tokens` and `temperature`. `price` is the price that the annotator's file gives, in USD per million tokens, or
-    None.
+    `messages` are pairs of a role and a text with slots. `parameters` are sent with each request, in addition to the
+    model, `max_tokens` and `temperature`. `price` is in USD per million tokens; it is None if the annotator's file
+    gives no price.
     """
 
     name: str
@@ -79,7 +80,8 @@ def read_annotator(name_or_path: str) -> Annotator:
     """Read an annotator, given by its name in alpaca_eval or by the path of its folder or of its `configs.yaml`.
 
     Raises:
-        ConfigError: there is no such annotator, its file is broken, or it cannot be asked in both orders.
+        ConfigError: alpaca_eval is not installed, there is no such annotator, its file is broken, or it is refused (see
+            the module's docstring).
     """
     folders, path = shipped(), Path(name_or_path).expanduser()
     if name_or_path in folders:

@@ -1,9 +1,9 @@
 """The local judge compares log P("A") and log P("B") under a model on this machine.
 
-As a rater, it gives the mean grade under the model's probabilities of the digits. With a small model, the judge only
-checks that the pipeline runs: on LLMBar-Natural, SmolLM2-135M-Instruct prefers A in both orders on all 100 pairs. With
-the scores summed over the orders, the judge agrees with the human label on 55 of the pairs (chat template) or 50
-(plain), which is no better than chance.
+When it rates single examples, it gives the mean grade under the model's probabilities of the digits. With a small
+model, the judge only checks that the pipeline runs: on LLMBar-Natural, SmolLM2-135M-Instruct prefers A in both orders
+on all 100 pairs. With the scores summed over the orders, the judge agrees with the human label on 55 of the pairs
+(prompts in the chat template) or 50 (plain prompts), which is no better than chance.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ class _Prompt(NamedTuple):
 class LocalJudge(Judge, Rater):
     """Shows a pair to a causal LM and compares the log-probabilities (nats) of A and B as the next token.
 
-    Small models prefer one letter for all pairs, by about the same amount, so the orders are combined by "sum". The
-    parts of a prompt are tokenised separately and without special tokens, so no answer can end the user's turn. If the
-    answers do not fit into `max_length`, both are cut to the same limit. Answers whose tokens are equal after this cut
-    get equal scores without a forward pass, because rounding errors would decide between them.
+    Small models prefer one letter for all pairs, by about the same amount. So the scores of the two orders are added
+    (`combine` is "sum"), which cancels this preference. The parts of a prompt are tokenised separately and without
+    special tokens, so no answer can end the user's turn. If the answers do not fit into `max_length`, both are cut to
+    the same limit. Answers whose tokens are equal after this cut get equal scores without a forward pass, because
+    rounding errors would decide between them.
     """
 
     combine: Combine = "sum"
@@ -116,7 +117,10 @@ class LocalJudge(Judge, Rater):
         return content_hash("local", self.name, prompt.tokens if prompt else None)
 
     def judge(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, Reply[Pair]]]:
-        """Yield replies that need no forward pass, then the other replies by batch, the longest prompts first."""
+        """Yield each request with its reply: first those that need no forward pass, then batches of the others.
+
+        The batch with the longest prompts comes first.
+        """
         asked: list[tuple[JudgeRequest, list[int]]] = []
         for request in requests:
             prompt = self._prompt(request)
@@ -205,7 +209,7 @@ class LocalJudge(Judge, Rater):
         return _Prompt([*start, *first, *between, *second, *end], equal=first == second)
 
     def _rated_prompt(self, request: RatingRequest) -> list[int] | None:
-        """Return a rating's prompt of at most `max_length` tokens; None if the rest leaves no room for the response."""
+        """Return a rating's prompt of at most `max_length` tokens; None if no room is left for the response."""
         opening, heading, response, ending = map(self._encode, render_rated(request))
         start = [*self._head, *opening, *heading]
         end = [*ending, *self._rated_tail]
@@ -252,7 +256,10 @@ def render_pair(request: JudgeRequest) -> tuple[str, str, str, str, str, str]:
 
 
 def render_rated(request: RatingRequest) -> tuple[str, str, str, str]:
-    """Return the pieces of an example's prompt. The third is the response, or empty for a question without it."""
+    """Return the pieces of the prompt that asks for an example's grade.
+
+    The third piece is the response; it is empty if the question does not show the response.
+    """
     scale = SCALES[request.question]
     turns = "".join(f"\n\nEarlier turn, {turn.role}:\n{turn.content}" for turn in request.history)
     shown_input = INPUT + request.input if request.input else ""

@@ -37,7 +37,8 @@ CONVERSATION = (
 def render_prompt(request: JudgeRequest, system: str | None = None, task: str | None = None) -> list[dict[str, str]]:
     """Return the messages for a pair; each part is between marker lines that no part can imitate.
 
-    For the second turn of a conversation, both turns are shown and the second is graded (MT-bench, arXiv 2306.05685).
+    For the second turn of a conversation, both turns are shown and the answers of the second turn are graded (MT-bench,
+    arXiv 2306.05685).
 
     Args:
         system, task: the system message, and the text after question and answers; default: `SYSTEM` and `TASK`.

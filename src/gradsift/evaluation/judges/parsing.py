@@ -1,6 +1,6 @@
 """Read scores from a judge's reply, by one of five rules (`judge.parse`).
 
-`strict`    accepts only two numbers (such as 8.5) and nothing else on the first line that is not blank
+`strict`    accepts only two numbers, as in "8 7.5", and nothing else on the first line that is not blank
 `tolerant`  also accepts, on that line, commas, "8/10 7/10", emphasis, headings ("My scores: 8 7") and labels
             ("Answer 1: 8, Answer 2: 7", also on two lines). Code fences are ignored. If the line has no scores, they
             are read from another line, a JSON object ({"answer_1": 8, "answer_2": 7}) or a verdict ([[A]])
@@ -208,12 +208,12 @@ def _parse_legacy(text: str) -> Pair | None:
 
 
 def parse_grade(text: str, low: int, high: int, how: Parse = "tolerant", *, cut: bool = False) -> float | None:
-    """Return the grade in a reply; None if the rule finds no grade from `low` to `high`.
+    """Return the grade in a reply; None if the rule `how` finds no grade from `low` to `high`.
 
     `strict` reads only the first line that is not blank, which must be a number. The other rules also accept emphasis,
     a label ("Grade: 4"), "4/5" and "4 out of 5". If the first line has no grade, these rules read a grade from another
-    line or from a JSON object ({"grade": 4}). With `cut`, the reply was cut at its limit of tokens, and only its first
-    line, or a JSON object at its beginning, counts.
+    line or from a JSON object ({"grade": 4}). If `cut`, the reply was cut at its limit of tokens, and only a grade on
+    its first line or in a JSON object at its beginning counts.
 
     Raises:
         Unreadable: the reply holds two different grades, a JSON object has a key twice, or a grade in JSON is not a
@@ -244,7 +244,7 @@ def _in_range(match: re.Match[str] | None) -> Pair | None:
 
 
 def _labelled(match: re.Match[str]) -> Pair | None:
-    """Return the scores in the order of the answers; None if both labels name one answer, or if a score exceeds 10."""
+    """Return the scores in the order of the answers; None if both labels name the same answer or a score exceeds 10."""
     places = [_PLACES[match[group].upper()] for group in (1, 3)]
     scores = [float(match[group]) for group in (2, 4)]
     if places[0] == places[1] or max(scores) > 10:

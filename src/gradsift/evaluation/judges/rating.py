@@ -1,4 +1,4 @@
-"""The questions to a rater about one example, each with its scale; the wording is our own.
+"""The questions about one example to a rater (a language model that grades), each with its scale, in our own wording.
 
 `accuracy`    asks for one grade from 0 to 5 for accuracy and helpfulness (AlpaGasus, arXiv 2307.08701)
 `complexity`  asks from 1 to 6 how demanding the task is, without showing the response (DEITA, arXiv 2312.15685)
@@ -59,7 +59,7 @@ _ENDING = "Write nothing but the grade."
 
 
 def render_rating(request: RatingRequest) -> list[dict[str, str]]:
-    """Return the messages of a question about an example."""
+    """Return the chat messages that ask a model for one grade of an example."""
     scale = SCALES[request.question]
     parts = {f"earlier turn {n}, {turn.role}": turn.content for n, turn in enumerate(request.history, start=1)}
     parts |= {"instruction": request.instruction} | ({"input": request.input} if request.input else {})
@@ -71,7 +71,7 @@ def render_rating(request: RatingRequest) -> list[dict[str, str]]:
 
 
 def in_blocks(parts: Mapping[str, str], task: str) -> str:
-    """Return one text: each part between marker lines with its name, then the task.
+    """Return one text: first each of `parts` between two marker lines that state its name, then `task`.
 
     A marker line begins with more `=` in a row than any part contains, so no part can imitate a marker line.
     """

@@ -1,7 +1,7 @@
 """The verifier grades answers against the benchmark's reference answer, without a model.
 
 As a rater it makes no errors: it computes the right response to each example of the embedded world (`data=verifiable`).
-So a selection by these grades shows what a perfect rater achieves in the embedded world.
+So a selection by the verifier's grades shows what a perfect rater achieves in the embedded world.
 """
 
 from __future__ import annotations

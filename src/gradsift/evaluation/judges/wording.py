@@ -26,7 +26,7 @@ _EXAMPLES = [
 
 
 def judge_wording(judge: str) -> str | None:
-    """Return the hash of a judge's prompts about pairs; None if it has no prompts of its own."""
+    """Return the hash of a judge's prompts about pairs; None if the judge has no prompts of its own."""
     if judge == "openai":
         return content_hash([render_prompt(request) for request in _PAIRS])[:12]
     if judge == "local":
@@ -37,7 +37,7 @@ def judge_wording(judge: str) -> str | None:
 
 
 def rating_wording(judge: str) -> str | None:
-    """Return the hash of a judge's prompts about single examples; None if it has none."""
+    """Return the hash of a judge's prompts about single examples; None if the judge has none."""
     if judge == "openai":
         return content_hash([render_rating(request) for request in _EXAMPLES])[:12]
     if judge == "local":

@@ -1,1 +1,1 @@
-"""The stages after the finetune: answers, their metrics, losses, forgetting, and judgments with the PWS."""
+"""The stages that evaluate models: answers, their metrics, losses, forgetting, judgments and the PWS."""

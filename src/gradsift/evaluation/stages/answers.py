@@ -34,7 +34,11 @@ TERSE_ITEMS = 360  # 20 per skill
 def benchmark_items(
     runtime: Runtime, config: BenchmarkConfig, names: Sequence[str], loaded: Artifact, seed: int
 ) -> list[Item]:
-    """Return the items of the benchmarks `names`, in this order; `seed` is for the embedded world's terse benchmark."""
+    """Return the items of the benchmarks `names`, in this order.
+
+    Args:
+        seed: seed with which the items of the embedded world's terse benchmark are drawn.
+    """
     downloads = runtime.store.root / "downloads"
     folder = None if config.folder is None else Path(config.folder).expanduser()
     items: list[Item] = []

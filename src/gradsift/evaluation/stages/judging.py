@@ -212,6 +212,6 @@ def pws(runtime: Runtime, config: JudgeConfig, judged: Artifact, answers: Artifa
 
 
 def pws_of(made: Artifact) -> dict[str, Any]:
-    """Return the contents of the artifact of `pws`."""
+    """Return the contents of `pws.json` in the artifact that `pws` made."""
     summary: dict[str, Any] = json.loads(made.file("pws.json").read_text(encoding="ascii"))
     return summary

@@ -32,7 +32,7 @@ VERSION = 3
 def heldout_loss(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, loaded: Artifact
 ) -> Artifact | None:
-    """Compute the loss on held-out examples; return None if no row is held out.
+    """Return an artifact with the target's loss on held-out examples, or None if no row is held out.
 
     The loss is the mean NLL per response token (nats) of each example, averaged over the examples.
     """
@@ -66,7 +66,7 @@ def heldout_loss_of(made: Artifact | None) -> float | None:
 def reference_losses(
     runtime: Runtime, config: TargetConfig, target: Artifact, tuned: Artifact | None, items: Sequence[Item]
 ) -> Artifact:
-    """Compute the loss on each benchmark's reference answers.
+    """Return an artifact with the target's loss on each benchmark's reference answers.
 
     The loss is the mean NLL per token (nats) of each reference answer, averaged over the benchmark's items.
 

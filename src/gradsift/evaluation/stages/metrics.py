@@ -1,4 +1,4 @@
-"""The stages `metrics` and `lm_eval`, which evaluate a model without a judge, and the forgetting computed from them.
+"""The stages `metrics` and `lm_eval`, which evaluate a model without a judge, and the resulting forgetting.
 
 Forgetting is the change of a model's results on general benchmarks from before to after the finetuning. lm-eval
 (EleutherAI's evaluation harness, an optional extra) runs its tasks on the model in memory.
@@ -128,9 +128,9 @@ def forgetting(
 def forgetting_of(states: tuple[General, General]) -> dict[str, Any]:
     """Return `{name: {"before", "after", "change"}}` for each benchmark and, as `lm_eval/<task>`, for each task.
 
-    Each of the three is a mapping of figures. The figures of a benchmark are its metrics and `loss`: the mean over
-    items of the mean negative log-likelihood per token of the reference answer, in nats. `change` is the value after
-    minus the value before; it omits figures that are missing or None in either.
+    `before`, `after` and `change` are mappings from the names of figures to values. The figures of a benchmark are its
+    metrics and `loss`: the mean over items of the mean negative log-likelihood per token of the reference answer, in
+    nats. `change` has the value after minus the value before, without figures that are missing or None before or after.
     """
 
     def values_of(state: General) -> dict[str, dict[str, Any]]:
@@ -184,8 +184,8 @@ def evaluate_tasks(
     `template`. All other tasks compare log-probabilities of plain text.
 
     Args:
-        config: names the tasks, and limits the number of items per task and the number of tokens per answer. A task
-            can set a lower limit for its answers.
+        config: names the tasks, and limits the number of items per task and the number of tokens per answer. A task can
+            set a lower limit for the tokens of its answers.
         max_tokens: the largest number of tokens per batch of generated answers, including padding.
 
     Returns:

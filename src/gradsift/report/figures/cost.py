@@ -20,7 +20,7 @@ def costs(material: Material) -> dict[str, dict[str, float]]:
         seconds: time spent on the units made.
         saved: seconds that the reused units took when they were made; a unit that was reused twice counts twice.
         tokens: tokens that passed forward through a model for the units made.
-        memory: the highest peak memory of the process, in GB, that is recorded for the units made; 0 if none is.
+        memory: the highest peak memory of the process, in GB, that is recorded for the units made; 0 without a record.
     """
     by_stage: dict[str, dict[str, float]] = {}
     for run in material.runs:

@@ -70,7 +70,7 @@ def representative(material: Material, stage: str) -> Run:
 
 
 def largest_ensemble(material: Material) -> Run:
-    """Return the run with the most members that has the scorer and alpha of the representative run."""
+    """Return, of the runs with the scorer and alpha of the representative run, the one with the most members."""
     one = representative(material, "statistics")
     runs = [run for run in reached(material, "statistics") if run.alpha == one.alpha]
     return max((run for run in runs if run.record["scorer"] == one.record["scorer"]), key=lambda r: r.record["members"])

@@ -20,11 +20,11 @@ _OUTCOMES = {"win": style.COLOURS[0], "tie": style.NEUTRAL, "lose": style.COLOUR
 
 @report_figure("results", "PWS of every method")
 def pws(material: Material) -> Figure:
-    """Each mark is a PWS with its confidence interval over items and, if there are several, over seeds. A mark right of
-    the dashed line means that the model tuned on the selection is better than the model tuned on all rows. If an
-    interval contains the line, the data do not show which of the two models is better. Among many intervals, some miss
-    the line by chance, even if the models are equally good. The figure shows at most four combinations of dataset,
-    target and benchmark; the report's table of PWS has all of them."""
+    """Each mark is a PWS with its confidence interval over items and, if there are several seeds, over seeds. A mark
+    right of the dashed line means that the model tuned on the selection is better than the model tuned on all rows. If
+    an interval contains the dashed line, the data do not show which of the two models is better. Among many intervals,
+    some miss the line by chance, even if the models are equally good. The figure shows at most four combinations of
+    dataset, target and benchmark; the report's table of PWS has all of them."""
     cells = cells_of(material)
     places = list(dict.fromkeys(place for place, _ in cells))[:_MOST_PANELS]
     methods = list(dict.fromkeys(method for _, (_, method) in cells))[: groups.MOST_ROWS]
@@ -67,15 +67,15 @@ def judged(material: Material) -> dict[str, list[Run]]:
 
 
 def total(runs: Sequence[Run], part: str, name: str) -> int:
-    """Return the count `name` under the key `part` of `run.json`, summed over the runs that have it."""
+    """Return the count `name` under the key `part` of `run.json`, summed over the runs that have this count."""
     return sum(int((run.record.get(part) or {}).get(name) or 0) for run in runs)
 
 
 def longer_shares(cells: Mapping[str, Sequence[Run]]) -> dict[str, tuple[float, int]]:
     """Return for each cell (a method and alpha) the share of items that the longer answer won, and the number of items.
 
-    An item is counted only if it has a winner and its two answers differ in length. A cell without counted items is
-    left out.
+    The number and the share include only items that have a winner and answers of different length. A cell without such
+    items is left out.
     """
     shares = {}
     for name, runs in cells.items():

@@ -97,8 +97,8 @@ def _chosen(material: Material, run: Run) -> np.ndarray | None:
 
 @report_figure("selection", "Score against response length")
 def score_length(material: Material) -> Figure:
-    """Each ranking is divided into bands of equal size, with the best rows at the left, and a mark shows the median
-    response length in a band. If a method's line is much higher or lower at the left end than elsewhere, the method
+    """Each ranking is divided into bands of equal size, with the best rows at the left, and each mark shows the median
+    response length in one band. If a method's line is much higher or lower at the left end than elsewhere, the method
     selects by length. The figure shows at most eight methods."""
     runs = groups.reached(material, "score")
     alpha = groups.middle_alpha(runs)
@@ -127,9 +127,9 @@ def _lengths_by_rank(material: Material, run: Run) -> np.ndarray:
 
 @report_figure("selection", "Variance of the norms and loss")
 def variance_and_loss(material: Material) -> Figure:
-    """Left: for each row, the variance of its gradient norm over the members against its loss, both at the late
-    snapshot. Right, if several selections have a held-out loss: for each selection, the held-out loss of the target
-    tuned on it against the mean of that variance over the selected rows."""
+    """The left panel shows each row's loss and the variance of its gradient norm over the members, both at the late
+    snapshot. If several selections have a held-out loss, the right panel shows for each of them the mean of this
+    variance over the selected rows and the held-out loss of the target tuned on these rows."""
     run = groups.representative(material, "statistics")
     values = material.statistics(run)
     points = selections_by_variance(material, values.V_t, run)

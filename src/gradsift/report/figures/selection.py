@@ -22,7 +22,7 @@ Audit = Mapping[str, Any]
 
 
 def overlaps(material: Material) -> Records:
-    """Return, for each two methods, the Jaccard index of their selections at the middle alpha.
+    """Return, for each pair of methods, the Jaccard index of their selections at the middle alpha of the runs.
 
     The index is averaged over datasets and seeds. It is NaN if the two methods have no dataset and seed in common.
     """
@@ -46,7 +46,7 @@ def overlaps(material: Material) -> Records:
 
 @report_figure("selection", "Overlap of the selections", overlaps)
 def overlap(material: Material) -> Figure:
-    """For each two methods, the number of rows that both select, divided by the number of rows that at least one of
+    """For each pair of methods, the number of rows that both select, divided by the number of rows that at least one of
     them selects. This is the Jaccard index; 1 means that the selections are equal."""
     records = overlaps(material)
     names = list(dict.fromkeys(name for record in records for name in (record["method"], record["other"])))
@@ -116,7 +116,7 @@ def audits(material: Material, most: int = groups.MOST_LINES) -> dict[str, list[
 
 
 def spoilt_shares(material: Material) -> Records:
-    """Return the share of spoilt rows in each method's selection at each alpha, averaged over datasets and seeds."""
+    """Return the share of corrupted rows in each method's selection at each alpha, averaged over datasets and seeds."""
     records = []
     for method, own in audits(material).items():
         for cells in zip(*(audit["selections"] for audit in own), strict=True):  # the cells of one alpha

@@ -149,7 +149,7 @@ def own_eps(run: Run) -> float:
 
 
 def agreement(run: Run, name: str, scores: Mapping[Any, Scores], base: Scores) -> Records:
-    """Return Spearman's correlation of each of `scores` with `base`, and the Jaccard index of their top rows.
+    """Compare each of `scores` with `base`: Spearman's correlation, and the Jaccard index of the top rows of both.
 
     The top rows are the share `run.alpha` of the rows with the best scores. An undefined correlation is None.
 
@@ -190,7 +190,7 @@ def limits(correlation: np.ndarray) -> tuple[float, float]:
 
 
 def seed_agreement(material: Material) -> Records:
-    """Compare each two runs of a method that have the middle alpha and differ only in the seed.
+    """Compare every pair of runs of a method that have the middle alpha and differ only in the seed.
 
     Returns for each pair Spearman's correlation of the scores and the Jaccard index of the selections.
     """

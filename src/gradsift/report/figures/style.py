@@ -1,9 +1,9 @@
 """The declaration of a figure, the colours and markers of all figures, and functions for parts that several figures
 share.
 
-Only neutral elements (text, axes, grids, background) have the colours INK, FAINT, RULE and PAPER. The page replaces
-these four colours in an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK, which the
-page does not replace.
+Only neutral elements (text, axes, grids, background) have the colours INK, FAINT, RULE and PAPER. The report's HTML
+page replaces these four colours in an SVG to suit a dark background. Text inside coloured cells is ON_LIGHT or ON_DARK,
+which the page does not replace.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def column(records: Records, key: str) -> np.ndarray:
 @dataclass(frozen=True)
 class Entry:
     """A figure of the report. Calling an entry with the material draws the figure, or raises `Missing` with the reason
-    why this is not possible.
+    why the figure cannot be drawn.
 
     The figure's files have the name of the drawing function, and the caption is the function's docstring.
     """
@@ -134,7 +134,7 @@ class Look:
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name; it depends only on the name's position in the sequence."""
+    """Return a look for each name; a look depends only on the name's position in the sequence."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(names)):
         # shifted by one after each round of the colours, so that a colour recurs with another marker

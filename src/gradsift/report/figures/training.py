@@ -23,7 +23,7 @@ Trajectories = list[tuple[np.ndarray, np.ndarray]]  # for each member: steps (P,
 
 
 def smooth(values: np.ndarray, share: float = _SMOOTHED) -> np.ndarray:
-    """Return the running mean of the values; the window spans `share` of them, and fewer near the ends."""
+    """Return the running mean of the values; the window spans the fraction `share` of them, and fewer near the ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     sums, counts = (np.convolve(each, window, mode="same") for each in (values, np.ones(len(values))))
     mean: np.ndarray = sums / counts
@@ -36,8 +36,9 @@ def shown_steps(loss: np.ndarray) -> np.ndarray:
 
 
 def curves(material: Material) -> Records:
-    """Return the tokens so far and the smoothed loss at each step, for methods at the middle alpha and for all rows.
+    """Return, for each optimiser step, the number of tokens so far and the smoothed loss of the target.
 
+    There are records for each method at the middle alpha (`groups.middle_alpha`) and for the training on all rows.
     The values are means over a method's runs (seeds), up to the last step of its shortest run.
     """
     runs = groups.reached(material, "finetune", but_full=False)
@@ -104,7 +105,7 @@ def trajectories_tsne(material: Material) -> Figure:
 
 
 def principal(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the coordinates (P, 2) of `points` (P, D) on two principal components, and both shares of the variance."""
+    """Return the coordinates (P, 2) of `points` (P, D) on two principal components, and their shares of variance."""
     centred = points.astype(np.float64) - points.mean(0, dtype=np.float64)
     left, size, _ = np.linalg.svd(centred, full_matrices=False)
     flat = left[:, :2] * size[:2]

@@ -171,7 +171,9 @@ class Inputs:
         return {"late_loss": self.late_losses(), "response_tokens": tokens}
 
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
-        """Return the diagnostics of the ensemble up to the late snapshot; an empty list if the scorer uses no ensemble.
+        """Return the diagnostics of the ensemble's training from its first epoch to the late snapshot.
+
+        The list is empty if the scorer uses no ensemble.
 
         `asked` names the sources that the scorer asks for.
         """

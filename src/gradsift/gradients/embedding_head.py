@@ -16,7 +16,7 @@ stream's mean over the hidden dimensions. GPT-2's LayerNorm subtracts this mean;
 is both embedding and head (GPT-2), its gradient is the sum of the two matrices, but the statistics are computed for
 each matrix separately.
 
-Shape letters: B examples of a batch, T tokens, U different tokens of each example, P places of the batch,
+Shape letters: B examples of a batch, T tokens of an example, U distinct tokens of an example, P places of the batch,
 n places of one example, D hidden size, V vocabulary, N examples.
 """
 
@@ -202,7 +202,7 @@ def embedding_statistics(batch: Batch, backprops: torch.Tensor, vocabulary: int)
     examples, columns, inverse, owners, absent = (
         index.to(backprops.device) for index in (examples, columns, inverse, owners, absent)
     )
-    rows = torch.zeros(len(tokens), backprops.shape[2], device=backprops.device)  # (U of all examples, D)
+    rows = torch.zeros(len(tokens), backprops.shape[2], device=backprops.device)  # (sum of U over the examples, D)
     # float32 also for a bfloat16 model, because the row of a frequent token is a sum of many backprops
     rows.index_add_(0, inverse, backprops[examples, columns].float())
     zero = backprops.new_zeros(len(batch.rows), dtype=torch.float32)

@@ -173,9 +173,7 @@ class Inputs:
     def diagnose(self, asked: Sequence[str]) -> list[Diagnostic]:
         """Return the diagnostics of the ensemble's training from its first epoch to the late snapshot.
 
-        The list is empty if the scorer uses no ensemble.
-
-        `asked` names the sources that the scorer asks for.
+        The list is empty if the scorer uses no ensemble. `asked` names the sources that the scorer asks for.
         """
         if not self.has_ensemble:
             return []

@@ -218,6 +218,13 @@ class Watched(np.ndarray):
         return found
 
 
+@pytest.mark.parametrize("name", ON_VECTORS)
+def test_vectors_of_other_data_are_refused(name: str) -> None:
+    scores, vectors = pool()
+    with pytest.raises(GradsiftError, match="39 vectors for 40 scores"):
+        select(name, scores, 5, vectors[:-1])
+
+
 def test_products_equal_their_definition_for_any_blocks_and_equal_rows_tie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradsift.diagnostics import Diagnostic
+from gradsift.errors import GradsiftError
 from gradsift.features.vectors import Features
 from gradsift.scoring.scores import SCORED, Scores
 
@@ -34,7 +35,15 @@ def best_by_direction(scores: Scores, features: Features) -> tuple[np.ndarray, n
     """Return `best_first` in two parts: the positions whose vector is not zero, and those whose vector is zero.
 
     A zero vector has no cosine to other vectors, so methods that compare vectors select the second part last.
+
+    Raises:
+        GradsiftError: `features` and `scores` have different numbers of examples.
     """
+    if len(features) != len(scores.score):
+        raise GradsiftError(
+            f"there are {len(features):,} vectors for {len(scores.score):,} scores; both must be of the same data, "
+            "in its order"
+        )
     ranked = best_first(scores)
     directed = features.has_direction[ranked]
     return ranked[directed], ranked[~directed]

@@ -135,6 +135,9 @@ def test_a_number_of_thousands_of_digits_is_refused_by_its_option() -> None:
         (f"seed={'9' * 5000}", "give one that fits into 64 bits"),
         ("scorer=null", "choose one of: cherry, "),
         ("proxy=null", "choose one of: gpt2, "),
+        ("data.path=mine (1).jsonl", "data.path=mine (1).jsonl cannot be read; check it, or put"),
+        ("data.path=~/mine.jsonl", """as in 'data.path="VALUE"'"""),
+        ("alpha=nosuch(3)", "Unknown function"),
     ],
 )
 def test_a_refused_argument_ends_with_one_line_and_exit_code_2(

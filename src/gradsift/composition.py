@@ -16,7 +16,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf.errors import OmegaConfBaseException
 
@@ -173,6 +173,9 @@ def in_one_line(error: Exception) -> str:
         return _unknown_option(*match.groups())
     if match := re.match(r"Error parsing override '([^']*)' missing EQUAL", text):
         return f"{match[1]} has no value; give it as in {match[1]}=VALUE"
+    if isinstance(error, OverrideParseException) and not text.startswith("Error parsing"):
+        example = f"'{error.override.partition('=')[0].strip()}=\"VALUE\"'"
+        return f"{error.override} cannot be read; check it, or put the value in two pairs of quotes, as in {example}"
     if match := re.search(r"Could not load 'export/([^']+)'", text):
         formats = ", ".join(sorted(path.stem for path in (conf_folder() / "export").glob("*.yaml")))
         return f"export={match[1]} does not exist; the choices are: {formats}, or several: export=[trl,axolotl]"

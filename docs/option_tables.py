@@ -97,4 +97,4 @@ def _limits(field: Any) -> str:
     if "choices" in limits:
         return "one of " + ", ".join(f"`{choice}`" for choice in limits["choices"])
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-    return ", ".join(f"{words[name]} {limit:,g}" for name, limit in limits.items())
+    return ", ".join(f"{words[name]} {limit:,g}" for name, limit in limits.items() if name in words)

@@ -516,3 +516,15 @@ def test_the_console_script_and_the_wheel_carry_the_configuration() -> None:
     project = (REPOSITORY / "pyproject.toml").read_text()
     assert 'gradsift = "gradsift.cli:main"' in project
     assert 'conf = "gradsift/conf"' in project
+
+
+def test_the_store_may_lie_in_the_home_folder_and_needs_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GRADSIFT_ARTIFACTS", "~/store")
+    register_schemas()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        assert load_config(compose("config")).artifacts == str(tmp_path / "store")
+        assert load_config(compose("config", ["artifacts=${oc.env:HOME}"])).artifacts == str(tmp_path)
+        monkeypatch.setenv("GRADSIFT_ARTIFACTS", "")
+        with pytest.raises(ConfigError, match="artifacts names no folder; give one, as in artifacts=DIR"):
+            load_config(compose("config"))

@@ -13,6 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -59,7 +60,8 @@ _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {  # the words 
 def option(default: Any, *, choices: tuple[str, ...] | None = None, **limits: float) -> Any:
     """Return a dataclass field whose value must be one of `choices`, or a number within the limits (see `in_range`).
 
-    If the value is a list, every item is checked. The value None is accepted unless there are `choices`.
+    With `folder=True` the value is the path of a folder instead, in which `~` is replaced by the home folder. If the
+    value is a list, every item is checked. The value None is accepted unless there are `choices`.
     """
     metadata = limits if choices is None else {"choices": choices}
     if isinstance(default, list):
@@ -96,6 +98,10 @@ class Group:
                     require_bound(name, each)
                 if "choices" in field.metadata:
                     one_of(name, each, field.metadata["choices"])
+                elif "folder" in field.metadata:
+                    if not each:
+                        raise ConfigError(f"{name} names no folder; give one, as in {name}=DIR")
+                    setattr(self, field.name, str(Path(each).expanduser()))
                 elif field.metadata and each is not None:
                     in_range(name, each, **field.metadata)
         self.check()

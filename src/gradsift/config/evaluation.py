@@ -274,7 +274,7 @@ class CompareConfig(Group):
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig(sets=[EMBEDDED]))
     judge: JudgeConfig = MISSING
     compute: ComputeConfig = MISSING
-    artifacts: str = "artifacts"
+    artifacts: str = option("artifacts", folder=True)
 
     def check(self) -> None:
         require_trained(self.judge)

@@ -76,7 +76,7 @@ class Config(Group):
     plan: bool = False  # only show which stages are done and which are still to do
     # the result that a search (hydra/sweeper=optuna) optimises
     objective: str = option("pws", choices=tuple(OBJECTIVES))
-    artifacts: str = "artifacts"  # folder of the store, in which all runs keep and find the results of stages
+    artifacts: str = option("artifacts", folder=True)  # the store, where all runs keep and find results of stages
     report: bool = True  # write report.html at the end of a run, or one for all jobs of a sweep
 
     def check(self) -> None:

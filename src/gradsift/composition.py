@@ -173,10 +173,12 @@ def in_one_line(error: Exception) -> str:
         return _unknown_option(*match.groups())
     if match := re.match(r"Error parsing override '([^']*)' missing EQUAL", text):
         return f"{match[1]} has no value; give it as in {match[1]}=VALUE"
+    if match := re.match(r"Error merging override ([\w.]+)=.* Invalid type assigned", text):
+        return f"{match[1]} is a group of options and takes no value; give one of them, as in {match[1]}.NAME=VALUE"
     if match := re.search(r"Could not load 'export/([^']+)'", text):
         formats = ", ".join(sorted(path.stem for path in (conf_folder() / "export").glob("*.yaml")))
         return f"export={match[1]} does not exist; the choices are: {formats}, or several: export=[trl,axolotl]"
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)' Available options in '\1': (.+)", text):
+    if match := re.search(r"Could not find '([\w/]+?)/([^']+)' Available options in '\1': (.+)", text):
         group, name, choices = match[1], match[2], match[3].split()
         close = difflib.get_close_matches(name, choices, n=1)
         meant = f"did you mean {close[0]}? The" if close else "the"

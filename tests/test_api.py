@@ -154,6 +154,8 @@ def test_the_hash_of_a_function_is_that_of_every_process() -> None:
         ({"method": by_length, "scorer__sgn": 1}, "scorer.sgn is no constant of scorer=by_length; it has sign"),
         ({"alpha": 1.5}, "alpha=1.5 is out of range"),
         ({"proxy__membrs": 3}, "did you mean proxy.members?"),
+        ({"proxy": "/a/folder"}, "proxy=/a/folder does not exist; the choices are: gemma3_1b"),
+        ({"judge": "local", "judge__model": "gpt2"}, "judge.model is a group of options and takes no value; give one"),
         ({"proxy": "gpt3"}, "proxy=gpt3 does not exist; did you mean gpt2?"),
         ({"method": by_length, "scorer__name": "x"}, "scorer.name is no constant of scorer=by_length; it has sign"),
         ({"scorer__eps": object()}, "scorer__eps=<object"),

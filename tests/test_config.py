@@ -212,6 +212,7 @@ def test_the_command_line_wins_over_method_and_experiment() -> None:
         (["scorer=gsnr_variance_normalized", "proxy.members=1"], "divides by a variance"),
         (["experiment=smollm2_alpaca"], "the environment variable GRADSIFT_DATA is not set"),
         (["target.model.kind=tiny_bytes"], "target.model.kind=tiny_bytes has random weights"),
+        (["judge=local", "judge.model.path=folder"], "or give model.kind=pretrained too"),
         (["judge=local", "judge.model.kind=tiny_bytes"], "judge.model.kind=tiny_bytes has random weights"),
         (["experiment=full_size"], "the environment variable GRADSIFT_DATA is not set"),
         (["target.epochs=2"], "either target.epochs or target.steps"),

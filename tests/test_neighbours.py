@@ -64,6 +64,14 @@ def test_too_few_others_are_no_neighbours() -> None:
     assert np.isnan(nearest_anchor_cosines(alone, np.array([1]))).all()
 
 
+def test_all_rows_with_a_copy_have_the_same_nearest_cosine() -> None:
+    vectors = unit_rows(np.random.default_rng(0).normal(size=(40, 33)).astype(np.float32))
+    copied = np.concatenate([vectors, vectors[:30]])
+    nearest = nearest_cosines(Features(copied), 1)
+    assert set(nearest[np.r_[:30, 40:70]]) == {1.0}
+    assert nearest[30:40].max() < 1
+
+
 def test_blocks_hold_every_row_once() -> None:
     assert [(b.start, b.stop) for b in row_blocks(7, 10, 35)] == [(0, 3), (3, 6), (6, 7)]
     assert [(b.start, b.stop) for b in row_blocks(2, 10, 1)] == [(0, 1), (1, 2)]

@@ -176,10 +176,12 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OverrideParseException) and not text.startswith("Error parsing"):
         example = f"'{error.override.partition('=')[0].strip()}=\"VALUE\"'"
         return f"{error.override} cannot be read; check it, or put the value in two pairs of quotes, as in {example}"
+    if match := re.match(r"Error merging override ([\w.]+)=.* Invalid type assigned", text):
+        return f"{match[1]} is a group of options and takes no value; give one of them, as in {match[1]}.NAME=VALUE"
     if match := re.search(r"Could not load 'export/([^']+)'", text):
         formats = ", ".join(sorted(path.stem for path in (conf_folder() / "export").glob("*.yaml")))
         return f"export={match[1]} does not exist; the choices are: {formats}, or several: export=[trl,axolotl]"
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)' Available options in '\1': (.+)", text):
+    if match := re.search(r"Could not find '([\w/]+?)/([^']+)' Available options in '\1': (.+)", text):
         group, name, choices = match[1], match[2], match[3].split()
         close = difflib.get_close_matches(name, choices, n=1)
         meant = f"did you mean {close[0]}? The" if close else "the"

@@ -61,7 +61,8 @@ class ModelConfig(Group, option="model", schema="model"):
             )
         if self.kind != "pretrained" and self.path:
             raise ConfigError(
-                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf or target=hf"
+                f"model.path={self.path} is not read with model.kind={self.kind}; take proxy=hf or target=hf, "
+                "or give model.kind=pretrained too"
             )
 
 

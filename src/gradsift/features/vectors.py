@@ -191,7 +191,7 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
     """Return the mean cosine (N,) float64 of each example to the `neighbours` other examples most similar to it.
 
     The mean is NaN for a row without direction (all zeros), and for all rows if at most `neighbours` rows have a
-    direction.
+    direction. It is rounded to six decimals, so that rounding errors do not rank rows that all have a copy.
     """
     usable = features.has_direction
     means = np.full(len(features), np.nan)
@@ -203,7 +203,7 @@ def nearest_cosines(features: Features, neighbours: int, advance: Advance = lamb
             means[block] = np.partition(cosines, -neighbours, axis=1)[:, -neighbours:].mean(1, dtype=np.float64)
         advance(len(cosines))
     means[~usable] = np.nan
-    return means
+    return np.round(means, 6)
 
 
 def mean_cosines(features: Features) -> np.ndarray:
